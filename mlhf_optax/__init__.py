@@ -1,0 +1,20 @@
+"""Meta-Learning with Hessian-Free (MLHF) as an optax gradient transformation."""
+
+from mlhf_optax.curvature import ggn_matvec as ggn_matvec
+from mlhf_optax.layer_types import layer_types as layer_types
+from mlhf_optax.losses import SigmoidCrossEntropy as SigmoidCrossEntropy
+from mlhf_optax.losses import SoftmaxCrossEntropy as SoftmaxCrossEntropy
+from mlhf_optax.losses import SquaredError as SquaredError
+from mlhf_optax.meta_params import AUTHORS_SETTINGS as AUTHORS_SETTINGS
+from mlhf_optax.meta_params import PAPER_SETTINGS as PAPER_SETTINGS
+from mlhf_optax.meta_params import MetaParams as MetaParams
+from mlhf_optax.meta_params import Settings as Settings
+from mlhf_optax.meta_params import init_meta_params as init_meta_params
+from mlhf_optax.mlhf import MLHFInfo as MLHFInfo
+from mlhf_optax.mlhf import ScaleByMLHFState as ScaleByMLHFState
+from mlhf_optax.mlhf import mlhf as mlhf
+from mlhf_optax.mlhf import scale_by_mlhf as scale_by_mlhf
+from mlhf_optax.pcg import pcg as pcg
+from mlhf_optax.safeguards import limit_update_ratio as limit_update_ratio
+
+__version__ = "0.1.0"

@@ -1,0 +1,157 @@
+"""Which parameter is of which layer type.
+
+MLHF has one set of LSTM weights per layer type, shared by all coordinates of that type (paper,
+section 3). A type is read off the parameter tree: names and ranks of a parameter and its siblings.
+Understood as they are: Flax linen dicts, Flax nnx states, Haiku and Equinox names.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+
+import chex
+import jax
+import optax
+
+CONV_KERNEL = "conv_kernel"
+CONV_BIAS = "conv_bias"
+DENSE_KERNEL = "dense_kernel"
+DENSE_BIAS = "dense_bias"
+NORM_SCALE = "norm_scale"
+NORM_BIAS = "norm_bias"
+
+PAPER_LAYER_TYPES = (CONV_KERNEL, CONV_BIAS, DENSE_KERNEL, DENSE_BIAS, NORM_SCALE, NORM_BIAS)
+
+LayerTypesFn = Callable[[chex.ArrayTree], chex.ArrayTree]
+
+_KERNELS = {"kernel", "weight", "w"}
+_BIASES = {"bias", "b", "beta", "offset"}
+_SCALES = {"scale", "gamma"}
+
+
+def layer_types(params: chex.ArrayTree, *, rules: Mapping[str, str] | None = None) -> chex.ArrayTree:
+    """Returns a tree shaped like ``params`` with the name of the layer type of every parameter.
+
+    A parameter named ``kernel``, ``weight`` or ``w`` is a convolution kernel at rank 4 or 5 and a
+    dense kernel at rank 2 (``weight`` at rank 1 is a norm scale, as in Equinox); ``scale`` or
+    ``gamma`` is a norm scale; a ``bias`` (``b``, ``beta``, ``offset``) is told from its siblings.
+
+    Args:
+      params: pytree of arrays (or of shapes with ``ndim``).
+      rules: your own types, looked at first: regular expressions, matched anywhere in a
+        parameter's path such as ``"encoder/embedding"``, to type names. A name that the
+        meta-parameters do not know needs meta-parameters trained with it.
+
+    Returns:
+      A pytree of strings shaped like ``params``.
+
+    Raises:
+      ValueError: for a parameter of unknown type; it names the path, the shape and the remedy.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"Dense_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}, "table": jnp.ones((5, 3))}
+      >>> layer_types(params, rules={"table": "dense_kernel"})
+      {'Dense_0': {'bias': 'dense_bias', 'kernel': 'dense_kernel'}, 'table': 'dense_kernel'}
+    """
+    check_whole_tree(params)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    siblings: dict[tuple, dict[str, int]] = {}
+    for path, leaf in leaves:
+        siblings.setdefault(_parent(path), {})[_name(path)] = getattr(leaf, "ndim", -1)
+    types = []
+    for path, leaf in leaves:
+        text = path_text(path)
+        custom = [kind for pattern, kind in (rules or {}).items() if re.search(pattern, text)]
+        found = custom[0] if custom else _builtin_type(_name(path), siblings[_parent(path)])
+        if found is None:
+            raise ValueError(_unknown(text, getattr(leaf, "shape", None)))
+        types.append(found)
+    return jax.tree.unflatten(treedef, types)
+
+
+def path_text(path: tuple) -> str:
+    """Returns a tree path as ``"Dense_0/kernel"``."""
+    parts = [_key(entry) for entry in path]
+    return "/".join(part for part in parts if part)
+
+
+def check_whole_tree(params: chex.ArrayTree) -> None:
+    """Raises ValueError if a wrapper such as ``optax.masked`` has hidden part of the tree."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+        raise ValueError(
+            "this optimizer evaluates the whole model and cannot work on part of its parameters, but "
+            "`optax.masked`, `optax.partition` or `optax.multi_transform` has hidden some of them; to freeze "
+            "parameters use `optax.chain(optimizer, optax.freeze(mask))`, to treat some differently "
+            "chain a masked transformation after the optimizer"
+        )
+
+
+def _builtin_type(name: str, siblings: dict[str, int]) -> str | None:
+    rank = siblings[name]
+    if name in _KERNELS:
+        return _kernel_type(name, rank)
+    if name in _SCALES:
+        return NORM_SCALE
+    if name not in _BIASES:
+        return None
+    if _SCALES & siblings.keys() or name in ("beta", "offset"):
+        return NORM_BIAS
+    kinds = {_kernel_type(kernel, siblings[kernel]) for kernel in _KERNELS & siblings.keys()}
+    biases = {CONV_KERNEL: CONV_BIAS, DENSE_KERNEL: DENSE_BIAS, NORM_SCALE: NORM_BIAS}
+    return biases.get(kinds.pop()) if len(kinds) == 1 else None
+
+
+def _kernel_type(name: str, rank: int) -> str | None:
+    # Rank 3 is left open on purpose: a one-dimensional convolution and the projections of an
+    # attention layer look alike there.
+    if name == "weight" and rank == 1:
+        return NORM_SCALE
+    return {2: DENSE_KERNEL, 4: CONV_KERNEL, 5: CONV_KERNEL}.get(rank)
+
+
+def _unknown(path: str, shape) -> str:
+    where = f"parameter '{path}'" if path else "the parameter (a bare array without a name)"
+    return (
+        f"{where} of shape {shape} is of no known layer type; say what it is with "
+        "`layer_types_fn=functools.partial(layer_types, rules={r'regex of its path': 'dense_kernel'})`, where the type is "
+        f"one of {', '.join(PAPER_LAYER_TYPES)} or one that your meta-parameters were trained with. A flattened "
+        "tree (`optax.flatten`) has no names and cannot be used"
+    )
+
+
+def _key(entry) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def _name(path: tuple) -> str:
+    """The last path entry that names the parameter (nnx puts the array under `value`)."""
+    keys = [_key(entry) for entry in path]
+    while len(keys) > 1 and keys[-1] in ("value", "raw_value"):
+        keys.pop()
+    return keys[-1] if keys else ""
+
+
+def _parent(path: tuple) -> tuple:
+    keys = [_key(entry) for entry in path]
+    while len(keys) > 1 and keys[-1] in ("value", "raw_value"):
+        keys.pop()
+    return tuple(keys[:-1])
+
+
+__all__ = [
+    "CONV_BIAS",
+    "CONV_KERNEL",
+    "DENSE_BIAS",
+    "DENSE_KERNEL",
+    "NORM_BIAS",
+    "NORM_SCALE",
+    "PAPER_LAYER_TYPES",
+    "LayerTypesFn",
+    "check_whole_tree",
+    "layer_types",
+    "path_text",
+]

@@ -1,0 +1,285 @@
+"""The meta-parameters: two LSTMs a layer type, and what their inputs and outputs mean.
+
+From the gradient g, the previous direction d0 and the previous residual r0, LSTM_s gives every
+coordinate a damping s and LSTM_p a preconditioner P (paper, Algorithm 1). The settings that give
+the numbers their meaning travel with the arrays, so that neither can be used with the wrong other.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from mlhf_optax import coordinate_lstm
+from mlhf_optax.layer_types import PAPER_LAYER_TYPES
+
+InputFeatures = Literal["tanh", "log", "log-global"]
+OutputMap = Literal["softplus", "exp"]
+ControlForm = Literal["divide", "multiply", "jacobi"]
+PreconditionerResidual = Literal["previous", "current"]
+
+_FEATURE_COUNT = {"tanh": 3, "log": 6, "log-global": 9}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the LSTMs see and what their outputs mean.
+
+    Args:
+      input_features: ``"tanh"`` of d0, r0 and g (paper); ``"log"``, two features a quantity, the
+        clipped log magnitude and the clipped scaled value, which still tell 1e-3 from 1e-6 late in
+        training; ``"log-global"``, also the log of each quantity's root mean square over all
+        parameters.
+      output_map: ``"softplus"`` (paper) or ``"exp"``, which reaches several decades.
+      output_scale: factor on the LSTM's output before the map.
+      initial_damping: s of a freshly initialised LSTM_s, > 0.
+      initial_preconditioner: the same for LSTM_p; what it means depends on ``preconditioner_form``.
+      damping_floor: constant added to s (paper: 0, the authors' code: 2e-5).
+      preconditioner_form: ``"divide"`` solves ``P y = r`` with P from LSTM_p (paper), ``"multiply"``
+        takes ``y = P r`` (the authors' code), ``"jacobi"`` divides by ``s + P``: LSTM_p then
+        estimates the diagonal of the GGN alone, as the damping is known.
+      preconditioner_residual: LSTM_p sees the residual of the ``"previous"`` step (paper) or the
+        starting residual ``g - A d0`` of the ``"current"`` one (the authors' code).
+      log_range: the log features resolve magnitudes from ``exp(-log_range)`` to 1.
+
+    Raises:
+      ValueError: for an unknown name or a value out of range.
+
+    Example:
+      >>> Settings(input_features="tanh").num_inputs
+      3
+    """
+
+    input_features: InputFeatures = "log"
+    output_map: OutputMap = "exp"
+    output_scale: float = 3.0
+    initial_damping: float = 1.0
+    initial_preconditioner: float = 1.0
+    damping_floor: float = 0.0
+    preconditioner_form: ControlForm = "divide"
+    preconditioner_residual: PreconditionerResidual = "previous"
+    log_range: float = 10.0
+
+    def __post_init__(self):
+        choices = {
+            "input_features": InputFeatures,
+            "output_map": OutputMap,
+            "preconditioner_form": ControlForm,
+            "preconditioner_residual": PreconditionerResidual,
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in get_args(allowed):
+                raise ValueError(f"`{name}` must be one of {get_args(allowed)}, got {value!r}")
+        for name in ("output_scale", "initial_damping", "initial_preconditioner", "log_range"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(f"`{name}` must be a positive number, got {value!r}")
+        if not 0 <= self.damping_floor < math.inf:
+            raise ValueError(f"`damping_floor` must be a number >= 0, got {self.damping_floor!r}")
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of input features of each LSTM."""
+        return _FEATURE_COUNT[self.input_features]
+
+
+PAPER_SETTINGS = Settings(
+    input_features="tanh",
+    output_map="softplus",
+    output_scale=1.0,
+    initial_damping=math.log(2.0),  # softplus(0)
+    initial_preconditioner=math.log(2.0),
+)
+"""The method as the paper states it."""
+
+AUTHORS_SETTINGS = dataclasses.replace(
+    PAPER_SETTINGS, damping_floor=2e-5, preconditioner_form="multiply", preconditioner_residual="current"
+)
+"""The method as the authors' code has it."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["damping", "preconditioner"],
+    meta_fields=["settings"],
+)
+@dataclasses.dataclass(frozen=True)
+class MetaParams:
+    """Weights of both LSTMs by layer type; a pytree whose settings are static.
+
+    Attributes:
+      damping: LSTM_s by layer type.
+      preconditioner: LSTM_p by layer type.
+      settings: what inputs and outputs mean.
+    """
+
+    damping: dict[str, coordinate_lstm.LSTMWeights]
+    preconditioner: dict[str, coordinate_lstm.LSTMWeights]
+    settings: Settings = Settings()
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """The layer types that have weights."""
+        return tuple(sorted(self.damping))
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """Width of every LSTM layer."""
+        first = next(iter(self.damping.values()))
+        return tuple(layer.bias.shape[-1] // 4 for layer in first.layers)
+
+
+def init_meta_params(
+    key: chex.PRNGKey,
+    settings: Settings = Settings(),
+    *,
+    layer_types: Sequence[str] = PAPER_LAYER_TYPES,
+    units: Sequence[int] = (4, 4),
+) -> MetaParams:
+    """Returns untrained meta-parameters, ready for meta-training.
+
+    Args:
+      key: random key.
+      settings: what inputs and outputs mean; :data:`PAPER_SETTINGS` for the faithful ones.
+      layer_types: names of the layer types that get LSTMs of their own.
+      units: width of every LSTM layer.
+
+    Returns:
+      The meta-parameters, float32.
+
+    Raises:
+      ValueError: if ``layer_types`` is empty or repeats a name, or a size is below one.
+
+    Example:
+      >>> import jax
+      >>> meta_params = init_meta_params(jax.random.key(0), layer_types=["dense_kernel", "dense_bias"])
+      >>> sum(x.size for x in jax.tree.leaves(meta_params))
+      1300
+    """
+    names = list(layer_types)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"`layer_types` must be distinct names, at least one, got {names}")
+
+    def network(network_key: chex.PRNGKey) -> dict[str, coordinate_lstm.LSTMWeights]:
+        keys = jax.random.split(network_key, len(names))
+        return {
+            name: coordinate_lstm.init_weights(k, settings.num_inputs, units)
+            for name, k in zip(names, keys, strict=True)
+        }
+
+    damping_key, preconditioner_key = jax.random.split(key)
+    return MetaParams(network(damping_key), network(preconditioner_key), settings)
+
+
+class Inputs(NamedTuple):
+    """What the LSTMs look at, trees shaped like the parameters.
+
+    Attributes:
+      direction: d0, the previous direction.
+      residual: r0, the previous residual, or the current starting residual for LSTM_p.
+      gradient: g.
+    """
+
+    direction: chex.ArrayTree
+    residual: chex.ArrayTree
+    gradient: chex.ArrayTree
+
+
+def run_network(
+    network: dict[str, coordinate_lstm.LSTMWeights],
+    settings: Settings,
+    types: chex.ArrayTree,
+    carry: tuple[coordinate_lstm.LayerCarry, ...],
+    inputs: Inputs,
+) -> tuple[chex.ArrayTree, tuple[coordinate_lstm.LayerCarry, ...]]:
+    """Runs one LSTM on every coordinate of every parameter.
+
+    Args:
+      network: weights by layer type.
+      settings: which features are made of the inputs.
+      types: tree of layer type names, shaped like the parameters.
+      carry: carries of trees, one a layer.
+      inputs: d0, r0 and g.
+
+    Returns:
+      The outputs before the output map, float32 and shaped like the parameters, and the carry.
+
+    Example:
+      See :func:`mlhf_optax.mlhf.scale_by_mlhf`, which calls it twice a step.
+    """
+    features = _features(settings, inputs)
+    names, treedef = jax.tree.flatten(types)
+    columns = [treedef.flatten_up_to(tree) for layer in carry for tree in layer]
+    outputs, carries = [], []
+    for index, (name, feature) in enumerate(zip(names, treedef.flatten_up_to(features), strict=True)):
+        leaf_carry = tuple(
+            coordinate_lstm.LayerCarry(columns[2 * n][index], columns[2 * n + 1][index])
+            for n in range(len(carry))
+        )
+        output, leaf_carry = coordinate_lstm.apply(network[name], leaf_carry, feature)
+        outputs.append(output)
+        carries.append(leaf_carry)
+    next_carry = tuple(
+        coordinate_lstm.LayerCarry(*(treedef.unflatten(column) for column in zip(*layer, strict=True)))
+        for layer in zip(*carries, strict=True)
+    )
+    return treedef.unflatten(outputs), next_carry
+
+
+def output_to_value(settings: Settings, outputs: chex.ArrayTree, initial: float) -> chex.ArrayTree:
+    """Maps LSTM outputs to positive values that are ``initial`` where the output is zero."""
+    if settings.output_map == "exp":
+        # exp(+-30) keeps every later product of such values inside float32.
+        bound = lambda x: jnp.clip(x, -30.0, 30.0)
+        return jax.tree.map(lambda x: jnp.exp(bound(settings.output_scale * x + math.log(initial))), outputs)
+    offset = initial + math.log(-math.expm1(-initial))  # softplus^-1
+    return jax.tree.map(lambda x: jax.nn.softplus(settings.output_scale * x + offset), outputs)
+
+
+def _features(settings: Settings, inputs: Inputs) -> chex.ArrayTree:
+    """Stacks the features of every parameter to shape (F, *shape), float32."""
+    if settings.input_features == "tanh":
+        return jax.tree.map(lambda *q: jnp.stack([jnp.tanh(x.astype(jnp.float32)) for x in q]), *inputs)
+    extra = ()
+    if settings.input_features == "log-global":
+        extra = tuple(_log_magnitude(_root_mean_square(q), settings.log_range) for q in inputs)
+
+    def stack(*quantities):
+        features = []
+        for quantity in quantities:
+            x = quantity.astype(jnp.float32)
+            features += [_log_magnitude(jnp.abs(x), settings.log_range)]
+            features += [jnp.clip(x * math.exp(settings.log_range), -1.0, 1.0)]
+        features += [jnp.broadcast_to(x, quantities[0].shape) for x in extra]
+        return jnp.stack(features)
+
+    return jax.tree.map(stack, *inputs)
+
+
+def _log_magnitude(magnitude: jax.Array, log_range: float) -> jax.Array:
+    """-1 at and below exp(-log_range), 0 at 1, at most 1 (Andrychowicz et al. 2016, appendix A)."""
+    return jnp.clip(jnp.log(jnp.maximum(magnitude, math.exp(-log_range))) / log_range, -1.0, 1.0)
+
+
+def _root_mean_square(tree: chex.ArrayTree) -> jax.Array:
+    leaves = jax.tree.leaves(tree)
+    total = sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves)
+    return jnp.sqrt(total / sum(leaf.size for leaf in leaves))
+
+
+__all__ = [
+    "AUTHORS_SETTINGS",
+    "PAPER_SETTINGS",
+    "Inputs",
+    "MetaParams",
+    "Settings",
+    "init_meta_params",
+    "output_to_value",
+    "run_network",
+]

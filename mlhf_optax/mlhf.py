@@ -1,0 +1,442 @@
+"""Meta-Learning with Hessian-Free (MLHF) as an optax gradient transformation.
+
+Paper symbols and the names used here: w ``params``, g ``gradient`` (the incoming updates), d_n
+``direction``, r_n ``residual``, s ``damping``, P ``preconditioner``, H-bar v ``matvec`` (GGN product
+plus damping), RNN_s and RNN_p ``meta_params.damping`` and ``meta_params.preconditioner``, n in PCG
+``num_cg_steps``. One step is the paper's Algorithm 1.
+"""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from mlhf_optax import coordinate_lstm
+from mlhf_optax.curvature import (
+    CurvatureBatch,
+    LossFn,
+    Matvec,
+    PredictFn,
+    check_curvature_batch,
+    curvature_subset,
+    ggn_matvec,
+)
+from mlhf_optax.layer_types import LayerTypesFn, check_whole_tree, layer_types
+from mlhf_optax.meta_params import Inputs, MetaParams, Settings, output_to_value, run_network
+from mlhf_optax.pcg import check_num_steps, pcg
+from mlhf_optax.safeguards import (
+    limit_update_ratio,
+    require_batch,
+    require_params,
+    select_tree,
+    tree_is_finite,
+)
+
+
+class MLHFInfo(NamedTuple):
+    """What the last step did, for looking at, never for computing the next one.
+
+    All but ``skipped_steps`` describe the last step that was tried, also if it was skipped.
+
+    Attributes:
+      skipped_steps: number of steps so far that changed nothing because something was not finite
+        or the direction was not one of descent.
+      descent: <d, g>; positive for a descent direction.
+      cg_residual_norm: norm of ``g - A d`` after the CG steps.
+      damping_min, damping_mean, damping_max: statistics of s over all coordinates.
+      preconditioner_min, preconditioner_mean, preconditioner_max: the same for P.
+    """
+
+    skipped_steps: jax.Array  # shape=(), dtype=int32
+    descent: jax.Array  # shape=(), dtype=float32, as all below
+    cg_residual_norm: jax.Array
+    damping_min: jax.Array
+    damping_mean: jax.Array
+    damping_max: jax.Array
+    preconditioner_min: jax.Array
+    preconditioner_mean: jax.Array
+    preconditioner_max: jax.Array
+
+
+class ScaleByMLHFState(NamedTuple):
+    """State of :func:`scale_by_mlhf`.
+
+    Attributes:
+      count: number of steps that were not skipped.
+      direction: d of the last such step, shaped like the parameters.
+      residual: r of the last such step, shaped like the parameters.
+      damping_carry: state of LSTM_s, leaves (H, *param.shape).
+      preconditioner_carry: state of LSTM_p, leaves (H, *param.shape).
+      info: what the last step did.
+    """
+
+    count: jax.Array  # shape=(), dtype=int32
+    direction: chex.ArrayTree
+    residual: chex.ArrayTree
+    damping_carry: tuple[coordinate_lstm.LayerCarry, ...]
+    preconditioner_carry: tuple[coordinate_lstm.LayerCarry, ...]
+    info: MLHFInfo
+
+
+def scale_by_mlhf(
+    meta_params: MetaParams,
+    predict_fn: PredictFn,
+    loss_fn: LossFn,
+    *,
+    num_cg_steps: int = 4,
+    curvature_batch_size: CurvatureBatch = None,
+    layer_types_fn: LayerTypesFn = layer_types,
+    carry_dtype: Any = jnp.float32,
+    unroll: bool | int = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces the gradient g by the MLHF direction d, in the sign of the gradient.
+
+    .. math::
+      d \approx (J^T H_l J + \operatorname{diag}(s))^{-1} g
+
+    by ``num_cg_steps`` steps of preconditioned conjugate gradient from the previous direction,
+    with damping s and preconditioner P from two coordinate-wise LSTMs.
+
+    A step whose gradient, direction or LSTM state is not finite, or whose direction is not one of
+    descent, gives a zero update and leaves the state as it was, but for a counter in its ``info``.
+
+    Args:
+      meta_params: the LSTMs and their settings, from :func:`mlhf_optax.load_pretrained`,
+        :func:`mlhf_optax.init_meta_params` or meta-training.
+      predict_fn: ``predict_fn(params, batch) -> outputs``, any pytree of arrays.
+      loss_fn: ``loss_fn(outputs, batch) -> scalar``, convex in the outputs; the gradients given to
+        ``update`` are those of ``loss_fn(predict_fn(params, batch), batch)``.
+      num_cg_steps: CG steps K; the step costs K + 1 GGN products.
+      curvature_batch_size: take GGN products on part of the batch: a number of examples, a
+        fraction or a function of the batch (:func:`mlhf_optax.curvature.curvature_subset`).
+      layer_types_fn: maps the parameters to a tree of layer type names.
+      carry_dtype: dtype in which the LSTM states are stored.
+      unroll: unroll the CG loop (:func:`mlhf_optax.pcg.pcg`).
+
+    Returns:
+      A transformation whose ``update(grads, state, params, *, batch)`` needs the batch.
+
+    Raises:
+      TypeError: from ``update`` if ``batch`` is missing.
+      ValueError: for arguments out of range, missing ``params`` or parameters of unknown type.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from mlhf_optax import SquaredError, init_meta_params
+      >>> predict_fn = lambda p, batch: batch["x"] @ p["kernel"]
+      >>> loss_fn = SquaredError(targets="y")
+      >>> batch = {"x": jnp.eye(3), "y": jnp.ones((3, 1))}
+      >>> params = {"kernel": jnp.zeros((3, 1))}
+      >>> tx = scale_by_mlhf(init_meta_params(jax.random.key(0)), predict_fn, loss_fn)
+      >>> grads = jax.grad(lambda p: loss_fn(predict_fn(p, batch), batch))(params)
+      >>> direction, state = tx.update(grads, tx.init(params), params, batch=batch)
+      >>> bool(optax.tree.vdot(direction, grads) > 0)
+      True
+
+    References:
+      Chen, Lu, Fokoue, `Meta-Learning with Hessian-Free Approach in Deep Neural Nets Training
+      <https://arxiv.org/abs/1805.08462>`_, 2018, Algorithm 1.
+    """
+    _check_arguments(meta_params, predict_fn, loss_fn, num_cg_steps, curvature_batch_size)
+
+    def init_fn(params):
+        check_whole_tree(params)
+        _check_types(meta_params, layer_types_fn(params))
+        zeros = lambda: jax.tree.map(jnp.zeros_like, params)
+        carry = lambda: coordinate_lstm.init_carry(params, meta_params.units, carry_dtype)
+        nothing = jnp.zeros((), jnp.float32)
+        info = MLHFInfo(jnp.zeros((), jnp.int32), *[nothing] * (len(MLHFInfo._fields) - 1))
+        return ScaleByMLHFState(jnp.zeros((), jnp.int32), zeros(), zeros(), carry(), carry(), info)
+
+    def update_fn(updates, state, params=None, *, batch=None, **extra_args):
+        del extra_args
+        require_params(params, "mlhf")
+        require_batch(batch, "mlhf")
+        check_whole_tree(params)
+        types = layer_types_fn(params)
+        _check_types(meta_params, types)
+        part = curvature_subset(predict_fn, params, batch, curvature_batch_size)
+        ggn = ggn_matvec(predict_fn, loss_fn, params, part)
+        step = mlhf_step(meta_params, types, ggn, updates, state, num_cg_steps, unroll)
+        return _guarded(meta_params.settings, step, updates, state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def mlhf(
+    learning_rate: optax.ScalarOrSchedule,
+    meta_params: MetaParams,
+    predict_fn: PredictFn,
+    loss_fn: LossFn,
+    *,
+    num_cg_steps: int = 4,
+    curvature_batch_size: CurvatureBatch = None,
+    max_update_ratio: float | None = 0.25,
+    weight_decay: float = 0.0,
+    layer_types_fn: LayerTypesFn = layer_types,
+    carry_dtype: Any = jnp.float32,
+    unroll: bool | int = True,
+) -> optax.GradientTransformationExtraArgs:
+    """The MLHF optimizer: :func:`scale_by_mlhf`, the learning rate and the bound on the update.
+
+    Args:
+      learning_rate: a number or an optax schedule. The paper's rule is the batch size in use over
+        the batch size of meta-training; the record of shipped meta-parameters says what to use.
+      meta_params: see :func:`scale_by_mlhf`, as ``predict_fn``, ``loss_fn``, ``num_cg_steps``,
+        ``curvature_batch_size``, ``layer_types_fn``, ``carry_dtype`` and ``unroll``.
+      predict_fn: the model.
+      loss_fn: the loss.
+      num_cg_steps: CG steps.
+      curvature_batch_size: part of the batch for GGN products.
+      max_update_ratio: bound on the norm of the whole update as a share of the norm of the
+        parameters (:func:`mlhf_optax.limit_update_ratio`). The authors' code has this bound at 0.25,
+        but only in meta-training; meta-parameters trained under it diverge without it. None for
+        the paper's unbounded update.
+      weight_decay: decoupled weight decay, added to the direction before the learning rate.
+      layer_types_fn: layer types of the parameters.
+      carry_dtype: dtype of the LSTM states.
+      unroll: unroll the CG loop.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`; call ``update(grads, state, params, batch=batch)``.
+
+    Raises:
+      TypeError: from ``update`` if ``batch`` is missing.
+      ValueError: as :func:`scale_by_mlhf`, and for a ``max_update_ratio`` that is not positive.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from mlhf_optax import SquaredError, init_meta_params
+      >>> predict_fn = lambda p, batch: batch["x"] @ p["kernel"]
+      >>> loss_fn = SquaredError(targets="y")
+      >>> batch = {"x": jnp.eye(3), "y": jnp.ones((3, 1))}
+      >>> params = {"kernel": jnp.full((3, 1), 0.5)}
+      >>> tx = mlhf(1.0, init_meta_params(jax.random.key(0)), predict_fn, loss_fn)
+      >>> grads = jax.grad(lambda p: loss_fn(predict_fn(p, batch), batch))(params)
+      >>> updates, state = tx.update(grads, tx.init(params), params, batch=batch)
+      >>> new = optax.apply_updates(params, updates)
+      >>> bool(loss_fn(predict_fn(new, batch), batch) < loss_fn(predict_fn(params, batch), batch))
+      True
+    """
+    parts = [
+        scale_by_mlhf(
+            meta_params,
+            predict_fn,
+            loss_fn,
+            num_cg_steps=num_cg_steps,
+            curvature_batch_size=curvature_batch_size,
+            layer_types_fn=layer_types_fn,
+            carry_dtype=carry_dtype,
+            unroll=unroll,
+        )
+    ]
+    if not (isinstance(weight_decay, int | float) and weight_decay == 0):
+        parts.append(optax.add_decayed_weights(weight_decay))
+    parts.append(optax.scale_by_learning_rate(learning_rate))
+    if max_update_ratio is not None:
+        parts.append(limit_update_ratio(max_update_ratio))
+    return optax.chain(*parts)
+
+
+class Controls(NamedTuple):
+    """Outputs of both LSTMs before the output map, shaped like the parameters.
+
+    Attributes:
+      damping: output of LSTM_s.
+      preconditioner: output of LSTM_p.
+    """
+
+    damping: chex.ArrayTree
+    preconditioner: chex.ArrayTree
+
+
+class Solution(NamedTuple):
+    """What PCG found.
+
+    Attributes:
+      direction: d, shaped like the parameters.
+      residual: r = g - A d, shaped like the parameters.
+      residual_norm: norm of r.
+    """
+
+    direction: chex.ArrayTree
+    residual: chex.ArrayTree
+    residual_norm: jax.Array
+
+
+class Step(NamedTuple):
+    """One step of Algorithm 1, before any safeguard.
+
+    Attributes:
+      solution: direction and residual.
+      controls: LSTM outputs.
+      damping_carry: next state of LSTM_s.
+      preconditioner_carry: next state of LSTM_p.
+    """
+
+    solution: Solution
+    controls: Controls
+    damping_carry: tuple[coordinate_lstm.LayerCarry, ...]
+    preconditioner_carry: tuple[coordinate_lstm.LayerCarry, ...]
+
+
+def mlhf_step(
+    meta_params: MetaParams,
+    types: chex.ArrayTree,
+    ggn: Matvec,
+    gradient: chex.ArrayTree,
+    state: ScaleByMLHFState,
+    num_cg_steps: int,
+    unroll: bool | int = True,
+) -> Step:
+    """Runs both LSTMs and the solve (paper, Algorithm 1) without safeguards.
+
+    Args:
+      meta_params: the LSTMs.
+      types: tree of layer type names.
+      ggn: product with the undamped GGN.
+      gradient: g.
+      state: previous direction, residual and carries.
+      num_cg_steps: K.
+      unroll: unroll the CG loop.
+
+    Returns:
+      A :class:`Step`.
+
+    Example:
+      See :func:`scale_by_mlhf`, which adds the safeguards.
+    """
+    settings = meta_params.settings
+    inputs = Inputs(state.direction, state.residual, gradient)
+    s_out, s_carry = run_network(meta_params.damping, settings, types, state.damping_carry, inputs)
+    if settings.preconditioner_residual == "current":
+        a_d0 = damped(ggn, damping_values(settings, s_out))(state.direction)
+        start = jax.tree.map(jnp.subtract, gradient, a_d0)
+        # This residual depends on s, but what an LSTM sees carries no meta-gradient (section 3.1).
+        inputs = inputs._replace(residual=jax.lax.stop_gradient(start))
+    p_out, p_carry = run_network(
+        meta_params.preconditioner, settings, types, state.preconditioner_carry, inputs
+    )
+    controls = Controls(s_out, p_out)
+    solution = solve(settings, ggn, gradient, state.direction, controls, num_cg_steps, unroll)
+    return Step(solution, controls, s_carry, p_carry)
+
+
+def solve(
+    settings: Settings,
+    ggn: Matvec,
+    gradient: chex.ArrayTree,
+    start: chex.ArrayTree,
+    controls: Controls,
+    num_cg_steps: int,
+    unroll: bool | int = True,
+) -> Solution:
+    """Solves ``(G + diag(s)) d = g`` by PCG from ``start``, with s and P from ``controls``."""
+    damping = damping_values(settings, controls.damping)
+    direction, residual, info = pcg(
+        damped(ggn, damping),
+        gradient,
+        start,
+        num_steps=num_cg_steps,
+        preconditioner=preconditioner_values(settings, controls.preconditioner, damping),
+        preconditioner_form="multiply" if settings.preconditioner_form == "multiply" else "divide",
+        unroll=unroll,
+    )
+    return Solution(direction, residual, info.residual_norm)
+
+
+def damping_values(settings: Settings, outputs: chex.ArrayTree) -> chex.ArrayTree:
+    """Returns s, the damping that the outputs of LSTM_s stand for."""
+    values = output_to_value(settings, outputs, settings.initial_damping)
+    return jax.tree.map(lambda s: s + settings.damping_floor, values)
+
+
+def preconditioner_values(settings: Settings, outputs: chex.ArrayTree, damping: chex.ArrayTree):
+    """Returns P, the preconditioner that the outputs of LSTM_p stand for."""
+    values = output_to_value(settings, outputs, settings.initial_preconditioner)
+    if settings.preconditioner_form == "jacobi":
+        return jax.tree.map(jnp.add, damping, values)
+    return values
+
+
+def damped(ggn: Matvec, damping: chex.ArrayTree) -> Matvec:
+    """Returns ``v -> G v + s * v``."""
+
+    def matvec(vector: chex.ArrayTree) -> chex.ArrayTree:
+        add = lambda gv, s, v: gv + (s * v).astype(gv.dtype)
+        return jax.tree.map(add, ggn(vector), damping, vector)
+
+    return matvec
+
+
+def _guarded(settings: Settings, step: Step, gradient: chex.ArrayTree, state: ScaleByMLHFState):
+    """Returns update and state of the step, or a zero update and the old state if it is unsound."""
+    solution = step.solution
+    descent = optax.tree.vdot(solution.direction, gradient).astype(jnp.float32)
+    new = (solution.direction, solution.residual, step.damping_carry, step.preconditioner_carry)
+    is_sound = tree_is_finite((gradient, new)) & (descent > 0)
+    old = (state.direction, state.residual, state.damping_carry, state.preconditioner_carry)
+    direction, residual, s_carry, p_carry = select_tree(is_sound, new, old)
+    update = jax.tree.map(lambda d: jnp.where(is_sound, d, jnp.zeros_like(d)), solution.direction)
+    damping = damping_values(settings, step.controls.damping)
+    preconditioner = preconditioner_values(settings, step.controls.preconditioner, damping)
+    info = MLHFInfo(
+        state.info.skipped_steps + jnp.logical_not(is_sound).astype(jnp.int32),
+        descent,
+        solution.residual_norm,
+        *_min_mean_max(damping),
+        *_min_mean_max(preconditioner),
+    )
+    count = jnp.where(is_sound, optax.safe_increment(state.count), state.count)
+    return update, ScaleByMLHFState(count, direction, residual, s_carry, p_carry, info)
+
+
+def _min_mean_max(tree: chex.ArrayTree) -> tuple[jax.Array, jax.Array, jax.Array]:
+    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
+    total = sum(jnp.sum(leaf) for leaf in leaves)
+    smallest = jnp.min(jnp.stack([jnp.min(leaf) for leaf in leaves]))
+    largest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in leaves]))
+    return smallest, total / sum(leaf.size for leaf in leaves), largest
+
+
+def _check_arguments(meta_params, predict_fn, loss_fn, num_cg_steps, curvature_batch_size) -> None:
+    if not isinstance(meta_params, MetaParams):
+        raise TypeError(
+            f"`meta_params` must be a MetaParams, got {type(meta_params).__name__}; get one from "
+            "`load_pretrained(name).meta_params` or `init_meta_params(key)`"
+        )
+    for name, function in (("predict_fn", predict_fn), ("loss_fn", loss_fn)):
+        if not callable(function):
+            raise TypeError(f"`{name}` must be a function, got {type(function).__name__}")
+    check_num_steps(num_cg_steps, "num_cg_steps")
+    if num_cg_steps < 1:
+        raise ValueError("`num_cg_steps` must be at least 1: without a step there is no direction")
+    check_curvature_batch(curvature_batch_size)
+
+
+def _check_types(meta_params: MetaParams, types: chex.ArrayTree) -> None:
+    missing = sorted(set(jax.tree.leaves(types)) - set(meta_params.damping))
+    if missing:
+        raise ValueError(
+            f"the model has parameters of layer types {missing}, but these meta-parameters were trained for "
+            f"{list(meta_params.layer_types)}; use meta-parameters that know them, or map the parameters to a known "
+            "type with `layer_types_fn=functools.partial(layer_types, rules={r'regex of the path': type})`"
+        )
+
+
+__all__ = [
+    "Controls",
+    "MLHFInfo",
+    "ScaleByMLHFState",
+    "Solution",
+    "Step",
+    "damped",
+    "damping_values",
+    "mlhf",
+    "mlhf_step",
+    "preconditioner_values",
+    "scale_by_mlhf",
+    "solve",
+]

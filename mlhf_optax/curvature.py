@@ -12,7 +12,6 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 
 Batch = Any
 Outputs = Any

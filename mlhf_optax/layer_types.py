@@ -113,10 +113,10 @@ def _kernel_type(name: str, rank: int) -> str | None:
 def _unknown(path: str, shape) -> str:
     where = f"parameter '{path}'" if path else "the parameter (a bare array without a name)"
     return (
-        f"{where} of shape {shape} is of no known layer type; say what it is with "
-        "`layer_types_fn=functools.partial(layer_types, rules={r'regex of its path': 'dense_kernel'})`, where the type is "
-        f"one of {', '.join(PAPER_LAYER_TYPES)} or one that your meta-parameters were trained with. A flattened "
-        "tree (`optax.flatten`) has no names and cannot be used"
+        f"{where} of shape {shape} is of no known layer type; say what it is with `layer_types_fn="
+        "functools.partial(layer_types, rules={r'regex of its path': 'dense_kernel'})`, where the type is "
+        f"one of {', '.join(PAPER_LAYER_TYPES)} or one that your meta-parameters were trained with. A "
+        "flattened tree (`optax.flatten`) has no names and cannot be used"
     )
 
 

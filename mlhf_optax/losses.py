@@ -74,6 +74,7 @@ class SoftmaxCrossEntropy:
             raise ValueError(f"`label_smoothing` must lie in [0, 1), got {self.label_smoothing}")
 
     def __call__(self, outputs: jax.Array, batch: Any) -> jax.Array:
+        """Returns the mean loss, a scalar in nats per position."""
         labels = self._labels(outputs, batch)
         log_probs = jax.nn.log_softmax(outputs.astype(_at_least_f32(outputs)), axis=-1)
         picked = jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
@@ -130,6 +131,7 @@ class SigmoidCrossEntropy:
     mask: Getter | None = None
 
     def __call__(self, outputs: jax.Array, batch: Any) -> jax.Array:
+        """Returns the mean loss, a scalar in nats per logit."""
         targets = _targets(outputs, batch, self.targets)
         logits = outputs.astype(_at_least_f32(outputs))
         per_logit = jax.nn.softplus(logits) - targets * logits
@@ -168,6 +170,7 @@ class SquaredError:
     mask: Getter | None = None
 
     def __call__(self, outputs: jax.Array, batch: Any) -> jax.Array:
+        """Returns the mean loss, a scalar in squared units of the outputs."""
         targets = _targets(outputs, batch, self.targets)
         errors = outputs.astype(_at_least_f32(outputs)) - targets
         weights = _weights(batch, self.mask, errors.shape, errors.dtype)

@@ -421,8 +421,9 @@ def _check_types(meta_params: MetaParams, types: chex.ArrayTree) -> None:
     if missing:
         raise ValueError(
             f"the model has parameters of layer types {missing}, but these meta-parameters were trained for "
-            f"{list(meta_params.layer_types)}; use meta-parameters that know them, or map the parameters to a known "
-            "type with `layer_types_fn=functools.partial(layer_types, rules={r'regex of the path': type})`"
+            f"{list(meta_params.layer_types)}; use meta-parameters that know them, or map the parameters to "
+            "a known type with `layer_types_fn=functools.partial(layer_types, "
+            "rules={r'regex of the path': type})`"
         )
 
 

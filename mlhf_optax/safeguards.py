@@ -64,7 +64,8 @@ def require_params(params: Any, name: str) -> None:
     """Raises ValueError if ``params`` were not given to ``update``."""
     if params is None:
         raise ValueError(
-            f"`{name}` needs the current parameters: call `update(grads, state, params, ...)` with `params`, not None"
+            f"`{name}` needs the current parameters: call `update(grads, state, params, ...)` with `params`, "
+            "not None"
         )
 
 
@@ -72,10 +73,12 @@ def require_batch(batch: Any, name: str) -> None:
     """Raises TypeError if ``batch`` was not given to ``update``."""
     if batch is None:
         raise TypeError(
-            f"`{name}` needs the batch to evaluate curvature: call `tx.update(grads, state, params, batch=batch)`. "
-            "With Flax use `mlhf_optax.TrainState` and `apply_gradients(grads=grads, batch=batch)`, or "
-            "`nnx.Optimizer.update(model, grads, batch=batch)`. Wrappers whose update takes no extra arguments "
-            "(`optax.lookahead`, `optax.contrib.sam`, `MultiSteps.gradient_transformation()`) drop it"
+            f"`{name}` needs the batch to evaluate curvature: call "
+            "`tx.update(grads, state, params, batch=batch)`. With Flax use `mlhf_optax.TrainState` and "
+            "`apply_gradients(grads=grads, batch=batch)`, or "
+            "`nnx.Optimizer.update(model, grads, batch=batch)`. Wrappers whose update takes no extra "
+            "arguments (`optax.lookahead`, `optax.contrib.sam`, `MultiSteps.gradient_transformation()`) "
+            "drop it"
         )
 
 

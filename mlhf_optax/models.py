@@ -1,0 +1,113 @@
+"""Flax networks of the ready tasks. Each maps images (B, height, width, channels) to logits (B, C)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "sigmoid": nn.sigmoid,
+    "tanh": nn.tanh,
+}
+
+
+class MLP(nn.Module):
+    """Dense layers with one activation between them; images are flattened.
+
+    Attributes:
+      hidden: width of every hidden layer; may be empty.
+      num_outputs: number of outputs C.
+      activation: ``"relu"``, ``"sigmoid"`` or ``"tanh"``.
+
+    Raises:
+      ValueError: for an unknown ``activation`` or a width below one.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> model = MLP(hidden=(32,))
+      >>> params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+      >>> sum(leaf.size for leaf in jax.tree.leaves(params))
+      2410
+    """
+
+    hidden: tuple[int, ...] = (32,)
+    num_outputs: int = 10
+    activation: str = "relu"
+
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"`activation` must be one of {list(ACTIVATIONS)}, got {self.activation!r}")
+        if min((*self.hidden, self.num_outputs)) < 1:
+            raise ValueError(
+                f"`hidden` and `num_outputs` must be at least 1, got hidden={self.hidden}, "
+                f"num_outputs={self.num_outputs}"
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns logits of shape (B, C) for images of any shape (B, ...)."""
+        x = images.reshape(images.shape[0], -1)
+        for width in self.hidden:
+            x = ACTIVATIONS[self.activation](nn.Dense(width)(x))
+        return nn.Dense(self.num_outputs)(x)
+
+
+class DigitsConvNet(nn.Module):
+    """Two 3x3 convolutions of 8 and 16 channels, each with 2x2 max pooling, then dense 32 and C.
+
+    Attributes:
+      num_outputs: number of outputs C.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> params = DigitsConvNet().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+      >>> sum(leaf.size for leaf in jax.tree.leaves(params))
+      3658
+    """
+
+    num_outputs: int = 10
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns logits of shape (B, C) for images of shape (B, 8, 8, 1)."""
+        x = images
+        for channels in (8, 16):
+            x = max_pool(nn.relu(nn.Conv(channels, (3, 3))(x)))
+        x = nn.relu(nn.Dense(32)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(self.num_outputs)(x)
+
+
+def max_pool(images: jax.Array, window: int = 2) -> jax.Array:
+    """Takes the maximum over non-overlapping square windows.
+
+    A reshape and a maximum over the window axes: the derivative of the usual ``reduce_window``
+    repeats the search for the maximum in every GGN product and made a whole step 2.5 times slower.
+
+    Args:
+      images: shape (B, height, width, channels).
+      window: side of the windows, a divisor of height and width.
+
+    Returns:
+      Shape (B, height / window, width / window, channels).
+
+    Raises:
+      ValueError: if ``window`` does not divide height and width.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0]
+      Array([[ 5.,  7.], [13., 15.]], dtype=float32)
+    """
+    batch, height, width, channels = images.shape
+    if height % window or width % window:
+        raise ValueError(
+            f"`window` must divide height and width, got {window} for images of {height}x{width}"
+        )
+    windows = images.reshape(batch, height // window, window, width // window, window, channels)
+    return jnp.max(windows, axis=(2, 4))
+
+
+__all__ = ["ACTIVATIONS", "MLP", "DigitsConvNet", "max_pool"]

@@ -1,0 +1,164 @@
+"""The ready tasks: a network, a loss and data, under a name.
+
+A task is what an optimizer is meta-trained or compared on. Registered under its name in
+:data:`TASKS` is a function that builds it, whose arguments are the variants of the task (widths,
+an activation, where the data lies); :func:`get_task` calls it.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+
+import chex
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mlhf_optax import datasets, models
+from mlhf_optax.curvature import LossFn, PredictFn
+from mlhf_optax.losses import SoftmaxCrossEntropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A network to train, its loss and its data.
+
+    Attributes:
+      name: short name, such as ``"digits-mlp"``.
+      description: one line for people.
+      init_fn: ``init_fn(key) -> params``.
+      predict_fn: ``predict_fn(params, batch) -> outputs``, logits of shape (B, num_classes).
+      loss_fn: ``loss_fn(outputs, batch) -> scalar``, nats per example.
+      load_data: returns the data; called when :attr:`data` is first looked at.
+      num_classes: number of classes.
+      batch_size: examples a mini-batch when networks are trained.
+      meta_batch_size: the same when optimizers are meta-trained.
+      pretrained: name of the shipped meta-parameters recommended for this task.
+    """
+
+    name: str
+    description: str
+    init_fn: Callable[[chex.PRNGKey], chex.ArrayTree]
+    predict_fn: PredictFn
+    loss_fn: LossFn
+    load_data: Callable[[], datasets.Dataset]
+    num_classes: int
+    batch_size: int = 128
+    meta_batch_size: int = 64
+    pretrained: str = "digits"
+
+    @functools.cached_property
+    def data(self) -> datasets.Dataset:
+        """The parts ``meta_train``, ``train`` and ``test``; loaded on first use, then kept."""
+        return self.load_data()
+
+    @property
+    def chance_loss(self) -> float:
+        """Loss of equal probabilities for all classes, in nats: where a stuck training stays."""
+        return math.log(self.num_classes)
+
+
+def digits_mlp(
+    hidden: Sequence[int] = (32,), activation: str = "relu", batch_size: int = 128, meta_batch_size: int = 64
+) -> Task:
+    """Returns the task of classifying 8x8 handwritten digits with dense layers.
+
+    Args:
+      hidden: width of every hidden layer.
+      activation: ``"relu"``, ``"sigmoid"`` or ``"tanh"``.
+      batch_size: examples a mini-batch when networks are trained.
+      meta_batch_size: examples a mini-batch in meta-training.
+
+    Returns:
+      The task. Variants carry what differs in their name, as in ``"digits-mlp-16-16-tanh"``.
+
+    Raises:
+      ValueError: for an unknown ``activation`` or a width below one.
+
+    Example:
+      >>> digits_mlp(hidden=(16, 16), activation="tanh").name
+      'digits-mlp-16-16-tanh'
+    """
+    hidden = tuple(hidden)
+    name = "digits-mlp"
+    if hidden != (32,):
+        name += "".join(f"-{width}" for width in hidden) or "-linear"
+    if activation != "relu":
+        name += f"-{activation}"
+    widths = "-".join(str(width) for width in (64, *hidden, 10))
+    description = f"handwritten digits (8x8, 10 classes), dense layers {widths}, {activation}"
+    model = models.MLP(hidden, activation=activation)
+    return _digits_task(name, description, model, batch_size, meta_batch_size)
+
+
+def digits_convnet(batch_size: int = 128, meta_batch_size: int = 64) -> Task:
+    """Returns the task of classifying 8x8 handwritten digits with a small convolutional network.
+
+    Args:
+      batch_size: examples a mini-batch when networks are trained.
+      meta_batch_size: examples a mini-batch in meta-training.
+
+    Returns:
+      The task.
+
+    Example:
+      >>> digits_convnet().num_classes
+      10
+    """
+    description = "handwritten digits (8x8, 10 classes), 3x3 convolutions 8 and 16, dense 32 and 10"
+    return _digits_task("digits-convnet", description, models.DigitsConvNet(), batch_size, meta_batch_size)
+
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "digits-mlp": digits_mlp,
+    "digits-convnet": digits_convnet,
+}
+
+
+def get_task(name: str, **options) -> Task:
+    """Builds a task by name.
+
+    Args:
+      name: a key of :data:`TASKS`.
+      **options: arguments of the function registered there, such as ``hidden=(16,)`` for ``"digits-mlp"``.
+
+    Returns:
+      The task; its data are not loaded yet.
+
+    Raises:
+      ValueError: if there is no such task.
+      TypeError: if the task has no such option.
+
+    Example:
+      >>> get_task("digits-mlp", batch_size=32).batch_size
+      32
+    """
+    if name not in TASKS:
+        raise ValueError(f"`name` must be one of {', '.join(map(repr, TASKS))}, got {name!r}")
+    known = list(inspect.signature(TASKS[name]).parameters)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(
+            f"the task {name!r} has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}"
+        )
+    return TASKS[name](**options)
+
+
+def _digits_task(
+    name: str, description: str, model: nn.Module, batch_size: int, meta_batch_size: int
+) -> Task:
+    return Task(
+        name=name,
+        description=description,
+        init_fn=lambda key: model.init(key, jnp.zeros((1, 8, 8, 1)))["params"],
+        predict_fn=lambda params, batch: model.apply({"params": params}, batch["image"]),
+        loss_fn=SoftmaxCrossEntropy(),
+        load_data=datasets.digits,
+        num_classes=10,
+        batch_size=batch_size,
+        meta_batch_size=meta_batch_size,
+    )
+
+
+__all__ = ["TASKS", "Task", "digits_convnet", "digits_mlp", "get_task"]

@@ -7,7 +7,7 @@ Source: paper, section 4 (two layers of 4 units), after Andrychowicz et al. 2016
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -48,8 +48,8 @@ class LayerCarry(NamedTuple):
       hidden: shape (H, *param.shape).
     """
 
-    cell: chex.ArrayTree
-    hidden: chex.ArrayTree
+    cell: Any
+    hidden: Any
 
 
 def init_weights(key: chex.PRNGKey, num_inputs: int, units: Sequence[int] = (4, 4)) -> LSTMWeights:

@@ -125,8 +125,8 @@ def curvature_subset(predict_fn: PredictFn, params: chex.ArrayTree, batch: Batch
     if callable(part):
         return part(batch)
     shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(predict_fn, params, batch))]
-    leading = {shape[0] if shape else None for shape in shapes}
-    if len(leading) != 1 or None in leading:
+    leading = {shape[0] if shape else 0 for shape in shapes}
+    if len(leading) != 1 or 0 in leading:
         raise ValueError(
             "`curvature_batch_size` needs outputs that share one leading batch dimension, got output "
             f"shapes {shapes}; pass a function `batch -> smaller batch` instead of {part!r}"

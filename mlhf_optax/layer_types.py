@@ -99,7 +99,7 @@ def _builtin_type(name: str, siblings: dict[str, int]) -> str | None:
         return NORM_BIAS
     kinds = {_kernel_type(kernel, siblings[kernel]) for kernel in _KERNELS & siblings.keys()}
     biases = {CONV_KERNEL: CONV_BIAS, DENSE_KERNEL: DENSE_BIAS, NORM_SCALE: NORM_BIAS}
-    return biases.get(kinds.pop()) if len(kinds) == 1 else None
+    return biases.get(kinds.pop() or "") if len(kinds) == 1 else None
 
 
 def _kernel_type(name: str, rank: int) -> str | None:

@@ -150,7 +150,7 @@ def scale_by_mlhf(
         info = MLHFInfo(jnp.zeros((), jnp.int32), *[nothing] * (len(MLHFInfo._fields) - 1))
         return ScaleByMLHFState(jnp.zeros((), jnp.int32), zeros(), zeros(), carry(), carry(), info)
 
-    def update_fn(updates, state, params=None, *, batch=None, **extra_args):
+    def update_fn(updates, state, params: Any = None, *, batch=None, **extra_args):
         del extra_args
         require_params(params, "mlhf")
         require_batch(batch, "mlhf")
@@ -220,7 +220,7 @@ def mlhf(
       >>> bool(loss_fn(predict_fn(new, batch), batch) < loss_fn(predict_fn(params, batch), batch))
       True
     """
-    parts = [
+    parts: list[optax.GradientTransformation] = [
         scale_by_mlhf(
             meta_params,
             predict_fn,
@@ -374,7 +374,7 @@ def damped(ggn: Matvec, damping: chex.ArrayTree) -> Matvec:
 def _guarded(settings: Settings, step: Step, gradient: chex.ArrayTree, state: ScaleByMLHFState):
     """Returns update and state of the step, or a zero update and the old state if it is unsound."""
     solution = step.solution
-    descent = optax.tree.vdot(solution.direction, gradient).astype(jnp.float32)
+    descent = jnp.asarray(optax.tree.vdot(solution.direction, gradient), jnp.float32)
     new = (solution.direction, solution.residual, step.damping_carry, step.preconditioner_carry)
     is_sound = tree_is_finite((gradient, new)) & (descent > 0)
     old = (state.direction, state.residual, state.damping_carry, state.preconditioner_carry)
@@ -395,10 +395,10 @@ def _guarded(settings: Settings, step: Step, gradient: chex.ArrayTree, state: Sc
 
 def _min_mean_max(tree: chex.ArrayTree) -> tuple[jax.Array, jax.Array, jax.Array]:
     leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
-    total = sum(jnp.sum(leaf) for leaf in leaves)
+    mean = jnp.sum(jnp.stack([jnp.sum(leaf) for leaf in leaves])) / sum(leaf.size for leaf in leaves)
     smallest = jnp.min(jnp.stack([jnp.min(leaf) for leaf in leaves]))
     largest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in leaves]))
-    return smallest, total / sum(leaf.size for leaf in leaves), largest
+    return smallest, mean, largest
 
 
 def _check_arguments(meta_params, predict_fn, loss_fn, num_cg_steps, curvature_batch_size) -> None:

@@ -95,7 +95,7 @@ def pcg(
         initial_residual = b
     elif initial_residual is None:
         initial_residual = jax.tree.map(jnp.subtract, b, matvec(x0))
-    r0 = initial_residual
+    r0: Any = initial_residual
     y0 = invert(r0)
     rho0 = _vdot(r0, y0)
     # <r, y> below this share of <b, P^-1 b> is rounding noise: dividing by it gives noise, and
@@ -156,7 +156,7 @@ def _inverse_preconditioner(preconditioner, form: PreconditionerForm) -> Matvec:
     return lambda r: jax.tree.map(lambda p, leaf: (p * leaf).astype(leaf.dtype), preconditioner, r)
 
 
-def _vdot(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
+def _vdot(a: Any, b: Any) -> Any:
     def leaf(x, y):
         dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
         return jnp.sum(x.astype(dtype) * y.astype(dtype))

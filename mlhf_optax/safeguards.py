@@ -36,7 +36,7 @@ def limit_update_ratio(max_ratio: float, min_rms: float = 1e-3) -> optax.Gradien
     if isinstance(max_ratio, int | float) and not max_ratio > 0:
         raise ValueError(f"`max_update_ratio` must be positive, or None for no bound, got {max_ratio}")
 
-    def update_fn(updates, state, params=None):
+    def update_fn(updates, state, params: Any = None):
         require_params(params, "limit_update_ratio")
         size = sum(leaf.size for leaf in jax.tree.leaves(params))
         allowed = max_ratio * jnp.maximum(_norm(params), min_rms * size**0.5)
@@ -55,7 +55,7 @@ def tree_is_finite(tree: chex.ArrayTree) -> jax.Array:
     return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)
 
 
-def select_tree(condition: jax.Array, on_true: chex.ArrayTree, on_false: chex.ArrayTree) -> chex.ArrayTree:
+def select_tree(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
     """Returns one of two trees of equal shapes, by a traced condition."""
     return jax.tree.map(lambda t, f: jnp.where(condition, t, f).astype(f.dtype), on_true, on_false)
 

@@ -61,9 +61,9 @@ def digits() -> Dataset:
             "the digits come with scikit-learn, which is not installed; run "
             "`pip install 'mlhf-optax[experiments]'`"
         ) from error
-    raw = load_digits()
-    images = (raw.images / 16.0).astype(np.float32)[..., None]
-    labels = raw.target.astype(np.int32)
+    pixels, targets = load_digits(return_X_y=True)
+    images = (pixels / 16.0).astype(np.float32).reshape(-1, 8, 8, 1)
+    labels = np.asarray(targets, np.int32)
     parts = stratified_split(labels, DIGITS_FRACTIONS, DIGITS_SPLIT_SEED)
     return Dataset(*(_freeze({"image": images[part], "label": labels[part]}) for part in parts))
 

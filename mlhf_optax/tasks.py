@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import chex
 import jax.numpy as jnp
@@ -148,11 +149,17 @@ def get_task(name: str, **options) -> Task:
 def _digits_task(
     name: str, description: str, model: nn.Module, batch_size: int, meta_batch_size: int
 ) -> Task:
+    def init_fn(key: chex.PRNGKey) -> chex.ArrayTree:
+        return model.init(key, jnp.zeros((1, 8, 8, 1)))["params"]
+
+    def predict_fn(params: Any, batch: Any) -> Any:
+        return model.apply({"params": params}, batch["image"])
+
     return Task(
         name=name,
         description=description,
-        init_fn=lambda key: model.init(key, jnp.zeros((1, 8, 8, 1)))["params"],
-        predict_fn=lambda params, batch: model.apply({"params": params}, batch["image"]),
+        init_fn=init_fn,
+        predict_fn=predict_fn,
         loss_fn=SoftmaxCrossEntropy(),
         load_data=datasets.digits,
         num_classes=10,

@@ -208,7 +208,7 @@ def run_network(
       inputs: d0, r0 and g.
 
     Returns:
-      The outputs before the output map, float32 and shaped like the parameters, and the carry.
+      The outputs before the output map, at least float32 and shaped like the parameters, and the carry.
 
     Example:
       See :func:`mlhf_optax.mlhf.scale_by_mlhf`, which calls it twice a step.
@@ -243,9 +243,9 @@ def output_to_value(settings: Settings, outputs: chex.ArrayTree, initial: float)
 
 
 def _features(settings: Settings, inputs: Inputs) -> chex.ArrayTree:
-    """Stacks the features of every parameter to shape (F, *shape), float32."""
+    """Stacks the features of every parameter to shape (F, *shape), in at least float32."""
     if settings.input_features == "tanh":
-        return jax.tree.map(lambda *q: jnp.stack([jnp.tanh(x.astype(jnp.float32)) for x in q]), *inputs)
+        return jax.tree.map(lambda *q: jnp.stack([jnp.tanh(_at_least_f32(x)) for x in q]), *inputs)
     extra = ()
     if settings.input_features == "log-global":
         extra = tuple(_log_magnitude(_root_mean_square(q), settings.log_range) for q in inputs)
@@ -253,7 +253,7 @@ def _features(settings: Settings, inputs: Inputs) -> chex.ArrayTree:
     def stack(*quantities):
         features = []
         for quantity in quantities:
-            x = quantity.astype(jnp.float32)
+            x = _at_least_f32(quantity)
             features += [_log_magnitude(jnp.abs(x), settings.log_range)]
             features += [jnp.clip(x * math.exp(settings.log_range), -1.0, 1.0)]
         features += [jnp.broadcast_to(x, quantities[0].shape) for x in extra]
@@ -269,8 +269,12 @@ def _log_magnitude(magnitude: jax.Array, log_range: float) -> jax.Array:
 
 def _root_mean_square(tree: chex.ArrayTree) -> jax.Array:
     leaves = jax.tree.leaves(tree)
-    total = sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves)
+    total = sum(jnp.sum(jnp.square(_at_least_f32(leaf))) for leaf in leaves)
     return jnp.sqrt(total / sum(leaf.size for leaf in leaves))
+
+
+def _at_least_f32(array: jax.Array) -> jax.Array:
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 __all__ = [

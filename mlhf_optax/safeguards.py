@@ -83,8 +83,8 @@ def require_batch(batch: Any, name: str) -> None:
 
 
 def _norm(tree: chex.ArrayTree) -> jax.Array:
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
-    total = sum(squares)
+    at_least_f32 = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    total = sum(jnp.sum(jnp.square(at_least_f32(leaf))) for leaf in jax.tree.leaves(tree))
     # The derivative of a square root at zero is infinite, and meta-training differentiates this.
     return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1.0)), 0.0)
 

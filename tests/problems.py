@@ -1,0 +1,57 @@
+"""Small models, batches and meta-parameters that several test files use."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlhf_optax import PAPER_SETTINGS, SoftmaxCrossEntropy, init_meta_params
+
+LOSS = SoftmaxCrossEntropy()
+
+
+def mlp(params, batch):
+    """The network of `references.Model` on Flax-like names."""
+    first, second = params["Dense_0"], params["Dense_1"]
+    hidden = jnp.tanh(batch["image"] @ first["kernel"] + first["bias"][None])
+    return hidden @ second["kernel"] + second["bias"][None]
+
+
+def mlp_loss(params, batch):
+    return LOSS(mlp(params, batch), batch)
+
+
+def mlp_params(seed=0, dtype=None):
+    rng = np.random.default_rng(seed)
+    layer = lambda m, n: {
+        "bias": jnp.asarray(0.1 * rng.normal(size=n), dtype),
+        "kernel": jnp.asarray(rng.normal(size=(m, n)) / np.sqrt(m), dtype),
+    }
+    return {"Dense_0": layer(3, 4), "Dense_1": layer(4, 2)}
+
+
+def batches(num_batches, seed=1, size=8):
+    """NumPy batches of float64 inputs and labels that the network can learn."""
+    rng = np.random.default_rng(seed)
+    images = rng.normal(size=(num_batches, size, 3))
+    labels = (images[..., 0] + 0.5 * images[..., 1] ** 2 > 0.2).astype(np.int32)
+    return [{"image": x, "label": y} for x, y in zip(images, labels, strict=True)]
+
+
+def batch(seed=1, size=8):
+    """One batch as JAX arrays of the default float type."""
+    return jax.tree.map(jnp.asarray, batches(1, seed, size)[0])
+
+
+def random_meta_params(settings=PAPER_SETTINGS, seed=0, units=(4, 4), scale=0.3):
+    """Meta-parameters whose output maps are not zero, so that every path through the LSTMs counts."""
+    meta_params = init_meta_params(jax.random.key(seed), settings, units=units)
+    leaves, treedef = jax.tree.flatten(meta_params)
+    rng = np.random.default_rng(seed)
+    return treedef.unflatten(
+        [leaf + jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
+    )
+
+
+def flat(tree):
+    """All leaves as one NumPy vector, in the order of `references.Model`."""
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])

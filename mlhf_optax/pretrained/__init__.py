@@ -35,7 +35,8 @@ def load_pretrained(name_or_path: str | os.PathLike) -> Pretrained:
         return load_meta_params(name_or_path)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}. Shipped meta-parameters go by the names {names}; `mlhf-optax meta-train` makes your own"
+            f"{error}. Shipped meta-parameters go by the names {names}; "
+            "`mlhf-optax meta-train` makes your own"
         ) from error
 
 

@@ -12,27 +12,32 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-# --- curvature -----------------------------------------------------------------------------------
+# --- curvature
 
 
 def dense_ggn(predict_fn, loss_fn, params, batch) -> np.ndarray:
     """J^T H_l J as a matrix, from the full Jacobian and the full Hessian of the loss."""
     flat_params, unravel = ravel_pytree(params)
-    flat_outputs, unravel_outputs = ravel_pytree(predict_fn(params, batch))
-    jacobian = jax.jacobian(lambda w: ravel_pytree(predict_fn(unravel(w), batch))[0])(flat_params)
-    hessian = jax.hessian(lambda z: loss_fn(unravel_outputs(z), batch))(flat_outputs)
-    return np.asarray(jacobian.T @ hessian @ jacobian)
+
+    @jax.jit
+    def jacobian_and_hessian(flat_params):
+        flat_outputs, unravel_outputs = ravel_pytree(predict_fn(params, batch))
+        jacobian = jax.jacobian(lambda w: ravel_pytree(predict_fn(unravel(w), batch))[0])(flat_params)
+        return jacobian, jax.hessian(lambda z: loss_fn(unravel_outputs(z), batch))(flat_outputs)
+
+    jacobian, hessian = map(np.asarray, jacobian_and_hessian(flat_params))
+    return jacobian.T @ hessian @ jacobian
 
 
 def columns(matvec, example) -> np.ndarray:
     """The matrix of a linear function on pytrees shaped like `example`, one column at a time."""
     flat, unravel = ravel_pytree(example)
     product = jax.jit(lambda v: ravel_pytree(matvec(unravel(v)))[0])
-    return np.stack([np.asarray(product(unit)) for unit in jnp.eye(flat.size, dtype=flat.dtype)], axis=1)
+    units = np.eye(flat.size, dtype=flat.dtype)
+    return np.stack([np.asarray(product(unit)) for unit in units], axis=1)
 
 
 def complex_step_jacobian(function: Callable, x: np.ndarray) -> np.ndarray:
@@ -46,7 +51,7 @@ def complex_step_jacobian(function: Callable, x: np.ndarray) -> np.ndarray:
     return np.stack(result, axis=-1)
 
 
-# --- preconditioned conjugate gradient ---------------------------------------------------------------
+# --- preconditioned conjugate gradient
 
 
 def naive_pcg(matrix, b, x0, inverse_preconditioner, num_steps):
@@ -66,7 +71,7 @@ def naive_pcg(matrix, b, x0, inverse_preconditioner, num_steps):
     return x, r
 
 
-# --- the LSTM of one coordinate ----------------------------------------------------------------------
+# --- the LSTM of one coordinate
 
 
 def sigmoid(x):
@@ -94,7 +99,7 @@ def naive_lstm(weights, carry, inputs):
     return float(np.asarray(weights.output_kernel) @ hidden + np.asarray(weights.output_bias)), next_carry
 
 
-# --- a tiny model --------------------------------------------------------------------------------------
+# --- a tiny model
 
 
 class Model(NamedTuple):
@@ -150,7 +155,7 @@ def softmax_cross_entropy(logits, labels):
     return sum(rows) / len(rows)
 
 
-# --- MLHF, Algorithm 1 -----------------------------------------------------------------------------------
+# --- MLHF, Algorithm 1
 
 
 class Step(NamedTuple):
@@ -254,7 +259,7 @@ def _value(settings, outputs, initial):
     return np.log1p(np.exp(settings.output_scale * outputs + offset))
 
 
-# --- the meta-losses, as functions of a trajectory -----------------------------------------------------------
+# --- the meta-losses, as functions of a trajectory
 
 
 def preconditioner_loss(steps: Sequence[Step]) -> float:

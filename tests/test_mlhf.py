@@ -1,7 +1,5 @@
 """The transformation against Algorithm 1 in NumPy, and what it does when something goes wrong."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,7 @@ import problems
 import pytest
 import references
 
-from mlhf_optax import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, mlhf, scale_by_mlhf
+from mlhf_optax import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, mlhf
 
 # Together they cover every value of every setting.
 SETTINGS = {

@@ -38,7 +38,8 @@ def _weights(batch: Any, mask: Getter | None, shape: tuple[int, ...], dtype: Any
     if values.shape != shape:
         raise ValueError(f"the mask must have the shape of the positions, {shape}, got {values.shape}")
     values = values.astype(dtype)
-    return values / jnp.maximum(jnp.sum(values), 1.0)
+    total = jnp.sum(values)
+    return values / jnp.where(total > 0, total, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mlhf_optax.convolution import matmul_convolution
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "sigmoid": nn.sigmoid,
@@ -58,6 +60,9 @@ class MLP(nn.Module):
 class DigitsConvNet(nn.Module):
     """Two 3x3 convolutions of 8 and 16 channels, each with 2x2 max pooling, then dense 32 and C.
 
+    Its convolutions are matrix products (:mod:`mlhf_optax.convolution`), so that it can be trained in
+    loops and side by side on a CPU.
+
     Attributes:
       num_outputs: number of outputs C.
 
@@ -75,7 +80,8 @@ class DigitsConvNet(nn.Module):
         """Returns logits of shape (B, C) for images of shape (B, 8, 8, 1)."""
         x = images
         for channels in (8, 16):
-            x = max_pool(nn.relu(nn.Conv(channels, (3, 3))(x)))
+            x = nn.Conv(channels, (3, 3), conv_general_dilated=matmul_convolution)(x)
+            x = max_pool(nn.relu(x))
         x = nn.relu(nn.Dense(32)(x.reshape(x.shape[0], -1)))
         return nn.Dense(self.num_outputs)(x)
 

@@ -1,0 +1,182 @@
+"""Trains networks of a task: many seeds and many settings of one optimizer at once.
+
+For a seed, the initial parameters and the order of the batches are the same whatever the optimizer,
+so that differences between curves are differences between optimizers.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mlhf_optax.inner_training import (
+    Hyperparameters,
+    MakeOptimizer,
+    accuracy,
+    draw_order,
+    init_training,
+    mean_loss,
+    training_step,
+)
+from mlhf_optax.tasks import Task
+
+TABLE_STEPS = (10, 30, 100, 200, 500)
+
+
+class Curves(NamedTuple):
+    """What trainings with E settings of one optimizer and S seeds did.
+
+    Attributes:
+      steps: the R numbers of steps after which the loss was taken.
+      train_loss: shape (E, S, R), on the whole training part, in nats; not finite where diverged.
+      test_accuracy: shape (E, S), after the last step, in [0, 1].
+    """
+
+    steps: tuple[int, ...]
+    train_loss: np.ndarray
+    test_accuracy: np.ndarray
+
+
+def default_record_steps(num_steps: int, count: int = 25) -> tuple[int, ...]:
+    """Returns steps to take the loss at: those of the table and ``count`` evenly spaced in the logarithm.
+
+    Args:
+      num_steps: length of the training.
+      count: number of evenly spaced steps, before those that round to the same step fall together.
+
+    Returns:
+      Ascending steps in [1, num_steps] that end with ``num_steps``.
+
+    Example:
+      >>> default_record_steps(30, count=4)
+      (1, 3, 10, 30)
+    """
+    curve = np.geomspace(1, num_steps, count).round().astype(int).tolist()
+    return tuple(sorted({*curve, num_steps, *(step for step in TABLE_STEPS if step <= num_steps)}))
+
+
+def train(
+    task: Task,
+    make_optimizer: MakeOptimizer,
+    hyperparameters: Hyperparameters | None = None,
+    *,
+    seeds: Sequence[int] = range(5),
+    num_steps: int = 500,
+    record_steps: Sequence[int] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Curves:
+    """Trains networks from several seeds, with every setting of an optimizer, in one compilation.
+
+    Args:
+      task: what to train; mini-batches have its ``batch_size``.
+      make_optimizer: returns the optimizer for given hyperparameters; its ``update`` gets ``batch=``.
+      hyperparameters: arguments of ``make_optimizer``, arrays of shape (E,) for E settings; None for
+        a function without arguments, E = 1.
+      seeds: S seeds of the initial parameters and the order of the batches.
+      num_steps: length of every training.
+      record_steps: ascending steps in [1, num_steps] after which to take the loss;
+        :func:`default_record_steps` if None.
+      on_step: called after every step with the number of steps done.
+
+    Returns:
+      The :class:`Curves`.
+
+    Raises:
+      ValueError: if ``seeds`` is empty, ``num_steps`` is below one, ``record_steps`` are out of range or
+        not ascending, or the batch is larger than the training part.
+
+    Example:
+      >>> import optax
+      >>> from mlhf_optax.tasks import get_task
+      >>> curves = train(get_task("digits-mlp"), lambda: optax.adam(1e-2), seeds=[0], num_steps=3)
+      >>> curves.steps, curves.train_loss.shape
+      ((1, 2, 3), (1, 1, 3))
+    """
+    steps = tuple(default_record_steps(num_steps) if record_steps is None else record_steps)
+    _check_arguments(seeds, num_steps, steps)
+    runs = _Runs(task, make_optimizer, hyperparameters, seeds, num_steps)
+    losses = []
+    for step in range(1, num_steps + 1):
+        runs.step(step - 1)
+        if step in steps:
+            losses.append(runs.train_loss())
+        if on_step is not None:
+            jax.block_until_ready(runs.state)  # a step that is only dispatched is not done
+            on_step(step)
+    return Curves(steps, np.stack(losses, axis=-1), runs.test_accuracy())
+
+
+class _Runs:
+    """E x S trainings that advance together; the leaves of their state are (E, S, ...)."""
+
+    def __init__(self, task, make_optimizer, hyperparameters, seeds, num_steps):
+        over_runs = _over_runs(task, hyperparameters or {})
+        keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+        self._train = jax.tree.map(jnp.asarray, task.data.train)
+        self._test = jax.tree.map(jnp.asarray, task.data.test)
+        self._orders = jax.jit(jax.vmap(lambda key: draw_order(task, key, num_steps)))(keys)
+        start = over_runs(lambda hyper, key, _: init_training(task, make_optimizer, hyper, key))
+        self.state = jax.jit(start)(keys, None)
+
+        # The data are arguments, not constants of the compiled program, which would copy them.
+        def step(examples, orders, number, state):
+            one = lambda hyper, order, run: training_step(
+                task, make_optimizer, hyper, examples, order[number], run
+            )
+            return over_runs(one)(orders, state)
+
+        def evaluate(measure):
+            one = lambda examples: over_runs(lambda _, __, params: measure(task, params, examples))
+            return jax.jit(lambda examples, params: one(examples)(None, params))
+
+        self._step = jax.jit(step, donate_argnums=3)
+        self._loss, self._accuracy = evaluate(mean_loss), evaluate(accuracy)
+
+    def step(self, number: int) -> None:
+        self.state = self._step(self._train, self._orders, number, self.state)
+
+    def train_loss(self) -> np.ndarray:
+        return np.asarray(self._loss(self._train, self.state.params))
+
+    def test_accuracy(self) -> np.ndarray:
+        return np.asarray(self._accuracy(self._test, self.state.params))
+
+
+def _over_runs(task: Task, hyperparameters: Hyperparameters):
+    """Maps ``one(hyperparameters, per_seed, per_run)`` over E settings and S seeds."""
+    sizes = {len(values) for values in hyperparameters.values()} or {1}
+    if len(sizes) > 1:
+        raise ValueError(f"`hyperparameters` must be arrays of one length, got lengths {sorted(sizes)}")
+    # The numbers stand for the settings where there are no hyperparameters to map over.
+    settings = (jnp.arange(sizes.pop()), dict(hyperparameters))
+
+    def in_sequence(one):
+        def seeds(setting, per_seed, runs):
+            return lax.map(lambda pair: one(setting[1], *pair), (per_seed, runs))
+
+        return lambda per_seed, runs: lax.map(
+            lambda pair: seeds(pair[0], per_seed, pair[1]), (settings, runs)
+        )
+
+    def side_by_side(one):
+        seeds = jax.vmap(lambda setting, per_seed, run: one(setting[1], per_seed, run), (None, 0, 0))
+        return lambda per_seed, runs: jax.vmap(seeds, (0, None, 0))(settings, per_seed, runs)
+
+    return in_sequence if task.sequential_on_cpu and jax.default_backend() == "cpu" else side_by_side
+
+
+def _check_arguments(seeds: Sequence[int], num_steps: int, record_steps: tuple[int, ...]) -> None:
+    if len(seeds) < 1:
+        raise ValueError("`seeds` is empty; give at least one seed")
+    if num_steps < 1:
+        raise ValueError(f"`num_steps` must be at least 1, got {num_steps}")
+    ascending = all(a < b for a, b in pairwise(record_steps))
+    if not record_steps or not ascending or record_steps[0] < 1 or record_steps[-1] > num_steps:
+        raise ValueError(f"`record_steps` must ascend within [1, {num_steps}], got {record_steps}")
+
+
+__all__ = ["TABLE_STEPS", "Curves", "default_record_steps", "train"]

@@ -53,7 +53,7 @@ def pcg(
     preconditioner: chex.ArrayTree | None = None,
     preconditioner_form: PreconditionerForm = "divide",
     initial_residual: chex.ArrayTree | None = None,
-    tolerance: float = 0.0,
+    tolerance: chex.Numeric = 0.0,
     early_exit: bool = False,
     unroll: bool | int = True,
 ) -> tuple[chex.ArrayTree, chex.ArrayTree, Info]:
@@ -98,20 +98,23 @@ def pcg(
     r0: Any = initial_residual
     y0 = invert(r0)
     rho0 = _vdot(r0, y0)
-    # <r, y> below this share of <b, P^-1 b> is rounding noise: dividing by it gives noise, and
-    # dividing by an exact zero gives NaN gradients.
-    noise = (10 * jnp.finfo(rho0.dtype).eps) ** 2 * _vdot(b, invert(b))
+    # <r, y> below this share of where it comes from is rounding noise: dividing by it gives noise,
+    # and dividing by an exact zero gives NaN gradients.
+    limits = jnp.finfo(rho0.dtype)
+    noise = (10 * limits.eps) ** 2 * jnp.maximum(rho0, _vdot(b, invert(b)))
+    noise = jnp.maximum(lax.stop_gradient(noise), limits.tiny)
 
     def is_active(state: _Loop) -> jax.Array:
         active = state.rho > noise
-        # At tolerance 0 a norm would only cost time (and its gradient is NaN at a zero residual).
-        return active & (_vdot(state.r, state.r) >= tolerance**2) if tolerance else active
+        if isinstance(tolerance, int | float) and tolerance == 0:
+            return active  # a norm would only cost time
+        return active & (_vdot(state.r, state.r) >= tolerance**2)
 
     def step(state: _Loop) -> _Loop:
         active = is_active(state)
         a_p = matvec(state.p)
         curvature = _vdot(state.p, a_p)
-        active &= curvature > 0
+        active &= curvature > limits.tiny
         alpha = _where_divide(active, state.rho, curvature)
         x = _add_scaled(state.x, alpha, state.p)
         r = _add_scaled(state.r, -alpha, a_p)
@@ -168,9 +171,21 @@ def _add_scaled(a: chex.ArrayTree, scale: jax.Array, b: chex.ArrayTree) -> chex.
     return jax.tree.map(lambda x, y: x + (scale * y).astype(x.dtype), a, b)
 
 
+@jax.custom_jvp
+def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """A quotient whose derivative does not square the denominator, which would underflow first."""
+    return numerator / denominator
+
+
+@_divide.defjvp
+def _divide_jvp(primals, tangents):
+    quotient = primals[0] / primals[1]
+    return quotient, (tangents[0] - quotient * tangents[1]) / primals[1]
+
+
 def _where_divide(condition: jax.Array, numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     safe = jnp.where(condition, denominator, 1.0)
-    return jnp.where(condition, numerator / safe, 0.0)
+    return jnp.where(condition, _divide(numerator, safe), 0.0)
 
 
 __all__ = ["Info", "PreconditionerForm", "check_num_steps", "pcg"]

@@ -1,0 +1,149 @@
+"""What meta-training needs to know of a task and of a learned optimizer, and nothing else.
+
+Everything around the meta-gradient (replay, health, validation, driver) works on these two
+interfaces, so another learned optimizer joins by giving its own :class:`LearnedOptimizer`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+
+class Task(Protocol):
+    """A network and a loss. Anything with these three attributes is a task."""
+
+    @property
+    def init_fn(self) -> Callable[[chex.PRNGKey], chex.ArrayTree]:
+        """``init_fn(key) -> params``, fresh parameters."""
+        ...
+
+    @property
+    def predict_fn(self) -> Callable[[chex.ArrayTree, Any], Any]:
+        """``predict_fn(params, batch) -> outputs``."""
+        ...
+
+    @property
+    def loss_fn(self) -> Callable[[Any, Any], jax.Array]:
+        """``loss_fn(outputs, batch) -> scalar``."""
+        ...
+
+
+class MetaGradient(NamedTuple):
+    """Result of one unroll of T steps.
+
+    Attributes:
+      gradient: gradient of the meta-loss(es), shaped like the meta-parameters.
+      meta_losses: named values of the meta-losses, scalars.
+      params: parameters after T steps.
+      opt_state: optimizer state after T steps.
+      inner_losses: shape (T + 1,), the loss on mini-batch t before step t, for t = 1..T+1.
+      gradient_norm: norm of the gradient after T steps.
+      priority: importance for rank-based replay, scalar.
+    """
+
+    gradient: chex.ArrayTree
+    meta_losses: dict[str, jax.Array]
+    params: chex.ArrayTree
+    opt_state: chex.ArrayTree
+    inner_losses: jax.Array
+    gradient_norm: jax.Array
+    priority: jax.Array
+
+
+class LearnedOptimizer(NamedTuple):
+    """A learned optimizer as meta-training sees it.
+
+    Attributes:
+      build: ``build(meta_params, task) -> optax.GradientTransformationExtraArgs``, the whole
+        optimizer, learning rate included, as it will be used.
+      meta_gradient: ``meta_gradient(meta_params, task, params, opt_state, batches, key) ->``
+        :class:`MetaGradient`; ``batches`` has leaves (T + 1, B, ...), ``opt_state`` comes from
+        ``build(meta_params, task).init(params)`` or from the previous unroll.
+    """
+
+    build: Callable[[Any, Task], optax.GradientTransformationExtraArgs]
+    meta_gradient: Callable[..., MetaGradient]
+
+
+class Trajectory(NamedTuple):
+    """What a differentiated unroll leaves for a meta-loss.
+
+    Attributes:
+      losses: shape (T + 1,), the loss on mini-batch t at the parameters before step t.
+      next_losses: shape (T,), the loss on mini-batch t at the parameters after step t.
+    """
+
+    losses: jax.Array
+    next_losses: jax.Array
+
+
+def task_loss(task: Task, params: chex.ArrayTree, batch: Any) -> jax.Array:
+    """Returns ``loss_fn(predict_fn(params, batch), batch)``."""
+    return task.loss_fn(task.predict_fn(params, batch), batch)
+
+
+def unrolled_optimizer(
+    build: Callable[[Any, Task], optax.GradientTransformationExtraArgs],
+    meta_loss: Callable[[Trajectory], jax.Array],
+    *,
+    second_derivatives: bool = False,
+    remat: bool = False,
+) -> LearnedOptimizer:
+    """Makes a learned optimizer whose meta-gradient is back-propagation through the unroll.
+
+    This is the general road (Andrychowicz et al. 2016): any optimizer, any meta-loss. MLHF has
+    losses of its own with cut points that allow a cheaper one,
+    :func:`mlhf_optax.meta_training.mlhf_optimizer`.
+
+    Args:
+      build: how meta-parameters become an optimizer.
+      meta_loss: scalar to minimise, a function of the :class:`Trajectory`.
+      second_derivatives: differentiate through the gradients that the optimizer is given.
+      remat: recompute each step in the backward pass; memory for T carries instead of T steps.
+
+    Returns:
+      The learned optimizer.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> learned = unrolled_optimizer(
+      ...     lambda log_rate, task: optax.with_extra_args_support(optax.sgd(jnp.exp(log_rate))),
+      ...     lambda trajectory: jnp.mean(trajectory.losses[1:]))
+      >>> learned.build(jnp.log(0.5), None).update(jnp.ones(2), (optax.EmptyState(),) * 2)[0]
+      Array([-0.5, -0.5], dtype=float32)
+    """
+
+    def meta_gradient(meta_params, task, params, opt_state, batches, key) -> MetaGradient:
+        del key
+
+        def unroll(meta):
+            optimizer = build(meta, task)
+
+            def step(carry, batch):
+                w, state = carry
+                loss, gradient = jax.value_and_grad(lambda p: task_loss(task, p, batch))(w)
+                seen = gradient if second_derivatives else lax.stop_gradient(gradient)
+                updates, state = optimizer.update(seen, state, w, batch=batch)
+                w = optax.apply_updates(w, updates)
+                return (w, state), (loss, task_loss(task, w, batch))
+
+            body = jax.checkpoint(step) if remat else step
+            used = jax.tree.map(lambda x: x[:-1], batches)
+            last = jax.tree.map(lambda x: x[-1], batches)
+            (w, state), (losses, next_losses) = lax.scan(body, (params, opt_state), used)
+            final, gradient = jax.value_and_grad(lambda p: task_loss(task, p, last))(w)
+            trajectory = Trajectory(jnp.append(losses, final), next_losses)
+            return meta_loss(trajectory), (trajectory.losses, w, state, optax.tree.norm(gradient))
+
+        (value, (losses, w, state, norm)), gradient = jax.value_and_grad(unroll, has_aux=True)(meta_params)
+        return MetaGradient(gradient, {"meta_loss": value}, w, state, losses, norm, value)
+
+    return LearnedOptimizer(build, meta_gradient)
+
+
+__all__ = ["LearnedOptimizer", "MetaGradient", "Task", "Trajectory", "task_loss", "unrolled_optimizer"]

@@ -67,7 +67,7 @@ def train(
     seeds: Sequence[int] = range(5),
     num_steps: int = 500,
     record_steps: Sequence[int] | None = None,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int, np.ndarray | None], None] | None = None,
 ) -> Curves:
     """Trains networks from several seeds, with every setting of an optimizer, in one compilation.
 
@@ -80,7 +80,8 @@ def train(
       num_steps: length of every training.
       record_steps: ascending steps in [1, num_steps] after which to take the loss;
         :func:`default_record_steps` if None.
-      on_step: called after every step with the number of steps done.
+      on_step: called after every step with the number of steps done and, where the loss was taken, the
+        losses of shape (E, S), otherwise None.
 
     Returns:
       The :class:`Curves`.
@@ -102,11 +103,12 @@ def train(
     losses = []
     for step in range(1, num_steps + 1):
         runs.step(step - 1)
-        if step in steps:
+        is_recorded = step in steps
+        if is_recorded:
             losses.append(runs.train_loss())
         if on_step is not None:
             jax.block_until_ready(runs.state)  # a step that is only dispatched is not done
-            on_step(step)
+            on_step(step, losses[-1] if is_recorded else None)
     return Curves(steps, np.stack(losses, axis=-1), runs.test_accuracy())
 
 

@@ -1,7 +1,12 @@
 """Meta-Learning with Hessian-Free (MLHF) as an optax gradient transformation."""
 
 from mlhf_optax.curvature import ggn_matvec as ggn_matvec
+from mlhf_optax.hessian_free import HessianFreeInfo as HessianFreeInfo
+from mlhf_optax.hessian_free import ScaleByHessianFreeState as ScaleByHessianFreeState
+from mlhf_optax.hessian_free import hessian_free as hessian_free
+from mlhf_optax.hessian_free import scale_by_hessian_free as scale_by_hessian_free
 from mlhf_optax.layer_types import layer_types as layer_types
+from mlhf_optax.levenberg_marquardt import LevenbergMarquardt as LevenbergMarquardt
 from mlhf_optax.losses import SigmoidCrossEntropy as SigmoidCrossEntropy
 from mlhf_optax.losses import SoftmaxCrossEntropy as SoftmaxCrossEntropy
 from mlhf_optax.losses import SquaredError as SquaredError

@@ -97,29 +97,29 @@ def pcg(
         initial_residual = jax.tree.map(jnp.subtract, b, matvec(x0))
     r0: Any = initial_residual
     y0 = invert(r0)
-    rho0 = _vdot(r0, y0)
+    rho0 = vdot(r0, y0)
     # <r, y> below this share of where it comes from is rounding noise: dividing by it gives noise,
     # and dividing by an exact zero gives NaN gradients.
     limits = jnp.finfo(rho0.dtype)
-    noise = (10 * limits.eps) ** 2 * jnp.maximum(rho0, _vdot(b, invert(b)))
+    noise = (10 * limits.eps) ** 2 * jnp.maximum(rho0, vdot(b, invert(b)))
     noise = jnp.maximum(lax.stop_gradient(noise), limits.tiny)
 
     def is_active(state: _Loop) -> jax.Array:
         active = state.rho > noise
         if isinstance(tolerance, int | float) and tolerance == 0:
             return active  # a norm would only cost time
-        return active & (_vdot(state.r, state.r) >= tolerance**2)
+        return active & (vdot(state.r, state.r) >= tolerance**2)
 
     def step(state: _Loop) -> _Loop:
         active = is_active(state)
         a_p = matvec(state.p)
-        curvature = _vdot(state.p, a_p)
+        curvature = vdot(state.p, a_p)
         active &= curvature > limits.tiny
         alpha = _where_divide(active, state.rho, curvature)
         x = _add_scaled(state.x, alpha, state.p)
         r = _add_scaled(state.r, -alpha, a_p)
         y = invert(r)
-        rho = _vdot(r, y)
+        rho = vdot(r, y)
         beta = _where_divide(active, rho, state.rho)
         p = _add_scaled(y, beta, state.p)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(active, n, o), new, old)
@@ -133,7 +133,7 @@ def pcg(
         state = lax.while_loop(go_on, lambda c: (c[0] + 1, step(c[1])), indexed)[1]
     elif num_steps:
         state = lax.fori_loop(0, num_steps, lambda _, s: step(s), state, unroll=unroll)
-    norm = jnp.sqrt(lax.stop_gradient(_vdot(state.r, state.r))).astype(jnp.float32)
+    norm = jnp.sqrt(lax.stop_gradient(vdot(state.r, state.r))).astype(jnp.float32)
     return state.x, state.r, Info(state.steps, norm)
 
 
@@ -159,7 +159,9 @@ def _inverse_preconditioner(preconditioner, form: PreconditionerForm) -> Matvec:
     return lambda r: jax.tree.map(lambda p, leaf: (p * leaf).astype(leaf.dtype), preconditioner, r)
 
 
-def _vdot(a: Any, b: Any) -> Any:
+def vdot(a: Any, b: Any) -> Any:
+    """Returns the inner product of two trees, a scalar of at least float32."""
+
     def leaf(x, y):
         dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
         return jnp.sum(x.astype(dtype) * y.astype(dtype))
@@ -188,4 +190,4 @@ def _where_divide(condition: jax.Array, numerator: jax.Array, denominator: jax.A
     return jnp.where(condition, _divide(numerator, safe), 0.0)
 
 
-__all__ = ["Info", "PreconditionerForm", "check_num_steps", "pcg"]
+__all__ = ["Info", "PreconditionerForm", "check_num_steps", "pcg", "vdot"]

@@ -6,9 +6,8 @@ preconditioner; the damping is a number, a schedule, or adapted by the Levenberg
 Source: paper, section 4.2 and table 1, HF(Fixed) and HF(LM); Martens 2010.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -27,7 +26,7 @@ from mlhf_optax.levenberg_marquardt import LevenbergMarquardt, Solution, reducti
 from mlhf_optax.pcg import check_num_steps, pcg, vdot
 from mlhf_optax.safeguards import require_batch, require_params, select_tree, tree_is_finite
 
-Damping = chex.Numeric | optax.Schedule | LevenbergMarquardt
+Damping = optax.ScalarOrSchedule | LevenbergMarquardt
 
 
 class HessianFreeInfo(NamedTuple):
@@ -75,7 +74,7 @@ def scale_by_hessian_free(
     damping: Damping = 0.1,
     step_size: optax.ScalarOrSchedule = 1.0,
     num_cg_steps: int = 20,
-    tolerance: chex.Numeric = 1e-5,
+    tolerance: float | jax.Array = 1e-5,
     curvature_batch_size: CurvatureBatch = None,
     early_exit: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -127,21 +126,21 @@ def scale_by_hessian_free(
       <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`_, 2010.
     """
     _check_arguments(predict_fn, loss_fn, damping, num_cg_steps, tolerance, curvature_batch_size)
+    rule = damping if isinstance(damping, LevenbergMarquardt) else None
 
     def init_fn(params):
         check_whole_tree(params)
-        start = damping.initial_damping if isinstance(damping, LevenbergMarquardt) else _at(damping, 0)
+        start = rule.initial_damping if rule else _at(damping, 0)
         no_steps, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
         info = HessianFreeInfo(no_steps, nothing, no_steps, nothing, nothing)
         return ScaleByHessianFreeState(no_steps, jnp.asarray(start, jnp.float32), info)
 
-    def update_fn(updates, state, params=None, *, batch=None, **extra_args):
+    def update_fn(updates, state, params: Any = None, *, batch=None, **extra_args):
         del extra_args
         require_params(params, "hessian_free")
         require_batch(batch, "hessian_free")
         check_whole_tree(params)
-        adapts = isinstance(damping, LevenbergMarquardt)
-        value = state.damping_value if adapts else jnp.asarray(_at(damping, state.count), jnp.float32)
+        value = state.damping_value if rule else jnp.asarray(_at(damping, state.count), jnp.float32)
         part = curvature_subset(predict_fn, params, batch, curvature_batch_size)
         matvec = _shifted(ggn_matvec(predict_fn, loss_fn, params, part), value)
         solver = {"num_steps": num_cg_steps, "tolerance": tolerance, "early_exit": early_exit}
@@ -149,16 +148,17 @@ def scale_by_hessian_free(
         descent = vdot(direction, updates).astype(jnp.float32)
         is_sound = tree_is_finite((updates, direction, residual)) & (descent > 0)
         ratio, is_taken = jnp.zeros((), jnp.float32), is_sound
-        if adapts:
+        if rule:
             loss = lambda p: loss_fn(predict_fn(p, batch), batch)
             solution = Solution(updates, direction, residual, value)
             ratio, new_loss = reduction_ratio(loss, params, solution, _at(step_size, state.count))
-            value = jnp.where(is_sound, damping.adapt(value, ratio), value)
+            value = jnp.where(is_sound, rule.adapt(value, ratio), value)
             is_taken = is_sound & jnp.isfinite(new_loss)
         update = select_tree(is_taken, direction, jax.tree.map(jnp.zeros_like, direction))
         skipped = state.info.skipped_steps + jnp.logical_not(is_taken).astype(jnp.int32)
         info = HessianFreeInfo(skipped, descent, cg.steps, cg.residual_norm, ratio)
-        return update, ScaleByHessianFreeState(optax.safe_increment(state.count), value, info)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return update, ScaleByHessianFreeState(count, value, info)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -170,7 +170,7 @@ def hessian_free(
     *,
     damping: Damping = 0.1,
     num_cg_steps: int = 20,
-    tolerance: chex.Numeric = 1e-5,
+    tolerance: float | jax.Array = 1e-5,
     curvature_batch_size: CurvatureBatch = None,
     early_exit: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -226,7 +226,7 @@ def _shifted(ggn: Matvec, shift: jax.Array) -> Matvec:
     return lambda vector: jax.tree.map(lambda gv, v: gv + (shift * v).astype(gv.dtype), ggn(vector), vector)
 
 
-def _at(value: optax.ScalarOrSchedule, count: chex.Numeric) -> chex.Numeric:
+def _at(value: Any, count: jax.Array | int) -> Any:
     return value(count) if callable(value) else value
 
 
@@ -240,7 +240,8 @@ def _check_arguments(predict_fn, loss_fn, damping, num_cg_steps, tolerance, curv
     for name, value in (("damping", damping), ("tolerance", tolerance)):
         if isinstance(value, int | float) and not value >= 0:
             raise ValueError(f"`{name}` must be a number >= 0, got {value}")
-    if not (isinstance(damping, LevenbergMarquardt) or callable(damping) or jnp.isscalar(damping)):
+    is_number = isinstance(damping, int | float) or getattr(damping, "shape", None) == ()
+    if not (is_number or callable(damping) or isinstance(damping, LevenbergMarquardt)):
         raise TypeError(
             "`damping` must be a number, a schedule or a LevenbergMarquardt rule, got "
             f"{type(damping).__name__}"

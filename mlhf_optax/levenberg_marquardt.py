@@ -7,7 +7,7 @@ that numerator and denominator speak of the same function and no batch needs to 
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -99,10 +99,10 @@ class Solution(NamedTuple):
 
 
 def reduction_ratio(
-    loss: Callable[[chex.ArrayTree], jax.Array],
+    loss: Callable[[Any], jax.Array],
     params: chex.ArrayTree,
     solution: Solution,
-    step_size: chex.Numeric,
+    step_size: float | jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the reduction ratio of the step ``-step_size * direction`` and the loss after it.
 
@@ -128,7 +128,7 @@ def reduction_ratio(
     """
     direction = solution.direction
     step = jax.tree.map(lambda d: (-step_size * d).astype(d.dtype), direction)
-    new_loss = loss(optax.apply_updates(params, step))
+    new_loss = loss(optax.apply_updates(params, step))  # rounds to the dtype of the parameters
     slope = vdot(direction, solution.gradient)
     curvature = slope - vdot(direction, solution.residual) - solution.damping * vdot(direction, direction)
     predicted = -step_size * slope + 0.5 * step_size**2 * curvature

@@ -124,7 +124,7 @@ class Model(NamedTuple):
         """Logits of shape (B, outputs)."""
         sizes = [self.hidden, self.inputs * self.hidden, self.outputs, self.hidden * self.outputs]
         bias_0, kernel_0, bias_1, kernel_1 = np.split(w, np.cumsum(sizes)[:-1])
-        hidden = np.tanh(batch["image"] @ kernel_0.reshape(self.inputs, self.hidden) + bias_0)
+        hidden = np.tanh(np.asarray(batch["image"]) @ kernel_0.reshape(self.inputs, self.hidden) + bias_0)
         return hidden @ kernel_1.reshape(self.hidden, self.outputs) + bias_1
 
     def loss(self, w, batch):

@@ -1,0 +1,242 @@
+"""The commands of ``mlhf-optax``: parsing and printing; the work is done elsewhere."""
+
+import contextlib
+import enum
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import mlhf_optax
+from mlhf_optax.models import ACTIVATIONS
+from mlhf_optax.pretrained import list_pretrained
+from mlhf_optax.tasks import TASKS, get_task
+from mlhf_optax.train_command import FAMILIES, make_plan, run_plan
+
+app = typer.Typer(
+    help="Train networks with MLHF, a learned second-order optimizer, and see how it compares with SGD, "
+    "RMSprop and Adam.",
+    epilog="Start with `mlhf-optax train`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help=f"What to train: {', '.join(TASKS)}.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Examples a mini-batch; by default the task's own number."),
+]
+
+
+def _option(text: str, *names: str, metavar: str = "N", **options: Any) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, **options)
+
+
+class StartingSettings(enum.StrEnum):
+    """Names of the settings that a meta-training can start from."""
+
+    DEFAULT = "default"
+    PAPER = "paper"
+    AUTHORS = "authors"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(mlhf_optax.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        _option(
+            "Print the version and exit.", "--version", metavar="", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    task: TaskName = "digits-mlp",
+    seeds: Annotated[int, _option("Trainings of each optimizer; their mean is shown.", min=1)] = 5,
+    steps: Annotated[int, _option("Length of each training, in mini-batches.", min=1)] = 500,
+    batch_size: BatchSize = None,
+    optimizers: Annotated[str, _option("Which ones, separated by commas.", metavar="NAMES")] = ",".join(
+        FAMILIES
+    ),
+    meta_params: Annotated[
+        str | None,
+        _option(
+            "Meta-parameters of MLHF, by default those for the task: see `mlhf-optax list`.",
+            metavar="NAME|FILE",
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, _option("Learning rate of MLHF; its meta-parameters know a good one.", metavar="X")
+    ] = None,
+    cg_steps: Annotated[int | None, _option("CG steps of MLHF, by default as meta-trained.", min=1)] = None,
+    curvature_batch_size: Annotated[
+        str | None,
+        _option(
+            "Examples of the batch for MLHF's curvature, by default all; or a share, like 0.25.",
+            metavar="N|X",
+        ),
+    ] = None,
+    hidden: Annotated[
+        str | None, _option("Widths of the hidden layers of digits-mlp, like 16 or 32,32.", metavar="N,N")
+    ] = None,
+    activation: Annotated[
+        str | None, _option(f"Activation in digits-mlp: {', '.join(ACTIVATIONS)}.", metavar="NAME")
+    ] = None,
+    show_all: Annotated[bool, _option("Show every setting, not only the best.", "--all", metavar="")] = False,
+    json_file: Annotated[
+        Path | None, _option("Write all results to a file.", "--json", metavar="FILE")
+    ] = None,
+    figure: Annotated[
+        Path | None, _option("Where the figure goes, by default ./mlhf-optax-TASK.png.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Train a task with MLHF and with a grid of first-order optimizers, and compare them.
+
+    The grid is that of the MLHF paper: SGD with momentum, RMSprop and Adam, each with three learning rates
+    and three values of every decay, 45 settings in all. Prints a table and draws a figure.
+    """
+    with _errors_explained():
+        plan = make_plan(
+            task,
+            _given(batch_size=batch_size, hidden=_parse_widths(hidden), activation=activation),
+            families=_parse_names(optimizers),
+            meta_params=meta_params,
+            learning_rate=learning_rate,
+            num_cg_steps=cg_steps,
+            curvature_batch_size=_parse_part(curvature_batch_size),
+            num_seeds=seeds,
+            num_steps=steps,
+            figure=figure,
+            json_file=json_file,
+        )
+    if not run_plan(plan, command=context.obj, show_all=show_all):
+        raise typer.Exit(130)
+
+
+@app.command("meta-train")
+def meta_train(
+    task: TaskName = "digits-mlp",
+    output: Annotated[
+        Path | None,
+        _option("Folder for checkpoints, metrics and the result, by default runs/TASK.", metavar="DIR"),
+    ] = None,
+    iterations: Annotated[int, _option("Meta-iterations, each one unroll of every task.", min=1)] = 1000,
+    num_tasks: Annotated[int, _option("Networks in training side by side.", min=1)] = 8,
+    unroll_length: Annotated[int, _option("Steps of an unroll.", min=1)] = 10,
+    batch_size: BatchSize = None,
+    meta_learning_rate: Annotated[
+        float, _option("Peak learning rate of the meta-optimizer.", metavar="X")
+    ] = 1e-2,
+    seed: Annotated[int, _option("Decides everything that is random.")] = 0,
+    resume: Annotated[
+        bool, _option("Go on from the last checkpoint in the folder.", "--resume", metavar="")
+    ] = False,
+    checkpoint_every: Annotated[int, _option("Meta-iterations between checkpoints.", min=1)] = 50,
+    validate_every: Annotated[int, _option("Meta-iterations between validations.", min=1)] = 100,
+    settings: Annotated[
+        StartingSettings,
+        _option(
+            "What the LSTMs see and mean: ours, the paper's or its authors' code's.",
+            metavar="|".join(StartingSettings),
+        ),
+    ] = StartingSettings.DEFAULT,
+) -> None:
+    """Meta-train MLHF on a task, on the part of its data that `mlhf-optax train` never uses.
+
+    It can be stopped at any time and continued with `--resume`. The result is a file for
+    `mlhf-optax train --meta-params FILE`.
+    """
+    from mlhf_optax.meta_train_command import run_meta_training
+
+    run_meta_training(
+        task=task,
+        output=Path("runs") / task if output is None else output,
+        iterations=iterations,
+        num_tasks=num_tasks,
+        unroll_length=unroll_length,
+        batch_size=batch_size,
+        meta_learning_rate=meta_learning_rate,
+        seed=seed,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+        validate_every=validate_every,
+        settings=settings.value,
+    )
+
+
+@app.command("list")
+def list_all() -> None:
+    """List the tasks and the meta-parameters that come with the package."""
+    console = Console(highlight=False)
+    table = Table("task", "what is trained", box=box.SIMPLE_HEAD, padding=0)
+    for name in TASKS:
+        table.add_row(name, get_task(name).description)
+    console.print(table)
+    columns = ("meta-parameters", "trained on", "learning rate", "batch", "CG steps")
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=0)
+    for name, record in list_pretrained().items():
+        values = (record[key] for key in ("task", "learning_rate", "batch_size", "num_cg_steps"))
+        table.add_row(name, *map(str, values))
+    console.print(table)
+
+
+@contextlib.contextmanager
+def _errors_explained() -> Iterator[None]:
+    """Prints what is wrong with the arguments as one line; only for code that checks and loads."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        Console(stderr=True, highlight=False).print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _parse_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not set(names) <= set(FAMILIES):
+        raise ValueError(
+            f"--optimizers must be among {','.join(FAMILIES)}, separated by commas, got {text!r}"
+        )
+    return names
+
+
+def _parse_widths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    widths = [width.strip() for width in text.split(",")]
+    if not all(width.isdecimal() for width in widths):
+        raise ValueError(f"--hidden must be widths separated by commas, like 32 or 32,32, got {text!r}")
+    return tuple(map(int, widths))
+
+
+def _parse_part(text: str | None) -> int | float | None:
+    if text is None:
+        return None
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError as error:
+        raise ValueError(f"--curvature-batch-size must be a number or a share, got {text!r}") from error
+
+
+__all__ = ["app"]

@@ -1,5 +1,7 @@
 """Meta-Learning with Hessian-Free (MLHF) as an optax gradient transformation."""
 
+from typing import TYPE_CHECKING
+
 from mlhf_optax.curvature import ggn_matvec as ggn_matvec
 from mlhf_optax.hessian_free import HessianFreeInfo as HessianFreeInfo
 from mlhf_optax.hessian_free import ScaleByHessianFreeState as ScaleByHessianFreeState
@@ -28,3 +30,15 @@ from mlhf_optax.pretrained import load_pretrained as load_pretrained
 from mlhf_optax.safeguards import limit_update_ratio as limit_update_ratio
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mlhf_optax.train_state import TrainState as TrainState
+
+
+def __getattr__(name: str):
+    # Flax (and what it imports in turn) is loaded only by those who use it: all else runs on plain functions.
+    if name == "TrainState":
+        from mlhf_optax.train_state import TrainState
+
+        return TrainState
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,199 @@
+"""Flax training states: linen with `TrainState`, nnx with its own `Optimizer`."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from flax.training import train_state as flax_train_state
+
+from mlhf_optax import SoftmaxCrossEntropy, TrainState, hessian_free, init_meta_params, mlhf
+
+LOSS = SoftmaxCrossEntropy()
+META_PARAMS = init_meta_params(jax.random.key(0))
+BATCH = {
+    "image": np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32),
+    "label": np.arange(8) % 2,
+}
+
+
+class Dense(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(nn.tanh(nn.Dense(4)(x)))
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+        return nn.Dense(2)(nn.tanh(x))
+
+
+def dense_state(make_optimizer):
+    model = Dense()
+    predict_fn = lambda params, batch: model.apply({"params": params}, batch["image"])
+    params = model.init(jax.random.key(0), BATCH["image"])["params"]
+    return predict_fn, TrainState.create(apply_fn=model.apply, params=params, tx=make_optimizer(predict_fn))
+
+
+OPTIMIZERS = {
+    "mlhf": lambda predict_fn: mlhf(1.0, META_PARAMS, predict_fn, LOSS),
+    "hessian_free": lambda predict_fn: hessian_free(1.0, predict_fn, LOSS, damping=0.1),
+    "adam": lambda predict_fn: optax.adam(0.05),
+    "clipped mlhf": lambda predict_fn: optax.chain(
+        mlhf(1.0, META_PARAMS, predict_fn, LOSS), optax.clip_by_global_norm(1.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_linen_training_with_any_optimizer_compiles_once_and_learns(name):
+    predict_fn, state = dense_state(OPTIMIZERS[name])
+    compilations = []
+
+    @jax.jit
+    def step(state, batch):
+        compilations.append(1)
+        loss, grads = jax.value_and_grad(lambda p: LOSS(predict_fn(p, batch), batch))(state.params)
+        return state.apply_gradients(grads=grads, batch=batch), loss
+
+    losses = []
+    for _ in range(6):
+        state, loss = step(state, BATCH)
+        losses.append(float(loss))
+    assert len(compilations) == 1
+    assert int(state.step) == 6
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_step_is_that_of_calling_the_optimizer_by_hand():
+    predict_fn, state = dense_state(OPTIMIZERS["mlhf"])
+    grads = jax.grad(lambda p: LOSS(predict_fn(p, BATCH), BATCH))(state.params)
+    updates, opt_state = state.tx.update(grads, state.opt_state, state.params, batch=BATCH)
+    got = state.apply_gradients(grads=grads, batch=BATCH)
+    jax.tree.map(np.testing.assert_array_equal, got.params, optax.apply_updates(state.params, updates))
+    jax.tree.map(np.testing.assert_array_equal, got.opt_state, opt_state)
+    assert got.tx is state.tx
+    assert got.apply_fn is state.apply_fn
+
+
+def test_without_a_batch_it_is_the_state_of_flax():
+    _, state = dense_state(OPTIMIZERS["adam"])
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    fields = {"apply_fn": state.apply_fn, "params": state.params, "tx": state.tx}
+    flax_state = flax_train_state.TrainState.create(**fields).apply_gradients(grads=grads)
+    jax.tree.map(np.testing.assert_array_equal, state.apply_gradients(grads=grads).params, flax_state.params)
+    with pytest.raises(TypeError, match=r"needs the batch.*`apply_gradients\(grads=grads, batch=batch\)`"):
+        dense_state(OPTIMIZERS["mlhf"])[1].apply_gradients(grads=grads)
+
+
+class NormedState(TrainState):
+    batch_stats: Any
+    batch: Any = None  # a field of this name must not swallow the batch
+
+
+def test_batch_statistics_ride_in_the_batch_and_are_replaced_as_in_flax():
+    model = Normed()
+    variables = model.init(jax.random.key(0), BATCH["image"])
+
+    def forward(params, batch):
+        variables = {"params": params, **batch["model_state"]}
+        return model.apply(variables, batch["image"], mutable=["batch_stats"])
+
+    tx = mlhf(1.0, META_PARAMS, lambda params, batch: forward(params, batch)[0], LOSS)
+    state = NormedState.create(
+        apply_fn=model.apply, params=variables["params"], tx=tx, batch_stats=variables["batch_stats"]
+    )
+
+    compilations = []
+
+    @jax.jit
+    def step(state, batch):
+        compilations.append(1)
+        batch = {**batch, "model_state": {"batch_stats": state.batch_stats}}
+
+        def loss_fn(params):
+            outputs, new_model_state = forward(params, batch)
+            return LOSS(outputs, batch), new_model_state["batch_stats"]
+
+        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads, batch=batch, batch_stats=batch_stats), loss
+
+    losses = []
+    for _ in range(6):
+        state, loss = step(state, BATCH)
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]
+    assert isinstance(state, NormedState)
+    assert state.batch is None
+    mean = state.batch_stats["BatchNorm_0"]["mean"]
+    assert not np.allclose(mean, variables["batch_stats"]["BatchNorm_0"]["mean"])
+    assert len(compilations) == 1
+
+
+def test_a_replaced_optimizer_stays_replaced():
+    _, state = dense_state(OPTIMIZERS["adam"])
+    other = optax.sgd(0.1)
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    assert state.apply_gradients(grads=grads, batch=BATCH, tx=other).tx is other
+
+
+def test_parameters_that_are_overwritten_by_their_gradient_stay_out_of_the_optimizer():
+    predict_fn, state = dense_state(OPTIMIZERS["mlhf"])
+    params = {"params": state.params, OVERWRITE_WITH_GRADIENT: {"scale": jnp.ones(2)}}
+    grads = jax.grad(lambda p: LOSS(predict_fn(p, BATCH), BATCH))(state.params)
+    whole = TrainState.create(apply_fn=state.apply_fn, params=params, tx=state.tx)
+    new = whole.apply_gradients(
+        grads={"params": grads, OVERWRITE_WITH_GRADIENT: {"scale": jnp.full(2, 7.0)}}, batch=BATCH
+    )
+    np.testing.assert_array_equal(new.params[OVERWRITE_WITH_GRADIENT]["scale"], [7.0, 7.0])
+    want = state.apply_gradients(grads=grads, batch=BATCH).params
+    jax.tree.map(np.testing.assert_array_equal, new.params["params"], want)
+
+
+# nnx.
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs, *, norm):
+        self.first = nnx.Linear(3, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs) if norm else None
+        self.second = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.first(x)
+        return self.second(nnx.tanh(x if self.norm is None else self.norm(x)))
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "batch norm"])
+def test_the_nnx_optimizer_takes_the_batch_as_it_is(norm):
+    model = NnxNet(nnx.Rngs(0), norm=norm)
+    graphdef, _, _ = nnx.split(model, nnx.Param, ...)
+
+    def predict_fn(params, batch):
+        return nnx.merge(graphdef, params, batch["model_state"])(batch["image"])
+
+    optimizer = nnx.Optimizer(model, mlhf(1.0, META_PARAMS, predict_fn, LOSS), wrt=nnx.Param)
+    compilations = []
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        compilations.append(1)
+        # The state before the forward pass, which moves the running averages on.
+        model_state = nnx.state(model, nnx.Not(nnx.Param))
+        model_state = jax.tree.map(lambda x: x, model_state)
+        loss, grads = nnx.value_and_grad(lambda m: LOSS(m(batch["image"]), batch))(model)
+        optimizer.update(model, grads, batch={**batch, "model_state": model_state})
+        return loss
+
+    losses = [float(step(model, optimizer, BATCH)) for _ in range(6)]
+    assert len(compilations) == 1
+    assert losses[-1] < 0.9 * losses[0]
+    if norm:
+        assert np.abs(model.norm.mean.get_value()).max() > 0

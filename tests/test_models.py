@@ -1,0 +1,122 @@
+"""The networks, against NumPy and against Flax's own layers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from mlhf_optax import layer_types
+from mlhf_optax.convolution import matmul_convolution
+from mlhf_optax.models import ACTIVATIONS, MLP, DigitsConvNet, max_pool
+
+NUMPY_ACTIVATIONS = {
+    "relu": lambda x: np.maximum(x, 0),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_mlp_is_dense_layers_with_the_activation_between(activation, x64):
+    model = MLP(hidden=(5, 4), num_outputs=3, activation=activation)
+    images = jax.random.normal(jax.random.key(1), (2, 3, 2, 1))
+    params = model.init(jax.random.key(0), images)["params"]
+    x = np.asarray(images).reshape(2, 6)
+    for layer in ("Dense_0", "Dense_1", "Dense_2"):
+        x = x @ np.asarray(params[layer]["kernel"]) + np.asarray(params[layer]["bias"])
+        x = NUMPY_ACTIVATIONS[activation](x) if layer != "Dense_2" else x
+    np.testing.assert_allclose(model.apply({"params": params}, images), x, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"hidden": (0,)}, {"num_outputs": 0}])
+def test_mlp_widths_must_be_positive(options):
+    with pytest.raises(ValueError, match="`hidden` and `num_outputs` must be at least 1"):
+        MLP(**options)
+
+
+def test_mlp_activation_must_be_known():
+    with pytest.raises(
+        ValueError, match=r"`activation` must be one of \['relu', 'sigmoid', 'tanh'\], got 'gelu'"
+    ):
+        MLP(activation="gelu")
+
+
+def test_convnet_has_layers_that_mlhf_knows():
+    params = DigitsConvNet().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    assert layer_types(params) == {
+        "Conv_0": {"kernel": "conv_kernel", "bias": "conv_bias"},
+        "Conv_1": {"kernel": "conv_kernel", "bias": "conv_bias"},
+        "Dense_0": {"kernel": "dense_kernel", "bias": "dense_bias"},
+        "Dense_1": {"kernel": "dense_kernel", "bias": "dense_bias"},
+    }
+
+
+class PlainConvNet(nn.Module):
+    """What DigitsConvNet computes, from Flax's own convolution and pooling."""
+
+    @nn.compact
+    def __call__(self, x):
+        for channels in (8, 16):
+            x = nn.max_pool(nn.relu(nn.Conv(channels, (3, 3))(x)), (2, 2), strides=(2, 2))
+        x = nn.relu(nn.Dense(32)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(10)(x)
+
+
+def test_convnet_computes_what_plain_flax_layers_do(x64):
+    images = jax.random.uniform(jax.random.key(1), (3, 8, 8, 1), jnp.float64)
+    params = DigitsConvNet().init(jax.random.key(0), images)["params"]
+
+    def outputs_and_gradient(model):
+        outputs, pull_back = jax.vjp(lambda p: model.apply({"params": p}, images), params)
+        return outputs, pull_back(jnp.cos(outputs))[0]
+
+    ours, plain = outputs_and_gradient(DigitsConvNet()), outputs_and_gradient(PlainConvNet())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, plain)
+
+
+def test_max_pool_is_reduce_window(x64):
+    images = jax.random.normal(jax.random.key(0), (2, 6, 9, 4))
+    expected = lax.reduce_window(images, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 3, 3, 1), "VALID")
+    np.testing.assert_array_equal(max_pool(images, 3), expected)
+
+
+def test_max_pool_needs_whole_windows():
+    with pytest.raises(ValueError, match="`window` must divide height and width, got 2 for images of 5x4"):
+        max_pool(jnp.zeros((1, 5, 4, 1)))
+
+
+NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (3, 2)])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", [(1, 0), (2, 3)]])
+def test_matmul_convolution_is_a_convolution(strides, padding, x64):
+    images = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 2, 3, 5))
+    ours, pull_ours = jax.vjp(lambda x, k: matmul_convolution(x, k, strides, padding), images, kernel)
+    plain, pull_plain = jax.vjp(
+        lambda x, k: lax.conv_general_dilated(x, k, strides, padding, dimension_numbers=NUMBERS),
+        images,
+        kernel,
+    )
+    np.testing.assert_allclose(ours, plain, atol=1e-12)
+    for a, b in zip(pull_ours(jnp.cos(ours)), pull_plain(jnp.cos(ours)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 4, 4, 2), {"feature_group_count": 2}),
+        ((1, 4, 4, 2), {"lhs_dilation": (2, 1)}),
+        ((1, 4, 4, 2), {"rhs_dilation": (1, 2)}),
+        ((1, 4, 2), {}),
+    ],
+)
+def test_matmul_convolution_refuses_what_it_does_not_know(shape, options):
+    with pytest.raises(
+        ValueError, match=r"knows neither groups nor dilation.*use `jax.lax.conv_general_dilated`"
+    ):
+        matmul_convolution(jnp.zeros(shape), jnp.zeros((3, 3, 2, 2)), (1, 1), "SAME", **options)

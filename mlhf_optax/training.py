@@ -51,10 +51,14 @@ def default_record_steps(num_steps: int, count: int = 25) -> tuple[int, ...]:
     Returns:
       Ascending steps in [1, num_steps] that end with ``num_steps``.
 
+    Raises:
+      ValueError: if ``num_steps`` is below one.
+
     Example:
       >>> default_record_steps(30, count=4)
       (1, 3, 10, 30)
     """
+    _check_steps(num_steps)
     curve = np.geomspace(1, num_steps, count).round().astype(int).tolist()
     return tuple(sorted({*curve, num_steps, *(step for step in TABLE_STEPS if step <= num_steps)}))
 
@@ -97,8 +101,10 @@ def train(
       >>> curves.steps, curves.train_loss.shape
       ((1, 2, 3), (1, 1, 3))
     """
+    if len(seeds) < 1:
+        raise ValueError("`seeds` is empty; give at least one seed")
     steps = tuple(default_record_steps(num_steps) if record_steps is None else record_steps)
-    _check_arguments(seeds, num_steps, steps)
+    _check_steps(num_steps, steps)
     runs = _Runs(task, make_optimizer, hyperparameters, seeds, num_steps)
     losses = []
     for step in range(1, num_steps + 1):
@@ -171,9 +177,7 @@ def _over_runs(task: Task, hyperparameters: Hyperparameters):
     return in_sequence if task.sequential_on_cpu and jax.default_backend() == "cpu" else side_by_side
 
 
-def _check_arguments(seeds: Sequence[int], num_steps: int, record_steps: tuple[int, ...]) -> None:
-    if len(seeds) < 1:
-        raise ValueError("`seeds` is empty; give at least one seed")
+def _check_steps(num_steps: int, record_steps: tuple[int, ...] = (1,)) -> None:
     if num_steps < 1:
         raise ValueError(f"`num_steps` must be at least 1, got {num_steps}")
     ascending = all(a < b for a, b in pairwise(record_steps))

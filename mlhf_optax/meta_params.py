@@ -46,6 +46,10 @@ class Settings:
       preconditioner_residual: LSTM_p sees the residual of the ``"previous"`` step (paper) or the
         starting residual ``g - A d0`` of the ``"current"`` one (the authors' code).
       log_range: the log features resolve magnitudes from ``exp(-log_range)`` to 1.
+      gradient_power: s and P are multiplied by the root mean square of the gradient over all
+        parameters to this power (paper: 0). Near a minimum of a cross-entropy the GGN shrinks with the
+        loss, and a damping that shrinks with the gradient, as in regularised Newton methods (Fan
+        and Yuan 2005), keeps its size relative to it; the LSTMs then only have to learn the ratio.
 
     Raises:
       ValueError: for an unknown name or a value out of range.
@@ -64,6 +68,7 @@ class Settings:
     preconditioner_form: ControlForm = "divide"
     preconditioner_residual: PreconditionerResidual = "previous"
     log_range: float = 10.0
+    gradient_power: float = 0.0
 
     def __post_init__(self):
         choices = {
@@ -80,8 +85,9 @@ class Settings:
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise ValueError(f"`{name}` must be a positive number, got {value!r}")
-        if not 0 <= self.damping_floor < math.inf:
-            raise ValueError(f"`damping_floor` must be a number >= 0, got {self.damping_floor!r}")
+        for name in ("damping_floor", "gradient_power"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be a number >= 0, got {getattr(self, name)!r}")
 
     @property
     def num_inputs(self) -> int:
@@ -232,8 +238,34 @@ def run_network(
     return treedef.unflatten(outputs), next_carry
 
 
-def output_to_value(settings: Settings, outputs: chex.ArrayTree, initial: float) -> chex.ArrayTree:
+def damping_values(settings: Settings, outputs: chex.ArrayTree, gradient: chex.ArrayTree) -> chex.ArrayTree:
+    """Returns s, the damping that the outputs of LSTM_s stand for."""
+    values = _output_to_value(settings, outputs, gradient, settings.initial_damping)
+    return jax.tree.map(lambda s: s + settings.damping_floor, values)
+
+
+def preconditioner_values(
+    settings: Settings, outputs: chex.ArrayTree, gradient: chex.ArrayTree, damping: chex.ArrayTree
+) -> chex.ArrayTree:
+    """Returns P, the preconditioner that the outputs of LSTM_p stand for."""
+    values = _output_to_value(settings, outputs, gradient, settings.initial_preconditioner)
+    if settings.preconditioner_form == "jacobi":
+        return jax.tree.map(jnp.add, damping, values)
+    return values
+
+
+def _output_to_value(
+    settings: Settings, outputs: chex.ArrayTree, gradient: chex.ArrayTree, initial: float
+) -> chex.ArrayTree:
     """Maps LSTM outputs to positive values that are ``initial`` where the output is zero."""
+    values = _map_outputs(settings, outputs, initial)
+    if not settings.gradient_power:
+        return values
+    unit = jnp.maximum(_root_mean_square(gradient), 1e-12) ** settings.gradient_power
+    return jax.tree.map(lambda x: unit * x, values)
+
+
+def _map_outputs(settings: Settings, outputs: chex.ArrayTree, initial: float) -> chex.ArrayTree:
     if settings.output_map == "exp":
         # exp(+-30) keeps every later product of such values inside float32.
         bound = lambda x: jnp.clip(x, -30.0, 30.0)
@@ -283,7 +315,8 @@ __all__ = [
     "Inputs",
     "MetaParams",
     "Settings",
+    "damping_values",
     "init_meta_params",
-    "output_to_value",
+    "preconditioner_values",
     "run_network",
 ]

@@ -24,7 +24,14 @@ from mlhf_optax.curvature import (
     ggn_matvec,
 )
 from mlhf_optax.layer_types import LayerTypesFn, check_whole_tree, layer_types
-from mlhf_optax.meta_params import Inputs, MetaParams, Settings, output_to_value, run_network
+from mlhf_optax.meta_params import (
+    Inputs,
+    MetaParams,
+    Settings,
+    damping_values,
+    preconditioner_values,
+    run_network,
+)
 from mlhf_optax.pcg import check_num_steps, pcg
 from mlhf_optax.safeguards import (
     limit_update_ratio,
@@ -312,7 +319,7 @@ def mlhf_step(
     inputs = Inputs(state.direction, state.residual, gradient)
     s_out, s_carry = run_network(meta_params.damping, settings, types, state.damping_carry, inputs)
     if settings.preconditioner_residual == "current":
-        a_d0 = damped(ggn, damping_values(settings, s_out))(state.direction)
+        a_d0 = damped(ggn, damping_values(settings, s_out, gradient))(state.direction)
         start = jax.tree.map(jnp.subtract, gradient, a_d0)
         # This residual depends on s, but what an LSTM sees carries no meta-gradient (section 3.1).
         inputs = inputs._replace(residual=jax.lax.stop_gradient(start))
@@ -334,31 +341,17 @@ def solve(
     unroll: bool | int = True,
 ) -> Solution:
     """Solves ``(G + diag(s)) d = g`` by PCG from ``start``, with s and P from ``controls``."""
-    damping = damping_values(settings, controls.damping)
+    damping = damping_values(settings, controls.damping, gradient)
     direction, residual, info = pcg(
         damped(ggn, damping),
         gradient,
         start,
         num_steps=num_cg_steps,
-        preconditioner=preconditioner_values(settings, controls.preconditioner, damping),
+        preconditioner=preconditioner_values(settings, controls.preconditioner, gradient, damping),
         preconditioner_form="multiply" if settings.preconditioner_form == "multiply" else "divide",
         unroll=unroll,
     )
     return Solution(direction, residual, info.residual_norm)
-
-
-def damping_values(settings: Settings, outputs: chex.ArrayTree) -> chex.ArrayTree:
-    """Returns s, the damping that the outputs of LSTM_s stand for."""
-    values = output_to_value(settings, outputs, settings.initial_damping)
-    return jax.tree.map(lambda s: s + settings.damping_floor, values)
-
-
-def preconditioner_values(settings: Settings, outputs: chex.ArrayTree, damping: chex.ArrayTree):
-    """Returns P, the preconditioner that the outputs of LSTM_p stand for."""
-    values = output_to_value(settings, outputs, settings.initial_preconditioner)
-    if settings.preconditioner_form == "jacobi":
-        return jax.tree.map(jnp.add, damping, values)
-    return values
 
 
 def damped(ggn: Matvec, damping: chex.ArrayTree) -> Matvec:
@@ -380,8 +373,8 @@ def _guarded(settings: Settings, step: Step, gradient: chex.ArrayTree, state: Sc
     old = (state.direction, state.residual, state.damping_carry, state.preconditioner_carry)
     direction, residual, s_carry, p_carry = select_tree(is_sound, new, old)
     update = jax.tree.map(lambda d: jnp.where(is_sound, d, jnp.zeros_like(d)), solution.direction)
-    damping = damping_values(settings, step.controls.damping)
-    preconditioner = preconditioner_values(settings, step.controls.preconditioner, damping)
+    damping = damping_values(settings, step.controls.damping, gradient)
+    preconditioner = preconditioner_values(settings, step.controls.preconditioner, gradient, damping)
     info = MLHFInfo(
         state.info.skipped_steps + jnp.logical_not(is_sound).astype(jnp.int32),
         descent,
@@ -434,10 +427,8 @@ __all__ = [
     "Solution",
     "Step",
     "damped",
-    "damping_values",
     "mlhf",
     "mlhf_step",
-    "preconditioner_values",
     "scale_by_mlhf",
     "solve",
 ]

@@ -4,7 +4,7 @@
 :mod:`mlhf_optax.meta_training.mlhf_gradient` knows where gradients are cut.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import chex
 import jax
@@ -42,47 +42,65 @@ def preconditioner_loss(
     return jnp.where(is_positive, -optax.tree.vdot(direction, gradient) / norm, 0.0)
 
 
+class StepLosses(NamedTuple):
+    """The losses around step t, scalars.
+
+    Attributes:
+      same_before: l(x[t], w[t]).
+      next_before: l(x[t+1], w[t]); the paper's form takes ``same_before`` in its place.
+      next_after: l(x[t+1], w[t+1]).
+      same_after: l(x[t], w[t+1]).
+    """
+
+    same_before: jax.Array
+    next_before: jax.Array
+    next_after: jax.Array
+    same_after: jax.Array
+
+
 def step_gain(
-    loss: jax.Array,
-    next_loss: jax.Array,
-    same_loss: jax.Array,
-    scale: StepLoss = "difference",
-    epsilon: float = 1e-3,
+    losses: StepLosses, scale: StepLoss = "difference", epsilon: float = 1e-6
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns ``l_s^t`` of one step and its derivatives by the two losses after the step.
 
+    The paper's equation 4 has nothing left to gain once losses are small, so late training is not
+    learned. The other scales make halving a loss worth the same early and late. They compare each
+    mini-batch with itself: late in training the losses of two mini-batches differ by factors, and
+    that noise would rule the softmax over the steps.
+
     Args:
-      loss: l(x[t], w[t]), before the step.
-      next_loss: l(x[t+1], w[t+1]).
-      same_loss: l(x[t], w[t+1]).
-      scale: ``"difference"`` is the paper's equation 4,
-        ``next_loss + same_loss - 2 loss``. It has nothing left to gain once losses are small;
-        ``"relative"`` divides it by ``loss + epsilon``, ``"log"`` takes the difference of
-        ``log(l + epsilon)``, so that halving a loss is worth the same early and late.
+      losses: the losses before and after the step.
+      scale: ``"difference"`` is equation 4, ``next_after + same_after - 2 same_before``;
+        ``"relative"`` is ``(after - before) / (before + epsilon)`` summed over both mini-batches,
+        which punishes a loss that grows in proportion; ``"log"`` the difference of
+        ``log(loss + epsilon)``, which punishes it less.
       epsilon: loss below which nothing more is to be gained, in the units of the loss.
 
     Returns:
-      The value, its derivative by ``next_loss``, its derivative by ``same_loss``.
+      The value, its derivative by ``next_after``, its derivative by ``same_after``.
 
     Raises:
       ValueError: for an unknown ``scale``.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> [float(x) for x in step_gain(jnp.array(1.0), jnp.array(0.5), jnp.array(0.25))]
+      >>> losses = StepLosses(*map(jnp.float32, (1.0, 1.0, 0.5, 0.25)))
+      >>> [float(x) for x in step_gain(losses)]
       [-1.25, 1.0, 1.0]
     """
+    next_after, same_after = losses.next_after, losses.same_after
     if scale == "difference":
-        one = jnp.ones_like(loss)
-        return next_loss + same_loss - 2 * loss, one, one
+        one = jnp.ones_like(next_after)
+        return next_after + same_after - 2 * losses.same_before, one, one
     if scale == "relative":
-        weight = 1.0 / (loss + epsilon)
-        return weight * (next_loss + same_loss - 2 * loss), weight, weight
+        by_next, by_same = 1.0 / (losses.next_before + epsilon), 1.0 / (losses.same_before + epsilon)
+        value = by_next * (next_after - losses.next_before) + by_same * (same_after - losses.same_before)
+        return value, by_next, by_same
     if scale == "log":
-        log = lambda x: jnp.log(x + epsilon)
-        value = log(next_loss) + log(same_loss) - 2 * log(loss)
-        return value, 1.0 / (next_loss + epsilon), 1.0 / (same_loss + epsilon)
+        gain = lambda after, before: jnp.log((after + epsilon) / (before + epsilon))
+        value = gain(next_after, losses.next_before) + gain(same_after, losses.same_before)
+        return value, 1.0 / (next_after + epsilon), 1.0 / (same_after + epsilon)
     raise ValueError(f"`step_loss` must be 'difference', 'relative' or 'log', got {scale!r}")
 
 
-__all__ = ["StepLoss", "preconditioner_loss", "step_gain"]
+__all__ = ["StepLoss", "StepLosses", "preconditioner_loss", "step_gain"]

@@ -23,10 +23,10 @@ from jax import lax
 
 from mlhf_optax.curvature import CurvatureBatch, curvature_subset, ggn_matvec
 from mlhf_optax.layer_types import LayerTypesFn, layer_types
-from mlhf_optax.meta_params import Inputs, MetaParams, run_network
+from mlhf_optax.meta_params import Inputs, MetaParams, damping_values, run_network
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, MetaGradient, task_loss
-from mlhf_optax.meta_training.losses import StepLoss, preconditioner_loss, step_gain
-from mlhf_optax.mlhf import Controls, ScaleByMLHFState, damped, damping_values, mlhf, solve
+from mlhf_optax.meta_training.losses import StepLoss, StepLosses, preconditioner_loss, step_gain
+from mlhf_optax.mlhf import Controls, ScaleByMLHFState, damped, mlhf, solve
 from mlhf_optax.safeguards import limit_update_ratio, select_tree, tree_is_finite
 
 
@@ -54,7 +54,7 @@ def mlhf_optimizer(
     max_update_ratio: float | None = 0.25,
     update_noise: float = 0.02,
     step_loss: StepLoss = "relative",
-    step_loss_epsilon: float = 1e-3,
+    step_loss_epsilon: float = 1e-6,
     damping_loss_scale: float = 10.0,
     layer_types_fn: LayerTypesFn = layer_types,
     unroll: bool | int = True,
@@ -199,9 +199,11 @@ def _inner_step(options: Options, meta_params: MetaParams, task, inner: _Inner, 
     value_and_grad = jax.value_and_grad(functools.partial(task_loss, task))
     next_loss, next_gradient = value_and_grad(params, next_batch)
     same_loss, same_gradient = value_and_grad(params, batch)
-    l_s, by_next, by_same = step_gain(
-        inner.loss, next_loss, same_loss, options.step_loss, options.step_loss_epsilon
-    )
+    next_before = inner.loss
+    if options.step_loss != "difference":
+        next_before = task_loss(task, inner.params, next_batch)
+    losses = StepLosses(inner.loss, next_before, next_loss, same_loss)
+    l_s, by_next, by_same = step_gain(losses, options.step_loss, options.step_loss_epsilon)
     of_update = jax.tree.map(lambda a, b: by_next * a + by_same * b, next_gradient, same_gradient)
     cotangents = _pull_back_both(pull_back, l_p, of_update)
     cotangents = jax.tree.map(lambda c: jnp.where(is_sound, c, jnp.zeros_like(c)), cotangents)
@@ -225,7 +227,7 @@ def _run_step_networks(options: Options, meta_params: MetaParams, ggn, inner: _I
     s_out, s_carry = run_network(meta_params.damping, settings, types, state.damping_carry, s_inputs)
     p_inputs = s_inputs
     if settings.preconditioner_residual == "current":
-        a_d0 = damped(ggn, damping_values(settings, s_out))(state.direction)
+        a_d0 = damped(ggn, damping_values(settings, s_out, inner.gradient))(state.direction)
         p_inputs = s_inputs._replace(residual=jax.tree.map(jnp.subtract, inner.gradient, a_d0))
     p_out, p_carry = run_network(
         meta_params.preconditioner, settings, types, state.preconditioner_carry, p_inputs

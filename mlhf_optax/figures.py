@@ -106,23 +106,31 @@ class _Label(NamedTuple):
 
 
 def _draw_curve(by_step, by_time, result: Result, style: dict[str, Any]) -> _Label:
-    """Draws one curve on both axes and returns the label for its last finite loss."""
-    losses = [loss if math.isfinite(loss) else math.nan for loss in result.train_loss]
-    by_step.plot(result.steps, losses, **style)
-    by_time.plot([step * result.seconds_per_step for step in result.steps], losses, **style)
-    ends = [(step, loss) for step, loss in zip(result.steps, losses, strict=True) if loss > 0]
-    step, loss = ends[-1] if ends else (result.steps[-1], math.nan)
+    """Draws one curve on both axes and returns the label for its end."""
+    losses = [result.loss_at(step) for step in result.steps]
+    by_step.plot(result.steps, _drawable(losses), **style)
+    by_time.plot([step * result.seconds_per_step for step in result.steps], _drawable(losses), **style)
     is_learned = result.family == "mlhf"
-    text = "MLHF" if is_learned else result.name
-    return _Label(text, style["color"], "bold" if is_learned else "normal", step, loss)
+    text, weight = ("MLHF", "bold") if is_learned else (result.name, "normal")
+    return _Label(text, style["color"], weight, *_end(result.steps, losses))
 
 
 def _draw_envelope(by_step, others: Sequence[Result]) -> _Label:
     steps = others[0].steps
     lowest = [best_of(others, step).loss_at(step) for step in steps]
-    by_step.plot(steps, lowest, color="0.2", linewidth=1.2, linestyle=":", zorder=3.5)
+    by_step.plot(steps, _drawable(lowest), color="0.2", linewidth=1.2, linestyle=":", zorder=3.5)
     text = f"best of the other {len(others)} at each step"
-    return _Label(text, "0.2", "normal", steps[-1], lowest[-1])
+    return _Label(text, "0.2", "normal", *_end(steps, lowest))
+
+
+def _drawable(losses: Sequence[float]) -> list[float]:
+    return [loss if math.isfinite(loss) else math.nan for loss in losses]
+
+
+def _end(steps: Sequence[int], losses: Sequence[float]) -> tuple[int, float]:
+    """Returns the last point that a logarithmic axis can show; the loss is 0 if there is none."""
+    points = [(step, loss) for step, loss in zip(steps, losses, strict=True) if 0 < loss < math.inf]
+    return points[-1] if points else (steps[-1], 0.0)
 
 
 def _label_ends(axes, labels: Sequence[_Label], gap: float = 0.05) -> None:

@@ -1,0 +1,268 @@
+"""The command line, from arguments to files."""
+
+import json
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+
+import mlhf_optax
+from mlhf_optax import cli, init_meta_params, save_meta_params, train_command
+from mlhf_optax.tasks import TASKS
+
+RECORD = {
+    "task": "digits-mlp",
+    "learning_rate": 0.5,
+    "batch_size": 64,
+    "num_cg_steps": 1,
+    "max_update_ratio": 0.1,
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Every test runs in an empty folder, with a known width of the terminal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    return tmp_path
+
+
+@pytest.fixture
+def meta_params(folder):
+    return str(save_meta_params(folder / "mine.npz", init_meta_params(jax.random.key(0)), RECORD))
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    return stop.value.code
+
+
+TINY = ("--seeds", "2", "--steps", "3", "--hidden", "4")
+
+
+def test_train_prints_a_table_and_writes_results_and_figure(capsys, folder, meta_params):
+    files = ("--json", "out.json", "--figure", "out.png")
+    assert run("train", *TINY, "--optimizers", "sgd,mlhf", "--meta-params", meta_params, *files) == 0
+    out = capsys.readouterr().out
+    assert "64-4-10" in out
+    assert "MLHF lr=0.5" in out
+    assert "best of the other 9 there" in out
+    assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
+    data = json.loads((folder / "out.json").read_text())
+    assert data["task"] == "digits-mlp-4"
+    assert data["command"].startswith("mlhf-optax train --seeds 2 --steps 3")
+    assert [entry["name"] == "mlhf" for entry in data["results"]] == [True] + 9 * [False]
+    assert data["results"][0]["hyperparameters"] == {
+        "learning_rate": 0.5,
+        "num_cg_steps": 1,
+        "curvature_batch_size": None,
+        "max_update_ratio": 0.1,
+        "meta_params": meta_params,
+    }
+    assert data["results"][1]["steps"] == [1, 2, 3]
+
+
+def test_the_figure_goes_to_the_current_folder_by_default(folder):
+    assert run("train", *TINY, "--optimizers", "adam", "--activation", "tanh") == 0
+    assert (folder / "mlhf-optax-digits-mlp-4-tanh.png").exists()
+
+
+def test_options_of_mlhf_override_its_record(meta_params):
+    plan = train_command.make_plan(
+        "digits-mlp",
+        {"batch_size": 32},
+        families=["mlhf", "adam"],
+        meta_params=meta_params,
+        learning_rate=2.0,
+        num_cg_steps=7,
+        curvature_batch_size=0.25,
+    )
+    settings = plan.contenders[0].hyperparameters[0]
+    assert (settings["learning_rate"], settings["num_cg_steps"], settings["curvature_batch_size"]) == (
+        2.0,
+        7,
+        0.25,
+    )
+    assert plan.contenders[1].hyperparameters[0]["learning_rate"] == pytest.approx(0.1 * 32 / 128)
+
+
+def test_arguments_of_train_reach_the_plan(monkeypatch, folder):
+    seen = {}
+
+    def plan(task, options, **others):
+        seen.update(others, task=task, options=options)
+
+    monkeypatch.setattr("mlhf_optax.commands.make_plan", plan)
+    monkeypatch.setattr("mlhf_optax.commands.run_plan", lambda plan, **options: seen.update(options) or True)
+    arguments = (
+        "train digits-convnet --seeds 3 --steps 40 --batch-size 64 --learning-rate 0.5 --cg-steps 2 --all"
+    )
+    assert run(*arguments.split(), "--curvature-batch-size", "0.5", "--optimizers", "adam, mlhf") == 0
+    expected = {
+        "task": "digits-convnet",
+        "options": {"batch_size": 64},
+        "families": ["adam", "mlhf"],
+        "num_seeds": 3,
+        "num_steps": 40,
+        "learning_rate": 0.5,
+        "num_cg_steps": 2,
+        "curvature_batch_size": 0.5,
+        "show_all": True,
+        "command": f"mlhf-optax {arguments} --curvature-batch-size 0.5 --optimizers 'adam, mlhf'",
+    }
+    assert {name: seen[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("text", "part"), [("32", 32), ("0.25", 0.25), (None, None)])
+def test_curvature_batch_is_a_number_or_a_share(text, part):
+    from mlhf_optax.commands import _parse_part
+
+    assert _parse_part(text) == part
+    assert type(_parse_part(text)) is type(part)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cifar"], "`name` must be one of 'digits-mlp', 'digits-convnet', got 'cifar'"),
+        (["--optimizers", "mlhf,lion"], "--optimizers must be among mlhf,sgd,rmsprop,adam"),
+        (["--optimizers", ""], "--optimizers must be among mlhf,sgd,rmsprop,adam"),
+        (["--hidden", "4,x"], "--hidden must be widths separated by commas, like 32 or 32,32, got '4,x'"),
+        (["digits-convnet", "--hidden", "4"], "the task 'digits-convnet' has no option 'hidden'"),
+        (["--activation", "swish"], "`activation` must be one of"),
+        (["--batch-size", "9999"], "`batch_size` must lie between 1 and the number of examples, 719"),
+        (
+            ["--curvature-batch-size", "half"],
+            "--curvature-batch-size must be a number or a share, got 'half'",
+        ),
+        (["--meta-params", "nowhere/x"], "there is no such file"),
+        (["--json", "nowhere/out.json"], "the folder of nowhere/out.json does not exist"),
+        (["--figure", "nowhere/out.png"], "the folder of nowhere/out.png does not exist"),
+    ],
+)
+def test_wrong_arguments_are_explained_in_one_line_before_any_work(arguments, message, capsys, folder):
+    assert run("train", *arguments) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err.startswith("error: ")
+    assert message in streams.err
+    assert streams.err.count("\n") == 1
+    assert not any(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--seeds", "0"], ["--steps", "-1"], ["--steps", "many"], ["--nonsense"]]
+)
+def test_wrong_options_are_refused(arguments, capsys):
+    assert run("train", *arguments) == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_ctrl_c_shows_what_was_done_and_writes_nothing(monkeypatch, capsys, folder):
+    compare = train_command.compare
+
+    def interrupted(task, contenders, **options):
+        yield from compare(task, contenders[:1], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_command, "compare", interrupted)
+    assert run("train", *TINY, "--optimizers", "sgd,adam", "--json", "out.json") == 130
+    out = capsys.readouterr().out
+    assert "sgd lr=" in out
+    assert "adam lr=" not in out
+    assert "Stopped: neither figure nor file was written." in out
+    assert not any(folder.iterdir())
+
+
+@pytest.fixture
+def driver_calls(monkeypatch):
+    calls = []
+    module = types.ModuleType("mlhf_optax.meta_train_command")
+    module.run_meta_training = lambda **options: calls.append(options)
+    monkeypatch.setitem(sys.modules, "mlhf_optax.meta_train_command", module)
+    return calls
+
+
+def test_meta_train_has_defaults(driver_calls):
+    assert run("meta-train") == 0
+    (options,) = driver_calls
+    assert options.pop("output").as_posix() == "runs/digits-mlp"
+    assert options == {
+        "task": "digits-mlp",
+        "iterations": 1000,
+        "num_tasks": 8,
+        "unroll_length": 10,
+        "batch_size": None,
+        "meta_learning_rate": 1e-2,
+        "seed": 0,
+        "resume": False,
+        "checkpoint_every": 50,
+        "validate_every": 100,
+        "settings": "default",
+    }
+
+
+def test_meta_train_hands_on_its_arguments(driver_calls):
+    arguments = (
+        "meta-train digits-convnet --output there --iterations 7 --num-tasks 3 --unroll-length 5 "
+        "--batch-size 16 --meta-learning-rate 0.1 --seed 4 --resume --checkpoint-every 2 "
+        "--validate-every 3 --settings authors"
+    )
+    assert run(*arguments.split()) == 0
+    (options,) = driver_calls
+    assert options.pop("output").as_posix() == "there"
+    assert list(options.values()) == ["digits-convnet", 7, 3, 5, 16, 0.1, 4, True, 2, 3, "authors"]
+
+
+def test_meta_train_refuses_unknown_settings(driver_calls, capsys):
+    assert run("meta-train", "--settings", "best") == 2
+    assert "'best' is not one of" in " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert not driver_calls
+
+
+def test_list_shows_every_task_and_what_is_shipped(monkeypatch, capsys):
+    monkeypatch.setattr("mlhf_optax.commands.list_pretrained", lambda: {"shipped": RECORD})
+    assert run("list") == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in TASKS)
+    assert "shipped" in out
+    assert "0.5" in out
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["meta-train"], ["list"]])
+def test_help(command, capsys):
+    assert run(*command, "--help") == 0
+    assert "Usage: mlhf-optax" in capsys.readouterr().out
+
+
+def test_no_arguments_show_the_help(capsys):
+    run()
+    streams = capsys.readouterr()
+    assert "Usage: mlhf-optax" in streams.out + streams.err
+
+
+def test_python_m_is_the_command_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "mlhf_optax", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == mlhf_optax.__version__
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_missing_extras_are_explained(package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert run("train") == 1
+    remedy = "run `pip install 'mlhf-optax[experiments]'`"
+    assert capsys.readouterr().err == f"mlhf-optax needs {package}, which is not installed; {remedy}\n"
+
+
+def test_the_package_loads_none_of_the_extras():
+    extras = ["typer", "rich", "matplotlib", "sklearn", "tqdm", "tensorflow"]
+    code = (
+        f"import sys, mlhf_optax, mlhf_optax.cli; print([name for name in {extras} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

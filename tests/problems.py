@@ -20,6 +20,19 @@ def mlp_loss(params, batch):
     return LOSS(mlp(params, batch), batch)
 
 
+def linear(params, batch):
+    """The smallest network there is, for tests of what does not depend on the network."""
+    return batch["image"] @ params["kernel"]
+
+
+def linear_loss(params, batch):
+    return LOSS(linear(params, batch), batch)
+
+
+def linear_params(seed=0, dtype=None):
+    return {"kernel": jnp.asarray(0.5 * np.random.default_rng(seed).normal(size=(3, 2)), dtype)}
+
+
 def mlp_params(seed=0, dtype=None):
     rng = np.random.default_rng(seed)
     layer = lambda m, n: {

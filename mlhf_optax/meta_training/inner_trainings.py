@@ -4,7 +4,7 @@ A training that diverged, or is stuck (its loss at chance, its gradient gone), t
 meta-parameters would go on "improving" on a dead network. Both are recognised, counted and replaced.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -27,8 +27,8 @@ class InnerTraining(NamedTuple):
       first_gradient_norm: norm of the gradient after its first unroll; NaN before.
     """
 
-    params: chex.ArrayTree
-    opt_state: chex.ArrayTree
+    params: Any
+    opt_state: Any
     age: jax.Array
     first_loss: jax.Array
     first_gradient_norm: jax.Array
@@ -142,7 +142,7 @@ def replace_ended(
     return next_trainings, replay, counts
 
 
-def _choose(mask: jax.Array, on_true: chex.ArrayTree, on_false: chex.ArrayTree) -> chex.ArrayTree:
+def _choose(mask: jax.Array, on_true: Any, on_false: Any) -> Any:
     pick = lambda t, f: jnp.where(mask.reshape((-1,) + (1,) * (t.ndim - 1)), t, f)
     return jax.tree.map(pick, on_true, on_false)
 

@@ -48,8 +48,8 @@ class MetaGradient(NamedTuple):
 
     gradient: chex.ArrayTree
     meta_losses: dict[str, jax.Array]
-    params: chex.ArrayTree
-    opt_state: chex.ArrayTree
+    params: Any
+    opt_state: Any
     inner_losses: jax.Array
     gradient_norm: jax.Array
     priority: jax.Array
@@ -82,7 +82,7 @@ class Trajectory(NamedTuple):
     next_losses: jax.Array
 
 
-def task_loss(task: Task, params: chex.ArrayTree, batch: Any) -> jax.Array:
+def task_loss(task: Task, params: Any, batch: Any) -> jax.Array:
     """Returns ``loss_fn(predict_fn(params, batch), batch)``."""
     return task.loss_fn(task.predict_fn(params, batch), batch)
 

@@ -36,10 +36,10 @@ def preconditioner_loss(
       Array(-1.4142135, dtype=float32)
     """
     a_d = jax.tree.map(jnp.subtract, gradient, residual)
-    squared = optax.tree.vdot(direction, a_d)
+    squared = jnp.asarray(optax.tree.vdot(direction, a_d))
     is_positive = squared > 0
     norm = jnp.sqrt(jnp.where(is_positive, squared, 1.0))
-    return jnp.where(is_positive, -optax.tree.vdot(direction, gradient) / norm, 0.0)
+    return jnp.where(is_positive, -jnp.asarray(optax.tree.vdot(direction, gradient)) / norm, 0.0)
 
 
 class StepLosses(NamedTuple):

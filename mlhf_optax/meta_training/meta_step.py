@@ -39,8 +39,8 @@ class MetaState(NamedTuple):
     """
 
     iteration: jax.Array
-    meta_params: chex.ArrayTree
-    meta_opt_state: chex.ArrayTree
+    meta_params: Any
+    meta_opt_state: Any
     trainings: InnerTraining
     replay: replay_lib.Replay
     key: jax.Array
@@ -174,8 +174,8 @@ def check_batches(config: MetaTrainingConfig, batches: Any) -> None:
     wrong = [leaf.shape for leaf in leaves if leaf.shape[:2] != wanted]
     if wrong or not leaves:
         raise ValueError(
-            f"every leaf of `batches` must have shape (num_tasks, unroll_length + 1, ...) = {wanted} + (...); "
-            f"got {wrong or 'no arrays'}; an unroll of T steps needs T + 1 mini-batches"
+            "every leaf of `batches` must have shape (num_tasks, unroll_length + 1, ...) = "
+            f"{wanted} + (...), got {wrong or 'no arrays'}; an unroll of T steps needs T + 1 mini-batches"
         )
 
 

@@ -118,9 +118,9 @@ def mlhf_optimizer(
 class _Inner(NamedTuple):
     """Carry of the forward scan."""
 
-    params: chex.ArrayTree
+    params: Any
     state: ScaleByMLHFState
-    after_state: chex.ArrayTree
+    after_state: Any
     loss: jax.Array
     gradient: chex.ArrayTree
 
@@ -189,7 +189,7 @@ def _inner_step(options: Options, meta_params: MetaParams, task, inner: _Inner, 
         return (l_p, update), (solution, after_state)
 
     (l_p, update), pull_back, (solution, after_state) = jax.vjp(outcome, controls, has_aux=True)
-    descent = optax.tree.vdot(solution.direction, inner.gradient)
+    descent = jnp.asarray(optax.tree.vdot(solution.direction, inner.gradient))
     is_sound = tree_is_finite((inner.gradient, solution.direction, solution.residual, carries)) & (
         descent > 0
     )

@@ -5,7 +5,7 @@ al. 2015. The buffer is a pytree of fixed size and its functions are pure: it li
 meta-step.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
@@ -85,7 +85,7 @@ def store(replay: Replay, entries: chex.ArrayTree, priority: jax.Array, mask: ja
 
 def sample(
     replay: Replay, key: chex.PRNGKey, count: int, sampling: Sampling = "uniform"
-) -> tuple[chex.ArrayTree, jax.Array]:
+) -> tuple[Any, jax.Array]:
     """Draws ``count`` entries with replacement.
 
     Args:

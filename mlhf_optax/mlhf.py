@@ -34,6 +34,7 @@ from mlhf_optax.meta_params import (
 )
 from mlhf_optax.pcg import check_num_steps, pcg
 from mlhf_optax.safeguards import (
+    decay_weights,
     limit_update_ratio,
     require_batch,
     require_params,
@@ -43,14 +44,15 @@ from mlhf_optax.safeguards import (
 
 
 class MLHFInfo(NamedTuple):
-    """What the last step did, for looking at, never for computing the next one.
+    """What the last step did, for looking at; only the sign of ``descent`` has a say in the next one.
 
     All but ``skipped_steps`` describe the last step that was tried, also if it was skipped.
 
     Attributes:
       skipped_steps: number of steps so far that changed nothing because something was not finite
         or the direction was not one of descent.
-      descent: <d, g>; positive for a descent direction.
+      descent: <d, g>; positive for a descent direction. After a negative one the next step starts
+        its CG from zero, from where it always descends.
       cg_residual_norm: norm of ``g - A d`` after the CG steps.
       damping_min, damping_mean, damping_max: statistics of s over all coordinates.
       preconditioner_min, preconditioner_mean, preconditioner_max: the same for P.
@@ -240,7 +242,7 @@ def mlhf(
         )
     ]
     if not (isinstance(weight_decay, int | float) and weight_decay == 0):
-        parts.append(optax.add_decayed_weights(weight_decay))
+        parts.append(decay_weights(weight_decay))
     parts.append(optax.scale_by_learning_rate(learning_rate))
     if max_update_ratio is not None:
         parts.append(limit_update_ratio(max_update_ratio))
@@ -316,10 +318,11 @@ def mlhf_step(
       See :func:`scale_by_mlhf`, which adds the safeguards.
     """
     settings = meta_params.settings
-    inputs = Inputs(state.direction, state.residual, gradient)
+    d0 = _start_vector(state)
+    inputs = Inputs(d0, state.residual, gradient)
     s_out, s_carry = run_network(meta_params.damping, settings, types, state.damping_carry, inputs)
     if settings.preconditioner_residual == "current":
-        a_d0 = damped(ggn, damping_values(settings, s_out, gradient))(state.direction)
+        a_d0 = damped(ggn, damping_values(settings, s_out, gradient))(d0)
         start = jax.tree.map(jnp.subtract, gradient, a_d0)
         # This residual depends on s, but what an LSTM sees carries no meta-gradient (section 3.1).
         inputs = inputs._replace(residual=jax.lax.stop_gradient(start))
@@ -327,7 +330,7 @@ def mlhf_step(
         meta_params.preconditioner, settings, types, state.preconditioner_carry, inputs
     )
     controls = Controls(s_out, p_out)
-    solution = solve(settings, ggn, gradient, state.direction, controls, num_cg_steps, unroll)
+    solution = solve(settings, ggn, gradient, d0, controls, num_cg_steps, unroll)
     return Step(solution, controls, s_carry, p_carry)
 
 
@@ -362,6 +365,16 @@ def damped(ggn: Matvec, damping: chex.ArrayTree) -> Matvec:
         return jax.tree.map(add, ggn(vector), damping, vector)
 
     return matvec
+
+
+def _start_vector(state: ScaleByMLHFState) -> Any:
+    """The previous direction, or zero after a step that was not one of descent.
+
+    From zero CG always descends. From a direction that no longer fits it may not, and as a skipped
+    step leaves the state as it was, a training on one batch would try the same step for ever.
+    """
+    failed = state.info.descent < 0
+    return jax.tree.map(lambda d: jnp.where(failed, jnp.zeros_like(d), d), state.direction)
 
 
 def _guarded(settings: Settings, step: Step, gradient: chex.ArrayTree, state: ScaleByMLHFState):

@@ -48,6 +48,35 @@ def limit_update_ratio(max_ratio: float, min_rms: float = 1e-3) -> optax.Gradien
     return optax.GradientTransformation(optax.init_empty_state, update_fn)
 
 
+def decay_weights(weight_decay: float | jax.Array) -> optax.GradientTransformation:
+    """Adds ``weight_decay * w`` to every update but those that are zero as a whole.
+
+    Unlike :func:`optax.add_decayed_weights` it lets a skipped step, whose update is zero, change
+    nothing.
+
+    Args:
+      weight_decay: factor on the parameters.
+
+    Returns:
+      A gradient transformation without state.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx, w = decay_weights(0.5), jnp.array([2.0, 4.0])
+      >>> [tx.update(u, tx.init(w), w)[0] for u in (jnp.array([0.0, 1.0]), jnp.zeros(2))]
+      [Array([1., 3.], dtype=float32), Array([0., 0.], dtype=float32)]
+    """
+
+    def update_fn(updates, state, params=None):
+        require_params(params, "decay_weights")
+        is_step = jnp.any(jnp.stack([jnp.any(u != 0) for u in jax.tree.leaves(updates)]))
+        factor = jnp.where(is_step, weight_decay, 0.0)
+        decay = lambda u, w: u + (factor * w).astype(u.dtype)
+        return jax.tree.map(decay, updates, params), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update_fn)
+
+
 def tree_is_finite(tree: chex.ArrayTree) -> jax.Array:
     """Returns whether every number in the tree is finite."""
     # One sum of flags a leaf: `all` of every leaf fuses into the pass that made it.
@@ -89,4 +118,11 @@ def _norm(tree: chex.ArrayTree) -> jax.Array:
     return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1.0)), 0.0)
 
 
-__all__ = ["limit_update_ratio", "require_batch", "require_params", "select_tree", "tree_is_finite"]
+__all__ = [
+    "decay_weights",
+    "limit_update_ratio",
+    "require_batch",
+    "require_params",
+    "select_tree",
+    "tree_is_finite",
+]

@@ -202,12 +202,12 @@ def naive_mlhf(
         ggn = model.ggn(w, batch)
 
         s_out, s_carry = _run_network(meta_params.damping, settings, model, s_carry, (d0, r0, g))
-        s = _value(settings, s_out, settings.initial_damping) + settings.damping_floor
+        s = _value(settings, s_out, settings.initial_damping, g) + settings.damping_floor
         matrix = ggn + np.diag(s)
 
         seen = g - matrix @ d0 if settings.preconditioner_residual == "current" else r0
         p_out, p_carry = _run_network(meta_params.preconditioner, settings, model, p_carry, (d0, seen, g))
-        preconditioner = _value(settings, p_out, settings.initial_preconditioner)
+        preconditioner = _value(settings, p_out, settings.initial_preconditioner, g)
         if settings.preconditioner_form == "jacobi":
             preconditioner = preconditioner + s
         inverse = preconditioner if settings.preconditioner_form == "multiply" else 1.0 / preconditioner
@@ -252,11 +252,12 @@ def _features(settings, quantities, i):
     return features
 
 
-def _value(settings, outputs, initial):
+def _value(settings, outputs, initial, g):
+    unit = max(math.sqrt(np.mean(g**2)), 1e-12) ** settings.gradient_power
     if settings.output_map == "exp":
-        return np.exp(np.clip(settings.output_scale * outputs + math.log(initial), -30.0, 30.0))
+        return unit * np.exp(np.clip(settings.output_scale * outputs + math.log(initial), -30.0, 30.0))
     offset = math.log(math.exp(initial) - 1.0)
-    return np.log1p(np.exp(settings.output_scale * outputs + offset))
+    return unit * np.log1p(np.exp(settings.output_scale * outputs + offset))
 
 
 # --- the meta-losses, as functions of a trajectory

@@ -14,6 +14,7 @@ from mlhf_optax import (
     AUTHORS_SETTINGS,
     PAPER_SETTINGS,
     Settings,
+    SquaredError,
     init_meta_params,
     layer_types,
     mlhf,
@@ -26,7 +27,11 @@ SETTINGS = {
     "authors": AUTHORS_SETTINGS,
     "log-exp-jacobi": Settings(preconditioner_form="jacobi", damping_floor=1e-2, output_scale=2.0),
     "global-exp-multiply": Settings(
-        input_features="log-global", preconditioner_form="multiply", initial_preconditioner=0.1, log_range=7.0
+        input_features="log-global",
+        preconditioner_form="multiply",
+        initial_preconditioner=0.1,
+        log_range=7.0,
+        gradient_power=0.5,
     ),
     "tanh-exp-current": Settings(
         input_features="tanh", initial_damping=10.0, output_scale=1.0, preconditioner_residual="current"
@@ -158,6 +163,10 @@ def test_a_direction_that_is_not_one_of_descent_is_skipped(training):
     assert float(skipped[0].info.descent) < 0
     assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
     assert_only_the_counter_moved(state, skipped)
+    # The next step starts from zero, so that the same batch does not fail for ever.
+    updates, taken = update(grads, skipped, params, batch=batch)
+    assert optax.tree.vdot(updates, grads) < 0
+    assert int(taken[0].info.skipped_steps) == 1
 
 
 def test_a_carry_that_is_not_finite_is_not_kept(training):
@@ -218,6 +227,34 @@ def test_weight_decay_is_added_to_the_direction():
     before = problems.linear_params(dtype=jnp.float32)["kernel"]
     plain, decayed = (run(make(0.5, weight_decay=x, max_update_ratio=None), 1)[0] for x in (0.0, 0.1))
     np.testing.assert_allclose(decayed, plain - 0.5 * 0.1 * before, rtol=1e-5)
+
+
+def test_a_training_on_one_stiff_batch_is_not_stuck_after_a_skipped_step():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(30, 20)) * np.geomspace(1.0, 100.0, 20)
+    batch = {"x": jnp.asarray(features), "label": jnp.asarray(features @ rng.normal(size=(20, 1)))}
+    predict_fn, loss_fn = lambda p, b: b["x"] @ p["kernel"], SquaredError()
+    tx = mlhf(1.0, problems.random_meta_params(seed=1), predict_fn, loss_fn, max_update_ratio=None)
+
+    def step(carry, _):
+        params, state = carry
+        loss, grads = jax.value_and_grad(lambda p: loss_fn(predict_fn(p, batch), batch))(params)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return (optax.apply_updates(params, updates), state), loss
+
+    params = {"kernel": jnp.zeros((20, 1))}
+    train = jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=200))
+    (_, state), losses = train((params, tx.init(params)))
+    assert 0 < int(state[0].info.skipped_steps) < 100
+    assert losses[-1] < 1e-3 * losses[20] < 1e-3 * losses[0]
+
+
+def test_a_skipped_step_does_not_decay_the_weights_either():
+    tx = make(weight_decay=0.1)
+    params, batch = problems.linear_params(dtype=jnp.float32), problems.batch()
+    grads = {"kernel": jnp.full((3, 2), jnp.nan)}
+    updates, _ = tx.update(grads, tx.init(params), params, batch=batch)
+    assert not updates["kernel"].any()
 
 
 def test_more_cg_steps_leave_less_of_the_residual():

@@ -257,15 +257,16 @@ def preconditioner_values(
 def _output_to_value(
     settings: Settings, outputs: chex.ArrayTree, gradient: chex.ArrayTree, initial: float
 ) -> chex.ArrayTree:
-    """Maps LSTM outputs to positive values that are ``initial`` where the output is zero."""
-    values = _map_outputs(settings, outputs, initial)
+    """Maps LSTM outputs to positive values in units of the gradient's magnitude."""
+    values = output_to_value(settings, outputs, initial)
     if not settings.gradient_power:
         return values
     unit = jnp.maximum(_root_mean_square(gradient), 1e-12) ** settings.gradient_power
     return jax.tree.map(lambda x: unit * x, values)
 
 
-def _map_outputs(settings: Settings, outputs: chex.ArrayTree, initial: float) -> chex.ArrayTree:
+def output_to_value(settings: Settings, outputs: chex.ArrayTree, initial: float) -> chex.ArrayTree:
+    """Maps LSTM outputs to positive values that are ``initial`` where the output is zero."""
     if settings.output_map == "exp":
         # exp(+-30) keeps every later product of such values inside float32.
         bound = lambda x: jnp.clip(x, -30.0, 30.0)
@@ -317,6 +318,7 @@ __all__ = [
     "Settings",
     "damping_values",
     "init_meta_params",
+    "output_to_value",
     "preconditioner_values",
     "run_network",
 ]

@@ -1,6 +1,9 @@
 """Meta-training of learned optimizers: tasks, unrolls, replay, validation and a driver."""
 
 from mlhf_optax.meta_training.config import MetaTrainingConfig as MetaTrainingConfig
+from mlhf_optax.meta_training.driver import Progressed as Progressed
+from mlhf_optax.meta_training.driver import Schedule as Schedule
+from mlhf_optax.meta_training.driver import meta_train as meta_train
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer as LearnedOptimizer
 from mlhf_optax.meta_training.learned_optimizer import MetaGradient as MetaGradient
 from mlhf_optax.meta_training.learned_optimizer import Task as Task
@@ -10,3 +13,5 @@ from mlhf_optax.meta_training.meta_step import MetaState as MetaState
 from mlhf_optax.meta_training.meta_step import make_meta_step as make_meta_step
 from mlhf_optax.meta_training.meta_step import meta_optimizer as meta_optimizer
 from mlhf_optax.meta_training.mlhf_gradient import mlhf_optimizer as mlhf_optimizer
+from mlhf_optax.meta_training.validation import Validation as Validation
+from mlhf_optax.meta_training.validation import make_validation as make_validation

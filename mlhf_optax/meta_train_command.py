@@ -1,0 +1,227 @@
+"""What ``mlhf-optax meta-train`` does once its arguments are parsed."""
+
+import dataclasses
+import datetime
+import functools
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mlhf_optax import meta_training as mt
+from mlhf_optax.datasets import epoch_indices, num_examples, sample_batches, take
+from mlhf_optax.layer_types import layer_types
+from mlhf_optax.machine import machine_info, versions
+from mlhf_optax.meta_params import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, init_meta_params
+from mlhf_optax.meta_params_io import save_meta_params
+from mlhf_optax.tasks import Task, get_task
+
+# Chosen by the measurements in the record of the shipped meta-parameters.
+DEFAULT_SETTINGS = Settings(
+    input_features="log-global",
+    log_range=16.0,
+    gradient_power=1.0,
+    initial_damping=30.0,
+    initial_preconditioner=30.0,
+)
+SETTINGS = {"default": DEFAULT_SETTINGS, "paper": PAPER_SETTINGS, "authors": AUTHORS_SETTINGS}
+
+_FAITHFUL = {
+    "default": {},
+    "paper": {
+        "max_update_ratio": None,
+        "update_noise": 0.0,
+        "step_loss": "difference",
+        "damping_loss_scale": 1.0,
+    },
+    "authors": {"step_loss": "difference"},
+}
+_VALIDATION_STEPS = (10, 30, 100, 300)
+_NUM_CG_STEPS = 4
+
+
+def run_meta_training(
+    *,
+    task: str,
+    output: Path,
+    iterations: int,
+    num_tasks: int,
+    unroll_length: int,
+    batch_size: int | None,
+    meta_learning_rate: float,
+    seed: int,
+    resume: bool,
+    checkpoint_every: int,
+    validate_every: int,
+    settings: str,
+    learning_rate: float = 1.0,
+    keep_probability: float = 0.9,
+    validation_steps: tuple[int, ...] = _VALIDATION_STEPS,
+    console: Console | None = None,
+) -> Path:
+    """Meta-trains MLHF on a ready task and writes the best meta-parameters by validation.
+
+    Args:
+      task: name of a ready task; only its part for meta-training is used.
+      output: folder for metrics, checkpoints and the result, ``meta_params.npz``.
+      iterations: meta-iterations.
+      num_tasks: inner trainings side by side.
+      unroll_length: steps of an unroll.
+      batch_size: examples a mini-batch; the task's own for meta-training if None.
+      meta_learning_rate: peak rate of Adam; it falls along a cosine to a hundredth.
+      seed: decides everything that is random.
+      resume: go on from the last checkpoint.
+      checkpoint_every: meta-iterations between checkpoints.
+      validate_every: meta-iterations between validations.
+      settings: ``"default"``, ``"paper"`` or ``"authors"``: what the LSTMs see and mean, and the
+        losses and stabilisers that go with it.
+      learning_rate: inner learning rate.
+      keep_probability: chance that an inner training goes on after an unroll.
+      validation_steps: when the loss is recorded in a validation run.
+      console: where to print.
+
+    Returns:
+      The path of the result.
+
+    Raises:
+      ValueError: for an unknown task or setting, a folder with checkpoints without ``resume``, or
+        checkpoints of other settings.
+
+    Example:
+      ``mlhf-optax meta-train digits-mlp --iterations 1000 --output runs/digits``
+    """
+    console = Console() if console is None else console
+    problem = get_task(task)
+    batch_size = problem.meta_batch_size if batch_size is None else batch_size
+    config = mt.MetaTrainingConfig(
+        num_tasks=num_tasks,
+        unroll_length=unroll_length,
+        meta_learning_rate=meta_learning_rate,
+        decay_iterations=iterations,
+        keep_probability=keep_probability,
+    )
+    learned = mt.mlhf_optimizer(learning_rate, num_cg_steps=_NUM_CG_STEPS, **_FAITHFUL[settings])
+    types = layer_types(jax.eval_shape(problem.init_fn, jax.random.key(0)))
+    meta_params = init_meta_params(
+        jax.random.key(seed), SETTINGS[settings], layer_types=sorted(set(jax.tree.leaves(types)))
+    )
+    about = {"task": task, "iterations": iterations, "batch_size": batch_size}
+    about |= {"settings": settings, "learning_rate": learning_rate}
+    examples = jax.tree.map(jnp.asarray, problem.data.meta_train)
+    shape = (num_tasks, unroll_length + 1, batch_size)
+    schedule = mt.Schedule(iterations, checkpoint_every, validate_every)
+    with _progress_bar(console) as bar:
+        done = mt.meta_train(
+            problem,
+            learned,
+            meta_params,
+            lambda key: sample_batches(examples, key, shape),
+            _validator(problem, learned, examples, validation_steps),
+            output,
+            schedule,
+            config,
+            seed=seed,
+            resume=resume,
+            about=about,
+            progress=_reporter(bar, iterations),
+        )
+    record = _record(
+        problem, output, done, about | {"config": dataclasses.asdict(config)}, learned_options(settings)
+    )
+    path = save_meta_params(output / "meta_params.npz", done.best_meta_params, record)
+    best = int(done.best_iteration)
+    console.print(f"best meta-parameters by validation: iteration {best} of {iterations}, in {path}")
+    console.print(f"try them: mlhf-optax train {task} --meta-params {path}", soft_wrap=True)
+    return path
+
+
+def learned_options(settings: str) -> dict[str, Any]:
+    """Returns the arguments of :func:`mlhf_optax.meta_training.mlhf_optimizer` that go with a setting."""
+    return {"max_update_ratio": 0.25, "step_loss": "relative"} | _FAITHFUL[settings]
+
+
+def _validator(problem: Task, learned, examples, steps: tuple[int, ...]):
+    """Returns ``validate(meta_params)``: fixed fresh starts on the part for meta-training."""
+    size = min(problem.batch_size, num_examples(examples))
+    indices = epoch_indices(jax.random.key(1), num_examples(examples), size, steps[-1])
+    batches = take(examples, indices)
+    validate = mt.make_validation(problem, learned, steps)
+    return functools.partial(_call_validation, validate, batches, examples)
+
+
+def _call_validation(validate, batches, examples, meta_params):
+    return validate(meta_params, batches, examples, jax.random.key(2))
+
+
+def _progress_bar(console: Console) -> Progress:
+    columns = (
+        TextColumn("meta-training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _reporter(bar: Progress, iterations: int):
+    line = bar.add_task("meta-training", total=iterations, losses="compiling")
+
+    def report(iteration: int, metrics: dict[str, float]) -> None:
+        losses = f"l_p {metrics['l_p']:.3g}  l_s {metrics['l_s']:.3g}  inner loss {metrics['inner_loss']:.3g}"
+        bar.update(line, completed=iteration, losses=losses)
+
+    return report
+
+
+def _record(problem: Task, output: Path, done, about: dict, options: dict) -> dict[str, Any]:
+    validation = [json.loads(line) for line in (output / "validation.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    every = max(1, len(metrics) // 50)
+    names = ("iteration", "l_p", "l_s", "inner_loss", "log_inner_loss", "age")
+    return {
+        "task": problem.name,
+        "trained_on": f"{problem.description}; the part for meta-training only",
+        "learning_rate": about["learning_rate"],
+        "batch_size": about["batch_size"],
+        "num_cg_steps": _NUM_CG_STEPS,
+        "max_update_ratio": options["max_update_ratio"],
+        "step_loss": options["step_loss"],
+        "meta_training": {key: about[key] for key in ("settings", "iterations", "config")},
+        "best_iteration": int(done.best_iteration),
+        "seconds": round(float(np.sum([line["seconds"] for line in metrics])), 1),
+        "totals": {name: int(value) for name, value in done.state.counts.items()},
+        "validation": validation,
+        "curves": [{name: line[name] for name in names} for line in metrics[::every]],
+        "command": shlex.join(["mlhf-optax", *sys.argv[1:]]),
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine_info(),
+        "versions": versions(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, or None where the package is not in one."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+__all__ = ["SETTINGS", "learned_options", "run_meta_training"]

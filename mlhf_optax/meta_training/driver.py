@@ -1,0 +1,229 @@
+"""Runs a whole meta-training: metrics as they come, validation, checkpoints, resume.
+
+All randomness follows from the seed and the number of the iteration, so a run that was killed and
+resumed ends with the same meta-parameters, bit for bit on a CPU, as one that was left alone.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlhf_optax.meta_training.checkpoints import list_checkpoints, load_last_checkpoint, save_checkpoint
+from mlhf_optax.meta_training.config import MetaTrainingConfig
+from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, Task
+from mlhf_optax.meta_training.meta_step import MetaState, make_meta_step
+from mlhf_optax.meta_training.validation import Validation
+
+SampleFn = Callable[[chex.PRNGKey], Any]
+Progress = Callable[[int, dict[str, float]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When things happen in a meta-training.
+
+    Args:
+      iterations: meta-iterations in all.
+      checkpoint_every: meta-iterations between checkpoints.
+      validate_every: meta-iterations between validations; one more is done at the end.
+      report_every: meta-iterations between two looks at the metrics (each waits for the device).
+
+    Raises:
+      ValueError: if one of them is below 1.
+
+    Example:
+      >>> Schedule(iterations=100).validate_every
+      100
+    """
+
+    iterations: int
+    checkpoint_every: int = 50
+    validate_every: int = 100
+    report_every: int = 5
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+
+    def is_due(self, iteration: int, every: int) -> bool:
+        """Returns whether something is due after this many iterations."""
+        return iteration % every == 0 or iteration == self.iterations
+
+
+class Progressed(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+      state: the meta-training.
+      best_meta_params: the best meta-parameters so far, by validation.
+      best_score: their score; infinity before the first validation.
+      best_iteration: when they were met.
+    """
+
+    state: MetaState
+    best_meta_params: chex.ArrayTree
+    best_score: jax.Array
+    best_iteration: jax.Array
+
+
+def meta_train(
+    task: Task,
+    learned: LearnedOptimizer,
+    meta_params: chex.ArrayTree,
+    sample_fn: SampleFn,
+    validate_fn: Callable[[chex.ArrayTree], Validation],
+    output: str | Path,
+    schedule: Schedule,
+    config: MetaTrainingConfig = MetaTrainingConfig(),
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    about: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Progressed:
+    """Meta-trains a learned optimizer and keeps the best meta-parameters by validation.
+
+    Writes ``metrics.jsonl`` (a line a meta-iteration), ``validation.jsonl`` (a line a validation) and
+    ``checkpoints/`` to ``output`` as it goes.
+
+    Args:
+      task: the task.
+      learned: the learned optimizer.
+      meta_params: where to start.
+      sample_fn: ``sample_fn(key) -> batches`` with leaves (num_tasks, unroll_length + 1, B, ...).
+      validate_fn: ``validate_fn(meta_params) ->`` :class:`Validation`, with a lower score for better.
+      output: folder for everything that is written.
+      schedule: how long and how often.
+      config: how inner trainings are run.
+      seed: decides all random numbers.
+      resume: go on from the last whole checkpoint in ``output``; start anew if there is none.
+      about: settings that must be equal when a run is resumed, beside ``config`` and ``seed``.
+      progress: called as ``progress(iteration, metrics)`` every ``schedule.report_every`` iterations.
+
+    Returns:
+      The last state and the best meta-parameters.
+
+    Raises:
+      ValueError: if ``output`` has checkpoints and ``resume`` is not set, or they belong to a run
+        with other settings.
+      FloatingPointError: if the meta-parameters are no longer finite.
+
+    Example:
+      See ``mlhf-optax meta-train``, which is this function with a task of the package.
+    """
+    folder = Path(output)
+    about = {"seed": seed, "config": dataclasses.asdict(config), **(about or {})}
+    if list_checkpoints(folder / "checkpoints") and not resume:
+        raise ValueError(
+            f"`output` {folder} already has checkpoints; set `resume` (--resume) to go on from them, "
+            "or use another folder"
+        )
+    init, meta_step = make_meta_step(task, learned, config)
+    data_key, init_key = jax.random.split(jax.random.key(seed))
+    now = _start(init(init_key, meta_params))
+    start = 0
+    found = load_last_checkpoint(folder / "checkpoints", now, about) if resume else None
+    if found is not None:
+        start, now = found
+    folder.mkdir(parents=True, exist_ok=True)
+    logs = {name: _Log(folder / f"{name}.jsonl", start) for name in ("metrics", "validation")}
+
+    pending, clock = [], time.perf_counter()
+    sample = jax.jit(sample_fn)
+    for iteration in range(start + 1, schedule.iterations + 1):
+        state, metrics = meta_step(now.state, sample(jax.random.fold_in(data_key, iteration)))
+        now = now._replace(state=state)
+        pending.append((iteration, metrics))
+        must_validate = schedule.is_due(iteration, schedule.validate_every)
+        must_save = schedule.is_due(iteration, schedule.checkpoint_every)
+        if must_validate or must_save or schedule.is_due(iteration, schedule.report_every):
+            seconds, clock = (time.perf_counter() - clock) / len(pending), time.perf_counter()
+            last = _write_metrics(logs["metrics"], pending, seconds)
+            pending = []
+            if progress is not None:
+                progress(iteration, last)
+        if must_validate:
+            now = _validated(now, iteration, validate_fn, logs["validation"])
+            clock = time.perf_counter()
+        if must_save:
+            _require_finite(now.state.meta_params, iteration, folder)
+            save_checkpoint(folder / "checkpoints", iteration, now, about)
+    return now
+
+
+def _start(state: MetaState) -> Progressed:
+    best = jax.tree.map(jnp.array, state.meta_params)  # a copy: the state is donated at every step
+    return Progressed(state, best, jnp.asarray(jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
+
+
+def _validated(now: Progressed, iteration: int, validate_fn, log: "_Log") -> Progressed:
+    result = jax.device_get(validate_fn(now.state.meta_params))
+    score = float(result.score)
+    log.write(
+        {
+            "iteration": iteration,
+            "score": score,
+            "losses": [float(x) for x in result.losses],
+            "worst_loss": float(result.worst_loss),
+        }
+    )
+    if not score < float(now.best_score):
+        return now
+    copy = jax.tree.map(jnp.array, now.state.meta_params)
+    return now._replace(
+        best_meta_params=copy,
+        best_score=jnp.asarray(score, jnp.float32),
+        best_iteration=jnp.asarray(iteration, jnp.int32),
+    )
+
+
+def _write_metrics(log: "_Log", pending: list, seconds: float) -> dict[str, float]:
+    line: dict[str, float] = {}
+    for iteration, metrics in pending:
+        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        line = {"iteration": iteration, "seconds": round(seconds, 4), **values}
+        log.write(line)
+    return line
+
+
+def _require_finite(meta_params: chex.ArrayTree, iteration: int, folder: Path) -> None:
+    if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(meta_params)):
+        raise FloatingPointError(
+            f"the meta-parameters are no longer finite at meta-iteration {iteration}; lower "
+            f"`meta_learning_rate` or set `meta_gradient_clip`, and resume from the last checkpoint in {folder / 'checkpoints'}"
+        )
+
+
+class _Log:
+    """A file of JSON lines; what it holds past a resumed iteration is removed first."""
+
+    def __init__(self, path: Path, iteration: int):
+        lines = path.read_text().splitlines() if iteration and path.exists() else []
+        kept = [line for line in lines if _iteration_of(line) <= iteration]
+        self._file = path.open("w")
+        self._file.writelines(line + "\n" for line in kept)
+        self._file.flush()
+
+    def write(self, values: dict) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+
+def _iteration_of(line: str) -> float:
+    """Number of a line; a line that was cut off belongs to no iteration that is kept."""
+    try:
+        return json.loads(line)["iteration"]
+    except (ValueError, KeyError):
+        return float("inf")
+
+
+__all__ = ["Progressed", "Schedule", "meta_train"]

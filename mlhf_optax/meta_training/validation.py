@@ -1,0 +1,108 @@
+"""Validation of meta-parameters: whole trainings from fresh starts, as a user would run them.
+
+Meta-losses are one-step gains; meta-parameters that gain well at every step can still ruin a long
+training. What is kept and shipped is therefore chosen by runs of a few hundred steps.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, Task, task_loss
+
+_WORST_LOSS = 1e3
+_LOSS_FLOOR = 1e-9
+
+
+class Validation(NamedTuple):
+    """Result of validating one set of meta-parameters.
+
+    Attributes:
+      score: mean over fresh starts and recorded steps of log(loss), nats; lower is better. A loss
+        that is not finite counts as ``log(1000)``.
+      losses: shape (len(steps),), mean loss over the fresh starts after these steps.
+      worst_loss: largest loss of any fresh start after the last step.
+    """
+
+    score: jax.Array
+    losses: jax.Array
+    worst_loss: jax.Array
+
+
+ValidateFn = Callable[[Any, Any, Any, chex.PRNGKey], Validation]
+
+
+def make_validation(
+    task: Task, learned: LearnedOptimizer, steps: Sequence[int] = (10, 30, 100, 300), num_starts: int = 3
+) -> ValidateFn:
+    """Returns a jitted function that validates meta-parameters on one task.
+
+    Args:
+      task: the task.
+      learned: how meta-parameters become an optimizer.
+      steps: after how many steps the loss is recorded, increasing; the last is the length.
+      num_starts: fresh starts, run side by side.
+
+    Returns:
+      ``validate(meta_params, batches, examples, key) -> Validation``: ``batches`` has leaves
+      (steps[-1], B, ...) and is shared by all starts, ``examples`` is the batch on which the loss is
+      recorded, ``key`` draws the starts. The same key and batches make scores comparable.
+
+    Raises:
+      ValueError: if ``steps`` is empty, not increasing, or starts below 1.
+
+    Example:
+      >>> from types import SimpleNamespace
+      >>> import jax, jax.numpy as jnp
+      >>> from mlhf_optax import SquaredError, init_meta_params
+      >>> from mlhf_optax.meta_training import mlhf_optimizer
+      >>> task = SimpleNamespace(
+      ...     init_fn=lambda key: {"kernel": jax.random.normal(key, (2, 1))},
+      ...     predict_fn=lambda params, batch: batch["x"] @ params["kernel"],
+      ...     loss_fn=SquaredError(targets="y"))
+      >>> validate = make_validation(task, mlhf_optimizer(), steps=(1, 3))
+      >>> batches = {"x": jnp.ones((3, 4, 2)), "y": jnp.zeros((3, 4, 1))}
+      >>> examples = {"x": jnp.ones((4, 2)), "y": jnp.zeros((4, 1))}
+      >>> meta_params = init_meta_params(jax.random.key(0), layer_types=["dense_kernel"])
+      >>> validate(meta_params, batches, examples, jax.random.key(1)).losses.shape
+      (2,)
+    """
+    steps = tuple(steps)
+    if not steps or steps[0] < 1 or any(b <= a for a, b in itertools.pairwise(steps)):
+        raise ValueError(f"`steps` must be increasing numbers from 1 on, got {steps}")
+
+    def losses_of_one(meta_params, batches, examples, key):
+        optimizer = learned.build(meta_params, task)
+        params = task.init_fn(key)
+
+        def step(carry, batch):
+            params, opt_state = carry
+            gradient = jax.grad(lambda p: task_loss(task, p, batch))(params)
+            updates, opt_state = optimizer.update(gradient, opt_state, params, batch=batch)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        carry, losses, start = (params, optimizer.init(params)), [], 0
+        for end in steps:
+            part = jax.tree.map(lambda x, a=start, b=end: x[a:b], batches)
+            carry, _ = lax.scan(step, carry, part)
+            losses.append(task_loss(task, carry[0], examples))
+            start = end
+        return jnp.stack(losses)
+
+    @jax.jit
+    def validate(meta_params, batches, examples, key) -> Validation:
+        run = lambda start_key: losses_of_one(meta_params, batches, examples, start_key)
+        losses = jax.vmap(run)(jax.random.split(key, num_starts))
+        bounded = jnp.where(jnp.isfinite(losses), jnp.clip(losses, _LOSS_FLOOR, _WORST_LOSS), _WORST_LOSS)
+        return Validation(jnp.mean(jnp.log(bounded)), jnp.mean(losses, axis=0), jnp.max(bounded[:, -1]))
+
+    return validate
+
+
+__all__ = ["ValidateFn", "Validation", "make_validation"]

@@ -131,9 +131,10 @@ def scale_by_hessian_free(
     def init_fn(params):
         check_whole_tree(params)
         start = rule.initial_damping if rule else _at(damping, 0)
-        no_steps, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-        info = HessianFreeInfo(no_steps, nothing, no_steps, nothing, nothing)
-        return ScaleByHessianFreeState(no_steps, jnp.asarray(start, jnp.float32), info)
+        # Every leaf has a buffer of its own, so that the state may be donated.
+        none, nothing = lambda: jnp.zeros((), jnp.int32), lambda: jnp.zeros((), jnp.float32)
+        info = HessianFreeInfo(none(), nothing(), none(), nothing(), nothing())
+        return ScaleByHessianFreeState(none(), jnp.asarray(start, jnp.float32), info)
 
     def update_fn(updates, state, params: Any = None, *, batch=None, **extra_args):
         del extra_args

@@ -96,8 +96,8 @@ def scale_by_mlhf(
     *,
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
-    layer_types_fn: LayerTypesFn = layer_types,
-    carry_dtype: Any = jnp.float32,
+    layer_types_fn: LayerTypesFn | None = None,
+    carry_dtype: Any = "float32",
     unroll: bool | int = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the gradient g by the MLHF direction d, in the sign of the gradient.
@@ -120,7 +120,8 @@ def scale_by_mlhf(
       num_cg_steps: CG steps K; the step costs K + 1 GGN products.
       curvature_batch_size: take GGN products on part of the batch: a number of examples, a
         fraction or a function of the batch (:func:`mlhf_optax.curvature.curvature_subset`).
-      layer_types_fn: maps the parameters to a tree of layer type names.
+      layer_types_fn: maps the parameters to a tree of layer type names;
+        :func:`mlhf_optax.layer_types` if None.
       carry_dtype: dtype in which the LSTM states are stored.
       unroll: unroll the CG loop (:func:`mlhf_optax.pcg.pcg`).
 
@@ -149,14 +150,17 @@ def scale_by_mlhf(
       <https://arxiv.org/abs/1805.08462>`_, 2018, Algorithm 1.
     """
     _check_arguments(meta_params, predict_fn, loss_fn, num_cg_steps, curvature_batch_size)
+    # Defaults that are not callable: `optax.inject_hyperparams` takes callables for schedules.
+    types_of = layer_types_fn or layer_types
 
     def init_fn(params):
         check_whole_tree(params)
-        _check_types(meta_params, layer_types_fn(params))
+        _check_types(meta_params, types_of(params))
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)
         carry = lambda: coordinate_lstm.init_carry(params, meta_params.units, carry_dtype)
-        nothing = jnp.zeros((), jnp.float32)
-        info = MLHFInfo(jnp.zeros((), jnp.int32), *[nothing] * (len(MLHFInfo._fields) - 1))
+        # Every leaf has a buffer of its own, so that the state may be donated.
+        numbers = (jnp.zeros((), jnp.float32) for _ in MLHFInfo._fields[1:])
+        info = MLHFInfo(jnp.zeros((), jnp.int32), *numbers)
         return ScaleByMLHFState(jnp.zeros((), jnp.int32), zeros(), zeros(), carry(), carry(), info)
 
     def update_fn(updates, state, params: Any = None, *, batch=None, **extra_args):
@@ -164,7 +168,7 @@ def scale_by_mlhf(
         require_params(params, "mlhf")
         require_batch(batch, "mlhf")
         check_whole_tree(params)
-        types = layer_types_fn(params)
+        types = types_of(params)
         _check_types(meta_params, types)
         part = curvature_subset(predict_fn, params, batch, curvature_batch_size)
         ggn = ggn_matvec(predict_fn, loss_fn, params, part)
@@ -184,8 +188,8 @@ def mlhf(
     curvature_batch_size: CurvatureBatch = None,
     max_update_ratio: float | None = 0.25,
     weight_decay: float = 0.0,
-    layer_types_fn: LayerTypesFn = layer_types,
-    carry_dtype: Any = jnp.float32,
+    layer_types_fn: LayerTypesFn | None = None,
+    carry_dtype: Any = "float32",
     unroll: bool | int = True,
 ) -> optax.GradientTransformationExtraArgs:
     """The MLHF optimizer: :func:`scale_by_mlhf`, the learning rate and the bound on the update.

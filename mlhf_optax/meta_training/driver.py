@@ -18,6 +18,7 @@ import numpy as np
 
 from mlhf_optax.meta_training.checkpoints import list_checkpoints, load_last_checkpoint, save_checkpoint
 from mlhf_optax.meta_training.config import MetaTrainingConfig
+from mlhf_optax.meta_training.evolution import EvolutionState
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, Task
 from mlhf_optax.meta_training.meta_step import MetaState, make_meta_step
 from mlhf_optax.meta_training.validation import Validation
@@ -69,7 +70,7 @@ class Progressed(NamedTuple):
       best_iteration: when they were met.
     """
 
-    state: MetaState
+    state: MetaState | EvolutionState
     best_meta_params: chex.ArrayTree
     best_score: jax.Array
     best_iteration: jax.Array
@@ -89,6 +90,7 @@ def meta_train(
     resume: bool = False,
     about: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    algorithm: tuple[Callable, Callable] | None = None,
 ) -> Progressed:
     """Meta-trains a learned optimizer and keeps the best meta-parameters by validation.
 
@@ -108,6 +110,8 @@ def meta_train(
       resume: go on from the last whole checkpoint in ``output``; start anew if there is none.
       about: settings that must be equal when a run is resumed, beside ``config`` and ``seed``.
       progress: called as ``progress(iteration, metrics)`` every ``schedule.report_every`` iterations.
+      algorithm: ``(init, step)`` in the place of :func:`make_meta_step` of task, optimizer and config,
+        for example from :func:`mlhf_optax.meta_training.make_evolution_step`.
 
     Returns:
       The last state and the best meta-parameters.
@@ -127,7 +131,7 @@ def meta_train(
             f"`output` {folder} already has checkpoints; set `resume` (--resume) to go on from them, "
             "or use another folder"
         )
-    init, meta_step = make_meta_step(task, learned, config)
+    init, meta_step = algorithm or make_meta_step(task, learned, config)
     data_key, init_key = jax.random.split(jax.random.key(seed))
     now = _start(init(init_key, meta_params))
     start = 0
@@ -160,7 +164,7 @@ def meta_train(
     return now
 
 
-def _start(state: MetaState) -> Progressed:
+def _start(state: MetaState | EvolutionState) -> Progressed:
     best = jax.tree.map(jnp.array, state.meta_params)  # a copy: the state is donated at every step
     return Progressed(state, best, jnp.asarray(jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
 
@@ -199,7 +203,7 @@ def _require_finite(meta_params: chex.ArrayTree, iteration: int, folder: Path) -
     if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(meta_params)):
         raise FloatingPointError(
             f"the meta-parameters are no longer finite at meta-iteration {iteration}; lower "
-            f"`meta_learning_rate` or set `meta_gradient_clip`, and resume from the last checkpoint in {folder / 'checkpoints'}"
+            f"`meta_learning_rate` or set `meta_gradient_clip`, and resume from the last checkpoint in {folder}"
         )
 
 

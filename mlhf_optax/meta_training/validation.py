@@ -35,6 +35,7 @@ class Validation(NamedTuple):
     worst_loss: jax.Array
 
 
+LossesFn = Callable[[Any, Any, Any, chex.PRNGKey], jax.Array]
 ValidateFn = Callable[[Any, Any, Any, chex.PRNGKey], Validation]
 
 
@@ -73,11 +74,34 @@ def make_validation(
       >>> validate(meta_params, batches, examples, jax.random.key(1)).losses.shape
       (2,)
     """
-    steps = tuple(steps)
-    if not steps or steps[0] < 1 or any(b <= a for a, b in itertools.pairwise(steps)):
-        raise ValueError(f"`steps` must be increasing numbers from 1 on, got {steps}")
+    losses_of = training_losses(task, learned, steps)
 
-    def losses_of_one(meta_params, batches, examples, key):
+    @jax.jit
+    def validate(meta_params, batches, examples, key) -> Validation:
+        run = lambda start_key: losses_of(meta_params, batches, examples, start_key)
+        losses = jax.vmap(run)(jax.random.split(key, num_starts))
+        return Validation(score_of(losses), jnp.mean(losses, axis=0), jnp.max(_bounded(losses[:, -1])))
+
+    return validate
+
+
+def training_losses(task: Task, learned: LearnedOptimizer, steps: Sequence[int]) -> LossesFn:
+    """Returns a function that trains from a fresh start and returns the loss after some steps.
+
+    Args:
+      task: the task.
+      learned: how meta-parameters become an optimizer.
+      steps: after how many steps the loss is taken, increasing.
+
+    Returns:
+      ``losses(meta_params, batches, examples, key)``, shape (len(steps),); see :func:`make_validation`.
+
+    Raises:
+      ValueError: if ``steps`` is empty, not increasing, or starts below 1.
+    """
+    check_steps(steps)
+
+    def losses_of(meta_params, batches, examples, key):
         optimizer = learned.build(meta_params, task)
         params = task.init_fn(key)
 
@@ -87,22 +111,42 @@ def make_validation(
             updates, opt_state = optimizer.update(gradient, opt_state, params, batch=batch)
             return (optax.apply_updates(params, updates), opt_state), None
 
-        carry, losses, start = (params, optimizer.init(params)), [], 0
-        for end in steps:
-            part = jax.tree.map(lambda x, a=start, b=end: x[a:b], batches)
-            carry, _ = lax.scan(step, carry, part)
-            losses.append(task_loss(task, carry[0], examples))
-            start = end
-        return jnp.stack(losses)
+        # One scan to the longest stretch, not one program a stretch: the step is compiled once.
+        def to_next(carry, bounds):
+            start, end = bounds
+            body = lambda i, c: step(c, jax.tree.map(lambda x: x[i], batches))[0]
+            carry = lax.fori_loop(start, end, body, carry)
+            return carry, task_loss(task, carry[0], examples)
 
-    @jax.jit
-    def validate(meta_params, batches, examples, key) -> Validation:
-        run = lambda start_key: losses_of_one(meta_params, batches, examples, start_key)
-        losses = jax.vmap(run)(jax.random.split(key, num_starts))
-        bounded = jnp.where(jnp.isfinite(losses), jnp.clip(losses, _LOSS_FLOOR, _WORST_LOSS), _WORST_LOSS)
-        return Validation(jnp.mean(jnp.log(bounded)), jnp.mean(losses, axis=0), jnp.max(bounded[:, -1]))
+        ends = jnp.asarray(steps, jnp.int32)
+        starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+        return lax.scan(to_next, (params, optimizer.init(params)), (starts, ends))[1]
 
-    return validate
+    return losses_of
 
 
-__all__ = ["ValidateFn", "Validation", "make_validation"]
+def score_of(losses: jax.Array) -> jax.Array:
+    """Returns the mean of log(loss), with losses that are not finite counted as 1000."""
+    return jnp.mean(jnp.log(_bounded(losses)))
+
+
+def check_steps(steps: Sequence[int]) -> None:
+    """Raises ValueError unless ``steps`` increase from 1 or more."""
+    steps = tuple(steps)
+    if not steps or steps[0] < 1 or any(b <= a for a, b in itertools.pairwise(steps)):
+        raise ValueError(f"`steps` must be increasing numbers from 1 on, got {steps}")
+
+
+def _bounded(losses: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(losses), jnp.clip(losses, _LOSS_FLOOR, _WORST_LOSS), _WORST_LOSS)
+
+
+__all__ = [
+    "LossesFn",
+    "ValidateFn",
+    "Validation",
+    "check_steps",
+    "make_validation",
+    "score_of",
+    "training_losses",
+]

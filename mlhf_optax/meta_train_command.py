@@ -24,15 +24,7 @@ from mlhf_optax.meta_params import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, i
 from mlhf_optax.meta_params_io import save_meta_params
 from mlhf_optax.tasks import Task, get_task
 
-# Chosen by the measurements in the record of the shipped meta-parameters.
-DEFAULT_SETTINGS = Settings(
-    input_features="log-global",
-    log_range=16.0,
-    gradient_power=1.0,
-    initial_damping=30.0,
-    initial_preconditioner=30.0,
-)
-SETTINGS = {"default": DEFAULT_SETTINGS, "paper": PAPER_SETTINGS, "authors": AUTHORS_SETTINGS}
+SETTINGS = {"default": Settings(), "paper": PAPER_SETTINGS, "authors": AUTHORS_SETTINGS}
 
 _FAITHFUL = {
     "default": {},
@@ -63,7 +55,7 @@ def run_meta_training(
     validate_every: int,
     settings: str,
     learning_rate: float = 1.0,
-    keep_probability: float = 0.9,
+    keep_probability: float = 0.95,
     validation_steps: tuple[int, ...] = _VALIDATION_STEPS,
     console: Console | None = None,
 ) -> Path:

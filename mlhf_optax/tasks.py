@@ -64,7 +64,7 @@ class Task:
 
 
 def digits_mlp(
-    hidden: Sequence[int] = (32,), activation: str = "relu", batch_size: int = 128, meta_batch_size: int = 64
+    hidden: Sequence[int] = (32,), activation: str = "relu", batch_size: int = 128, meta_batch_size: int = 128
 ) -> Task:
     """Returns the task of classifying 8x8 handwritten digits with dense layers.
 
@@ -96,7 +96,7 @@ def digits_mlp(
     return _digits_task(name, description, model, batch_size, meta_batch_size)
 
 
-def digits_convnet(batch_size: int = 128, meta_batch_size: int = 64) -> Task:
+def digits_convnet(batch_size: int = 128, meta_batch_size: int = 128) -> Task:
     """Returns the task of classifying 8x8 handwritten digits with a small convolutional network.
 
     Args:

@@ -203,7 +203,8 @@ def _require_finite(meta_params: chex.ArrayTree, iteration: int, folder: Path) -
     if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(meta_params)):
         raise FloatingPointError(
             f"the meta-parameters are no longer finite at meta-iteration {iteration}; lower "
-            f"`meta_learning_rate` or set `meta_gradient_clip`, and resume from the last checkpoint in {folder}"
+            "`meta_learning_rate` or set `meta_gradient_clip`, and resume from the last checkpoint in "
+            f"{folder / 'checkpoints'}"
         )
 
 

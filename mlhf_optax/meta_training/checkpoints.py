@@ -67,7 +67,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def load_last_checkpoint(
     folder: Path, template: chex.ArrayTree, about: dict
-) -> tuple[int, chex.ArrayTree] | None:
+) -> tuple[int, Any] | None:
     """Loads the newest whole checkpoint; a damaged one is reported with a warning and passed over.
 
     Args:
@@ -93,7 +93,7 @@ def load_last_checkpoint(
     return None
 
 
-def _read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+def _read(path: Path) -> tuple[dict, Any]:
     data = path.read_bytes()
     if not data.startswith(_MAGIC):
         raise ValueError("not a checkpoint of mlhf_optax")

@@ -64,14 +64,14 @@ class Progressed(NamedTuple):
     """What a checkpoint holds.
 
     Attributes:
-      state: the meta-training.
+      state: the meta-training, a :class:`MetaState` or :class:`EvolutionState`.
       best_meta_params: the best meta-parameters so far, by validation.
       best_score: their score; infinity before the first validation.
       best_iteration: when they were met.
     """
 
-    state: MetaState | EvolutionState
-    best_meta_params: chex.ArrayTree
+    state: Any
+    best_meta_params: Any
     best_score: jax.Array
     best_iteration: jax.Array
 
@@ -79,7 +79,7 @@ class Progressed(NamedTuple):
 def meta_train(
     task: Task,
     learned: LearnedOptimizer,
-    meta_params: chex.ArrayTree,
+    meta_params: Any,
     sample_fn: SampleFn,
     validate_fn: Callable[[chex.ArrayTree], Validation],
     output: str | Path,

@@ -69,8 +69,8 @@ class EvolutionState(NamedTuple):
     """
 
     iteration: jax.Array
-    meta_params: chex.ArrayTree
-    opt_state: chex.ArrayTree
+    meta_params: Any
+    opt_state: Any
     key: jax.Array
     counts: dict[str, jax.Array]
 
@@ -129,7 +129,8 @@ def make_evolution_step(
             state.meta_params,
             noise,
         )
-        train = lambda member: losses_of(member, *batches, start_key)
+        series, examples = batches
+        train = lambda member: losses_of(member, series, examples, start_key)
         losses = jax.lax.map(train, members, batch_size=config.chunk or 2 * config.num_pairs)
         score = jax.vmap(score_of)(losses)
         gradient = _gradient(score, noise, config)

@@ -65,9 +65,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if _NAME.match(path.name)), reverse=True)
 
 
-def load_last_checkpoint(
-    folder: Path, template: chex.ArrayTree, about: dict
-) -> tuple[int, Any] | None:
+def load_last_checkpoint(folder: Path, template: chex.ArrayTree, about: dict) -> tuple[int, Any] | None:
     """Loads the newest whole checkpoint; a damaged one is reported with a warning and passed over.
 
     Args:

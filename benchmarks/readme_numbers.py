@@ -1,10 +1,10 @@
 """Writes the numbers of the README from the results in benchmarks/results.
 
-Every file there was written by ``mlhf-optax train --json FILE``. ``digits-mlp.json`` becomes the main
-table; every other one a row in the table of networks that meta-training never saw.
-
     python benchmarks/readme_numbers.py            rewrites the section in README.md
     python benchmarks/readme_numbers.py --check    fails if the section is not up to date
+
+``digits-mlp.json`` is what ``mlhf-optax train --json`` writes, ``transfer_digits.json`` what
+``benchmarks/transfer_digits.py --json`` writes.
 """
 
 import json
@@ -18,10 +18,53 @@ from mlhf_optax.results import Result, best_of, table_steps
 from mlhf_optax.tables import format_loss
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-MAIN = "digits-mlp.json"
 BEGIN = "<!-- numbers written by benchmarks/readme_numbers.py -->"
 END = "<!-- end of numbers -->"
+
+
+def section(results: Path) -> str:
+    """Returns the Markdown between the two marks, for a folder of results."""
+    comparison = json.loads((results / "digits-mlp.json").read_text())
+    transfer = json.loads((results / "transfer_digits.json").read_text())
+    lines = [*comparison_table(comparison), "", *transfer_table(transfer)]
+    return "\n".join([BEGIN, "", *lines, "", END])
+
+
+def comparison_table(report: dict[str, Any]) -> list[str]:
+    """Returns Markdown lines: MLHF, the best at each step, and the best of each family at the end."""
+    learned, others = read_results(report)
+    steps = table_steps([learned])
+    best = [best_of(others, step).loss_at(step) for step in steps]
+    ratios = [ratio(learned.loss_at(step), loss) for step, loss in zip(steps, best, strict=True)]
+    rows = [
+        ["training loss after step", *map(str, steps), "test accuracy", "ms a step"],
+        [f"**MLHF, learning rate {learned.hyperparameters['learning_rate']:g}**", *cells(learned, steps)],
+        [f"best of {len(others)} at that step", *map(format_loss, best), "", ""],
+        ["MLHF / that best", *ratios, "", ""],
+    ]
+    for family in dict.fromkeys(result.family for result in others):
+        members = [result for result in others if result.family == family]
+        result = best_of(members, steps[-1])
+        rows.append([result.name, *cells(result, steps)])
+    note = (
+        f"`{report['task']}`, mean over {learned.seeds} seeds, loss in nats on the whole training part. Of "
+        f"each first-order family the setting is shown that is its best at the end. {origin(report)}"
+    )
+    return [*table(rows), "", note]
+
+
+def transfer_table(report: dict[str, Any]) -> list[str]:
+    """Returns Markdown lines: one row a variant, the loss of MLHF over that of the best of the grid."""
+    steps = report["rows"][0]["steps"]
+    rows = [["loss of MLHF / best of the grid, after step", *map(str, steps), "test accuracy, points"]]
+    for row in report["rows"]:
+        pairs = zip(row["mlhf"], row["best_of_grid"], strict=True)
+        ratios = [ratio(math.inf if own is None else own, best) for own, best in pairs]
+        points = 100 * (row["mlhf_test_accuracy"] - row["best_test_accuracy"])
+        rows.append([row["variant"], *ratios, f"{points:+.1f}"])
+    seeds = report["rows"][0]["seeds"]
+    note = f"The same meta-parameters on what they never saw, mean over {seeds} seeds. {origin(report)}"
+    return [*table(rows), "", note]
 
 
 def read_results(report: dict[str, Any]) -> tuple[Result, list[Result]]:
@@ -34,45 +77,10 @@ def read_results(report: dict[str, Any]) -> tuple[Result, list[Result]]:
     return learned, [result for result in results if result.name != "mlhf"]
 
 
-def main_table(report: dict[str, Any]) -> list[str]:
-    """Returns Markdown lines: MLHF, the best at each step, and the best of each family at the end."""
-    learned, others = read_results(report)
-    steps = table_steps([learned])
-    best = [best_of(others, step).loss_at(step) for step in steps]
-    ratios = ratio_cells(learned, others, steps)
-    rows = [
-        ["training loss after step", *map(str, steps), "test accuracy", "ms a step"],
-        ["---", *["---:"] * (len(steps) + 2)],
-        [f"**MLHF, learning rate {learned.hyperparameters['learning_rate']:g}**", *cells(learned, steps)],
-        [f"best of {len(others)} at that step", *map(format_loss, best), "", ""],
-        ["MLHF / that best", *ratios, "", ""],
-    ]
-    for family in dict.fromkeys(result.family for result in others):
-        members = [result for result in others if result.family == family]
-        result = best_of(members, steps[-1])
-        rows.append([result.name, *cells(result, steps)])
-    rows_text = [f"| {' | '.join(row)} |" for row in rows]
-    note = (
-        f"`{report['task']}`, means over {learned.seeds} seeds on the whole training part, in nats. Of each "
-        "first-order family the setting is shown that is its best at the end. "
-    )
-    return [*rows_text, "", note + origin(report)]
-
-
-def transfer_table(reports: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns Markdown lines: one row a report, the loss of MLHF over that of the best of the grid."""
-    steps = table_steps([read_results(reports[0])[0]])
-    rows = [
-        ["MLHF's loss / best of the grid, after step", *map(str, steps), "test accuracy", "command"],
-        ["---", *["---:"] * (len(steps) + 1), "---"],
-    ]
-    for report in reports:
-        learned, others = read_results(report)
-        points = 100 * (learned.test_accuracy - max(result.test_accuracy for result in others))
-        ratios = ratio_cells(learned, others, steps)
-        rows.append([report["task"], *ratios, f"{points:+.1f} points", f"`{report['command']}`"])
-    origins = sorted({origin(report, with_command=False) for report in reports})
-    return [*(f"| {' | '.join(row)} |" for row in rows), "", *origins]
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns a Markdown table; the first row is its head."""
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
 
 
 def cells(result: Result, steps: Sequence[int]) -> list[str]:
@@ -81,34 +89,20 @@ def cells(result: Result, steps: Sequence[int]) -> list[str]:
     return [*losses, f"{result.test_accuracy:.1%}", f"{1e3 * result.seconds_per_step:.2f}"]
 
 
-def ratio_cells(learned: Result, others: Sequence[Result], steps: Sequence[int]) -> list[str]:
-    """Returns the loss of MLHF as a multiple of the best loss at each step, bold where it wins."""
-    ratios = []
-    for step in steps:
-        own, best = learned.loss_at(step), best_of(others, step).loss_at(step)
-        text = f"{own / best:.2f}" if math.isfinite(own) else "diverged"
-        ratios.append(f"**{text}**" if own < best else text)
-    return ratios
+def ratio(own: float, best: float) -> str:
+    """Returns one loss as a multiple of another, bold where it is the lower one."""
+    text = f"{own / best:.2f}" if math.isfinite(own) else "diverged"
+    return f"**{text}**" if own < best else text
 
 
-def origin(report: dict[str, Any], with_command: bool = True) -> str:
-    """Says where and when the numbers were measured, and by which command."""
+def origin(report: dict[str, Any]) -> str:
+    """Says by which command, where and when the numbers were measured."""
     machine, versions = report["machine"], report["versions"]
     device = machine["cpu"] if machine["backend"] == "cpu" else machine["device"]
-    command = f"`{report['command']}`; " if with_command else ""
     return (
-        f"{command}{device}, {machine['cores']} cores; jax {versions['jax']}, Python {versions['python']}; "
-        f"{report['date'][:10]}."
+        f"`{report['command']}`; {device}, {machine['cores']} cores; jax {versions['jax']}, Python "
+        f"{versions['python']}; {report['date'][:10]}."
     )
-
-
-def section(results: Path = RESULTS) -> str:
-    """Returns the Markdown between the two marks."""
-    reports = {path.name: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
-    lines = main_table(reports.pop(MAIN))
-    if reports:
-        lines += ["", *transfer_table(list(reports.values()))]
-    return "\n".join([BEGIN, "", *lines, "", END])
 
 
 def main() -> None:
@@ -116,7 +110,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
-    new = before + section() + rest.split(END)[1]
+    new = before + section(ROOT / "benchmarks" / "results") + rest.split(END)[1]
     if "--check" not in sys.argv[1:]:
         readme.write_text(new, encoding="utf-8")
     elif new != text:

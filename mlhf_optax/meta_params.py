@@ -54,6 +54,8 @@ class Settings:
         parameters to this power (paper: 0). Near a minimum of a cross-entropy the GGN shrinks with the
         loss, and a damping that shrinks with the gradient, as in regularised Newton methods (Fan
         and Yuan 2005), keeps its size relative to it; the LSTMs then only have to learn the ratio.
+      gradient_floor: root mean square below which the gradient counts as this large there. Without
+        it the steps of a training whose gradient is rounding noise stay long, and it jumps away.
 
     Raises:
       ValueError: for an unknown name or a value out of range.
@@ -73,6 +75,7 @@ class Settings:
     preconditioner_residual: PreconditionerResidual = "previous"
     log_range: float = 16.0
     gradient_power: float = 1.0
+    gradient_floor: float = 1e-5
 
     def __post_init__(self):
         choices = {
@@ -85,7 +88,14 @@ class Settings:
             value = getattr(self, name)
             if value not in get_args(allowed):
                 raise ValueError(f"`{name}` must be one of {get_args(allowed)}, got {value!r}")
-        for name in ("output_scale", "initial_damping", "initial_preconditioner", "log_range"):
+        positive = (
+            "output_scale",
+            "initial_damping",
+            "initial_preconditioner",
+            "log_range",
+            "gradient_floor",
+        )
+        for name in positive:
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise ValueError(f"`{name}` must be a positive number, got {value!r}")
@@ -267,7 +277,7 @@ def _output_to_value(
     values = output_to_value(settings, outputs, initial)
     if not settings.gradient_power:
         return values
-    unit = jnp.maximum(_root_mean_square(gradient), 1e-12) ** settings.gradient_power
+    unit = jnp.maximum(_root_mean_square(gradient), settings.gradient_floor) ** settings.gradient_power
     return jax.tree.map(lambda x: unit * x, values)
 
 

@@ -322,7 +322,7 @@ def mlhf_step(
       See :func:`scale_by_mlhf`, which adds the safeguards.
     """
     settings = meta_params.settings
-    d0 = _start_vector(state)
+    d0 = start_vector(state)
     inputs = Inputs(d0, state.residual, gradient)
     s_out, s_carry = run_network(meta_params.damping, settings, types, state.damping_carry, inputs)
     if settings.preconditioner_residual == "current":
@@ -371,7 +371,7 @@ def damped(ggn: Matvec, damping: chex.ArrayTree) -> Matvec:
     return matvec
 
 
-def _start_vector(state: ScaleByMLHFState) -> Any:
+def start_vector(state: ScaleByMLHFState) -> Any:
     """The previous direction, or zero after a step that was not one of descent.
 
     From zero CG always descends. From a direction that no longer fits it may not, and as a skipped
@@ -448,4 +448,5 @@ __all__ = [
     "mlhf_step",
     "scale_by_mlhf",
     "solve",
+    "start_vector",
 ]

@@ -26,7 +26,7 @@ from mlhf_optax.layer_types import LayerTypesFn, layer_types
 from mlhf_optax.meta_params import Inputs, MetaParams, damping_values, run_network
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, MetaGradient, task_loss
 from mlhf_optax.meta_training.losses import StepLoss, StepLosses, preconditioner_loss, step_gain
-from mlhf_optax.mlhf import Controls, ScaleByMLHFState, damped, mlhf, solve
+from mlhf_optax.mlhf import Controls, ScaleByMLHFState, damped, mlhf, solve, start_vector
 from mlhf_optax.safeguards import limit_update_ratio, select_tree, tree_is_finite
 
 
@@ -174,7 +174,10 @@ def mlhf_meta_gradient(
 
 def _inner_step(options: Options, meta_params: MetaParams, task, inner: _Inner, inputs):
     batch, next_batch, key = inputs
-    settings, state = meta_params.settings, inner.state
+    settings = meta_params.settings
+    before = inner.state
+    state = before._replace(direction=start_vector(before))
+    inner = inner._replace(state=state)
     part = curvature_subset(task.predict_fn, inner.params, batch, options.curvature_batch_size)
     ggn = ggn_matvec(task.predict_fn, task.loss_fn, inner.params, part)
     controls, carries, seen = _run_step_networks(options, meta_params, ggn, inner)
@@ -209,11 +212,10 @@ def _inner_step(options: Options, meta_params: MetaParams, task, inner: _Inner, 
     cotangents = jax.tree.map(lambda c: jnp.where(is_sound, c, jnp.zeros_like(c)), cotangents)
 
     new = (solution.direction, solution.residual, *carries)
-    old = (state.direction, state.residual, state.damping_carry, state.preconditioner_carry)
+    old = (before.direction, before.residual, state.damping_carry, state.preconditioner_carry)
     direction, residual, s_carry, p_carry = select_tree(is_sound, new, old)
-    info = state.info._replace(
-        skipped_steps=state.info.skipped_steps + jnp.logical_not(is_sound).astype(jnp.int32)
-    )
+    skipped = state.info.skipped_steps + jnp.logical_not(is_sound).astype(jnp.int32)
+    info = state.info._replace(skipped_steps=skipped, descent=descent.astype(jnp.float32))
     state = ScaleByMLHFState(state.count + is_sound, direction, residual, s_carry, p_carry, info)
     record = _Record(*seen, is_sound, cotangents, l_s, l_p, inner.loss)
     return _Inner(params, state, after_state, next_loss, next_gradient), record

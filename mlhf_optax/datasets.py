@@ -65,7 +65,7 @@ def digits() -> Dataset:
     images = (pixels / 16.0).astype(np.float32).reshape(-1, 8, 8, 1)
     labels = np.asarray(targets, np.int32)
     parts = stratified_split(labels, DIGITS_FRACTIONS, DIGITS_SPLIT_SEED)
-    return Dataset(*(_freeze({"image": images[part], "label": labels[part]}) for part in parts))
+    return Dataset(*(freeze({"image": images[part], "label": labels[part]}) for part in parts))
 
 
 def stratified_split(labels: np.ndarray, fractions: tuple[float, ...], seed: int) -> list[np.ndarray]:
@@ -205,8 +205,8 @@ def num_examples(data: chex.ArrayTree) -> int:
     return size
 
 
-def _freeze(examples: Examples) -> Examples:
-    # The arrays are cached and shared, so writing into them would change every later training.
+def freeze(examples: Examples) -> Examples:
+    """Makes arrays read-only: they are shared, and writing into them would change every later training."""
     for array in examples.values():
         array.setflags(write=False)
     return examples
@@ -219,6 +219,7 @@ __all__ = [
     "Examples",
     "digits",
     "epoch_indices",
+    "freeze",
     "num_examples",
     "sample_batches",
     "stratified_split",

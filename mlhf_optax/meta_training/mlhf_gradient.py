@@ -13,7 +13,7 @@ Nothing of the model is kept for a later backward pass: memory grows with T only
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -21,29 +21,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mlhf_optax.curvature import CurvatureBatch, curvature_subset, ggn_matvec
+from mlhf_optax.coordinate_lstm import LayerCarry
+from mlhf_optax.curvature import CurvatureBatch
 from mlhf_optax.layer_types import LayerTypesFn, layer_types
-from mlhf_optax.meta_params import Inputs, MetaParams, damping_values, run_network
+from mlhf_optax.meta_params import Inputs, MetaParams, run_network
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, MetaGradient, task_loss
-from mlhf_optax.meta_training.losses import StepLoss, StepLosses, preconditioner_loss, step_gain
-from mlhf_optax.mlhf import Controls, ScaleByMLHFState, damped, mlhf, solve, start_vector
-from mlhf_optax.safeguards import limit_update_ratio, select_tree, tree_is_finite
-
-
-class Options(NamedTuple):
-    """How MLHF is run and judged in meta-training; see :func:`mlhf_optimizer`."""
-
-    learning_rate: Any
-    num_cg_steps: int
-    curvature_batch_size: CurvatureBatch
-    max_update_ratio: float | None
-    update_noise: float
-    step_loss: StepLoss
-    step_loss_epsilon: float
-    damping_loss_scale: float
-    layer_types_fn: LayerTypesFn
-    unroll: bool | int
-    scan_unroll: bool | int
+from mlhf_optax.meta_training.losses import StepLoss
+from mlhf_optax.meta_training.mlhf_unroll import Inner, Options, Record, inner_step
+from mlhf_optax.mlhf import Controls, ScaleByMLHFState, mlhf
+from mlhf_optax.safeguards import select_tree
 
 
 def mlhf_optimizer(
@@ -115,28 +101,6 @@ def mlhf_optimizer(
     return LearnedOptimizer(build, functools.partial(mlhf_meta_gradient, options))
 
 
-class _Inner(NamedTuple):
-    """Carry of the forward scan."""
-
-    params: Any
-    state: ScaleByMLHFState
-    after_state: Any
-    loss: jax.Array
-    gradient: chex.ArrayTree
-
-
-class _Record(NamedTuple):
-    """What one step leaves for the second pass."""
-
-    damping_inputs: Inputs
-    preconditioner_inputs: Inputs
-    is_sound: jax.Array
-    cotangents: Controls  # of l_s^t for LSTM_s, of l_p^t for LSTM_p
-    l_s: jax.Array
-    l_p: jax.Array
-    loss: jax.Array
-
-
 def mlhf_meta_gradient(
     options: Options, meta_params: MetaParams, task, params, opt_state, batches, key
 ) -> MetaGradient:
@@ -144,23 +108,25 @@ def mlhf_meta_gradient(
     state, *after_state = opt_state
     first = jax.tree.map(lambda x: x[0], batches)
     loss, gradient = jax.value_and_grad(functools.partial(task_loss, task))(params, first)
-    inner = _Inner(params, state, tuple(after_state), loss, gradient)
+    inner = Inner(params, state, tuple(after_state), loss, gradient)
     batch_pairs = (jax.tree.map(lambda x: x[:-1], batches), jax.tree.map(lambda x: x[1:], batches))
     num_steps = jax.tree.leaves(batches)[0].shape[0] - 1
     keys = jax.random.split(key, num_steps)
-    step = functools.partial(_inner_step, options, meta_params, task)
+    step = functools.partial(inner_step, options, meta_params, task)
     last, records = lax.scan(step, inner, (*batch_pairs, keys), unroll=options.scan_unroll)
 
-    weights = jax.nn.softmax(records.l_s)  # equation 5, weights are constants
+    # Equation 5, weights are constants. A step that was skipped has no say.
+    weights = jax.nn.softmax(records.l_s, where=records.has_gain)
     scale = lambda weight, tree: jax.tree.map(lambda x: weight.reshape((-1,) + (1,) * (x.ndim - 1)) * x, tree)
     cotangents = Controls(
         scale(options.damping_loss_scale * weights, records.cotangents.damping),
         scale(jnp.full_like(weights, 1.0 / num_steps), records.cotangents.preconditioner),
     )
-    types = options.layer_types_fn(params)
-    run = functools.partial(_run_networks, types=types, state=state, records=records)
-    gradient = jax.vjp(run, meta_params)[1](cotangents)[0]
-    meta_losses = {"l_p": jnp.mean(records.l_p), "l_s": jnp.sum(weights * records.l_s)}
+    gradient = _pull_back_through_time(
+        meta_params, options.layer_types_fn(params), state, records, cotangents
+    )
+    l_s = jnp.sum(jnp.where(records.has_gain, weights * records.l_s, 0.0))
+    meta_losses = {"l_p": jnp.mean(records.l_p), "l_s": jnp.where(jnp.any(records.has_gain), l_s, jnp.nan)}
     return MetaGradient(
         gradient,
         meta_losses,
@@ -172,118 +138,35 @@ def mlhf_meta_gradient(
     )
 
 
-def _inner_step(options: Options, meta_params: MetaParams, task, inner: _Inner, inputs):
-    batch, next_batch, key = inputs
-    settings = meta_params.settings
-    before = inner.state
-    state = before._replace(direction=start_vector(before))
-    inner = inner._replace(state=state)
-    part = curvature_subset(task.predict_fn, inner.params, batch, options.curvature_batch_size)
-    ggn = ggn_matvec(task.predict_fn, task.loss_fn, inner.params, part)
-    controls, carries, seen = _run_step_networks(options, meta_params, ggn, inner)
-    after = _after_solve(options, inner, key)
+def _pull_back_through_time(
+    meta_params: MetaParams, types, state: ScaleByMLHFState, records: Record, cotangents: Controls
+) -> Any:
+    """Pulls cotangents of the LSTM outputs, leaves (T, ...), back to the weights of both LSTMs."""
+    # All parameters of a type as one vector: the program is as large as there are types, not parameters.
+    join = functools.partial(_join_types, types)
+    join_carry = lambda carry: tuple(LayerCarry(*map(join, layer)) for layer in carry)
+    carries = join_carry(state.damping_carry), join_carry(state.preconditioner_carry)
+    seen = tuple(Inputs(*map(join, x)) for x in (records.damping_inputs, records.preconditioner_inputs))
+    names = {name: name for name in jax.tree.leaves(types)}
 
-    def outcome(controls: Controls):
-        solution = solve(
-            settings, ggn, inner.gradient, state.direction, controls, options.num_cg_steps, options.unroll
-        )
-        update, after_state = after(solution.direction)
-        l_p = preconditioner_loss(solution.direction, solution.residual, inner.gradient)
-        return (l_p, update), (solution, after_state)
+    def run(meta: MetaParams) -> Controls:
+        def step(carries, record):
+            s_inputs, p_inputs, is_sound = record
+            s_out, s_carry = run_network(meta.damping, meta.settings, names, carries[0], s_inputs)
+            p_out, p_carry = run_network(meta.preconditioner, meta.settings, names, carries[1], p_inputs)
+            return select_tree(is_sound, (s_carry, p_carry), carries), Controls(s_out, p_out)
 
-    (l_p, update), pull_back, (solution, after_state) = jax.vjp(outcome, controls, has_aux=True)
-    descent = jnp.asarray(optax.tree.vdot(solution.direction, inner.gradient))
-    is_sound = tree_is_finite((inner.gradient, solution.direction, solution.residual, carries)) & (
-        descent > 0
-    )
-    update = jax.tree.map(lambda u: jnp.where(is_sound, u, jnp.zeros_like(u)), update)
-    params = optax.apply_updates(inner.params, update)
+        return lax.scan(step, carries, (*seen, records.is_sound))[1]
 
-    value_and_grad = jax.value_and_grad(functools.partial(task_loss, task))
-    next_loss, next_gradient = value_and_grad(params, next_batch)
-    same_loss, same_gradient = value_and_grad(params, batch)
-    next_before = inner.loss
-    if options.step_loss != "difference":
-        next_before = task_loss(task, inner.params, next_batch)
-    losses = StepLosses(inner.loss, next_before, next_loss, same_loss)
-    l_s, by_next, by_same = step_gain(losses, options.step_loss, options.step_loss_epsilon)
-    of_update = jax.tree.map(lambda a, b: by_next * a + by_same * b, next_gradient, same_gradient)
-    cotangents = _pull_back_both(pull_back, l_p, of_update)
-    cotangents = jax.tree.map(lambda c: jnp.where(is_sound, c, jnp.zeros_like(c)), cotangents)
-
-    new = (solution.direction, solution.residual, *carries)
-    old = (before.direction, before.residual, state.damping_carry, state.preconditioner_carry)
-    direction, residual, s_carry, p_carry = select_tree(is_sound, new, old)
-    skipped = state.info.skipped_steps + jnp.logical_not(is_sound).astype(jnp.int32)
-    info = state.info._replace(skipped_steps=skipped, descent=descent.astype(jnp.float32))
-    state = ScaleByMLHFState(state.count + is_sound, direction, residual, s_carry, p_carry, info)
-    record = _Record(*seen, is_sound, cotangents, l_s, l_p, inner.loss)
-    return _Inner(params, state, after_state, next_loss, next_gradient), record
+    return jax.vjp(run, meta_params)[1](Controls(*map(join, cotangents)))[0]
 
 
-def _run_step_networks(options: Options, meta_params: MetaParams, ggn, inner: _Inner):
-    """Runs both LSTMs; returns their outputs, carries and what each has seen."""
-    settings, state = meta_params.settings, inner.state
-    types = options.layer_types_fn(inner.params)
-    s_inputs = Inputs(state.direction, state.residual, inner.gradient)
-    s_out, s_carry = run_network(meta_params.damping, settings, types, state.damping_carry, s_inputs)
-    p_inputs = s_inputs
-    if settings.preconditioner_residual == "current":
-        a_d0 = damped(ggn, damping_values(settings, s_out, inner.gradient))(state.direction)
-        p_inputs = s_inputs._replace(residual=jax.tree.map(jnp.subtract, inner.gradient, a_d0))
-    p_out, p_carry = run_network(
-        meta_params.preconditioner, settings, types, state.preconditioner_carry, p_inputs
-    )
-    return Controls(s_out, p_out), (s_carry, p_carry), (s_inputs, p_inputs)
+def _join_types(types: chex.ArrayTree, tree: chex.ArrayTree) -> dict[str, jax.Array]:
+    """Joins leaves of shape (L, ...) to one of shape (L, coordinates) a layer type."""
+    groups: dict[str, list[jax.Array]] = {}
+    for name, leaf in zip(jax.tree.leaves(types), jax.tree.leaves(tree), strict=True):
+        groups.setdefault(name, []).append(leaf.reshape(leaf.shape[0], -1))
+    return {name: jnp.concatenate(leaves, axis=1) for name, leaves in groups.items()}
 
 
-def _after_solve(options: Options, inner: _Inner, key):
-    """Returns what turns a direction into an update: learning rate, noise, bound."""
-    leaves, treedef = jax.tree.flatten(inner.params)
-    noise = treedef.unflatten(
-        1.0 + options.update_noise * jax.random.uniform(k, leaf.shape, leaf.dtype, -1.0, 1.0)
-        for k, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
-    )
-    parts = [optax.scale_by_learning_rate(options.learning_rate)]
-    if options.max_update_ratio is not None:
-        parts.append(limit_update_ratio(options.max_update_ratio))
-
-    def after(direction: chex.ArrayTree):
-        update, states = direction, []
-        for part, part_state in zip(parts, inner.after_state, strict=True):
-            update, part_state = part.update(update, part_state, inner.params)
-            states.append(part_state)
-        if options.update_noise:
-            update = jax.tree.map(jnp.multiply, update, noise)
-        return update, tuple(states)
-
-    return after
-
-
-def _pull_back_both(pull_back, l_p: jax.Array, of_update: chex.ArrayTree) -> Controls:
-    """Pulls both losses' cotangents back through one batched backward solve."""
-    pair = lambda first, second: jnp.stack([first, second])
-    of_l_p = pair(jnp.ones_like(l_p), jnp.zeros_like(l_p))
-    of_updates = jax.tree.map(lambda u: pair(jnp.zeros_like(u), u), of_update)
-    both = jax.vmap(pull_back)((of_l_p, of_updates))[0]
-    return Controls(
-        jax.tree.map(lambda x: x[1], both.damping), jax.tree.map(lambda x: x[0], both.preconditioner)
-    )
-
-
-def _run_networks(meta_params: MetaParams, *, types, state: ScaleByMLHFState, records: _Record) -> Controls:
-    """Runs both LSTMs over the T recorded steps; returns their outputs, leaves (T, ...)."""
-
-    def step(carries, record):
-        s_inputs, p_inputs, is_sound = record
-        settings = meta_params.settings
-        s_out, s_carry = run_network(meta_params.damping, settings, types, carries[0], s_inputs)
-        p_out, p_carry = run_network(meta_params.preconditioner, settings, types, carries[1], p_inputs)
-        return select_tree(is_sound, (s_carry, p_carry), carries), Controls(s_out, p_out)
-
-    carries = (state.damping_carry, state.preconditioner_carry)
-    seen = (records.damping_inputs, records.preconditioner_inputs, records.is_sound)
-    return lax.scan(step, carries, seen)[1]
-
-
-__all__ = ["Options", "mlhf_meta_gradient", "mlhf_optimizer"]
+__all__ = ["mlhf_meta_gradient", "mlhf_optimizer"]

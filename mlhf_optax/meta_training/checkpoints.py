@@ -7,7 +7,6 @@ and passed over in favour of the one before.
 
 import hashlib
 import json
-import os
 import re
 import warnings
 from pathlib import Path
@@ -17,6 +16,8 @@ import chex
 import jax
 import numpy as np
 from flax import serialization
+
+from mlhf_optax.meta_params_io import write_atomically
 
 _MAGIC = b"mlhf-optax-checkpoint-1\n"
 _NAME = re.compile(r"checkpoint-(\d{8})\.msgpack$")
@@ -47,13 +48,9 @@ def save_checkpoint(folder: Path, iteration: int, tree: chex.ArrayTree, about: d
     leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
     body = json.dumps(about, sort_keys=True).encode() + b"\n" + serialization.msgpack_serialize(leaves)
     path = folder / f"checkpoint-{iteration:08d}.msgpack"
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(_MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    for old in list_checkpoints(folder)[max(keep, 2) :]:
+    write_atomically(path, _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    # Temporary files are what a run that was killed while writing has left.
+    for old in (*list_checkpoints(folder)[max(keep, 2) :], *folder.glob(".checkpoint-*.tmp")):
         old.unlink()
     return path
 
@@ -115,14 +112,15 @@ def _check_about(path: Path, found: dict, wanted: dict) -> None:
 
 def _restore(path: Path, leaves: dict[str, np.ndarray], template: chex.ArrayTree) -> Any:
     wanted, treedef = jax.tree.flatten(template)
-    arrays = [leaves.get(str(i)) for i in range(len(wanted))]
-    for array, leaf in zip(arrays, wanted, strict=True):
-        if array is None or array.shape != leaf.shape or array.dtype != leaf.dtype:
-            raise ValueError(
-                f"checkpoint {path} does not fit this meta-training (another model or version); use another "
-                "output folder"
-            )
-    return treedef.unflatten(jax.numpy.asarray(array) for array in arrays)
+    arrays = [leaves[str(i)] for i in range(len(leaves))]
+    fits = lambda array, leaf: array.shape == leaf.shape and array.dtype == leaf.dtype
+    if len(arrays) != len(wanted) or not all(map(fits, arrays, wanted)):
+        raise ValueError(
+            f"checkpoint {path} does not fit this meta-training (another model or version); use another "
+            "output folder"
+        )
+    # Copies: a state that is donated must own its memory.
+    return treedef.unflatten(jax.numpy.array(array) for array in arrays)
 
 
 __all__ = ["list_checkpoints", "load_last_checkpoint", "save_checkpoint"]

@@ -26,7 +26,8 @@ class MetaTrainingConfig:
         for the convnet, 0.5 for the ResNet).
       fresh_probability: chance that one which does not go on is replaced by a fresh network rather
         than by a replayed state.
-      store_probability: chance that a healthy state is stored for replay after an unroll.
+      store_probability: chance that a healthy state is stored for replay after an unroll; one that has
+        not got anywhere yet never is.
       replay_capacity: states kept for replay (authors: 200).
       replay_sampling: ``"uniform"``, or ``"rank"`` by the priority ``l_s`` of the last unroll.
       replay_opt_state: replay optimizer states too, instead of starting them anew (paper: anew).

@@ -6,6 +6,7 @@ resumed ends with the same meta-parameters, bit for bit on a CPU, as one that wa
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlhf_optax.meta_params_io import write_atomically
 from mlhf_optax.meta_training.checkpoints import list_checkpoints, load_last_checkpoint, save_checkpoint
 from mlhf_optax.meta_training.config import MetaTrainingConfig
 from mlhf_optax.meta_training.evolution import EvolutionState
@@ -95,7 +97,7 @@ def meta_train(
     """Meta-trains a learned optimizer and keeps the best meta-parameters by validation.
 
     Writes ``metrics.jsonl`` (a line a meta-iteration), ``validation.jsonl`` (a line a validation) and
-    ``checkpoints/`` to ``output`` as it goes.
+    ``checkpoints/`` to ``output`` as it goes; null stands for a number that is not finite.
 
     Args:
       task: the task.
@@ -139,28 +141,28 @@ def meta_train(
     if found is not None:
         start, now = found
     folder.mkdir(parents=True, exist_ok=True)
-    logs = {name: _Log(folder / f"{name}.jsonl", start) for name in ("metrics", "validation")}
-
-    pending, clock = [], time.perf_counter()
-    sample = jax.jit(sample_fn)
-    for iteration in range(start + 1, schedule.iterations + 1):
-        state, metrics = meta_step(now.state, sample(jax.random.fold_in(data_key, iteration)))
-        now = now._replace(state=state)
-        pending.append((iteration, metrics))
-        must_validate = schedule.is_due(iteration, schedule.validate_every)
-        must_save = schedule.is_due(iteration, schedule.checkpoint_every)
-        if must_validate or must_save or schedule.is_due(iteration, schedule.report_every):
-            seconds, clock = (time.perf_counter() - clock) / len(pending), time.perf_counter()
-            last = _write_metrics(logs["metrics"], pending, seconds)
-            pending = []
-            if progress is not None:
-                progress(iteration, last)
-        if must_validate:
-            now = _validated(now, iteration, validate_fn, logs["validation"])
-            clock = time.perf_counter()
-        if must_save:
-            _require_finite(now.state.meta_params, iteration, folder)
-            save_checkpoint(folder / "checkpoints", iteration, now, about)
+    log = lambda name: _Log(folder / f"{name}.jsonl", start)
+    with log("metrics") as metrics_log, log("validation") as validation_log:
+        pending, clock = [], time.perf_counter()
+        sample = jax.jit(sample_fn)
+        for iteration in range(start + 1, schedule.iterations + 1):
+            state, metrics = meta_step(now.state, sample(jax.random.fold_in(data_key, iteration)))
+            now = now._replace(state=state)
+            pending.append((iteration, metrics))
+            must_validate = schedule.is_due(iteration, schedule.validate_every)
+            must_save = schedule.is_due(iteration, schedule.checkpoint_every)
+            if must_validate or must_save or schedule.is_due(iteration, schedule.report_every):
+                seconds, clock = (time.perf_counter() - clock) / len(pending), time.perf_counter()
+                last = _write_metrics(metrics_log, pending, seconds)
+                pending = []
+                if progress is not None:
+                    progress(iteration, last)
+            if must_validate:
+                now = _validated(now, iteration, validate_fn, validation_log)
+                clock = time.perf_counter()
+            if must_save:
+                _require_finite(now.state.meta_params, iteration, folder)
+                save_checkpoint(folder / "checkpoints", iteration, now, about)
     return now
 
 
@@ -212,15 +214,28 @@ class _Log:
     """A file of JSON lines; what it holds past a resumed iteration is removed first."""
 
     def __init__(self, path: Path, iteration: int):
-        lines = path.read_text().splitlines() if iteration and path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if iteration and path.exists() else []
         kept = [line for line in lines if _iteration_of(line) <= iteration]
-        self._file = path.open("w")
-        self._file.writelines(line + "\n" for line in kept)
-        self._file.flush()
+        # At once: killed between emptying the file and writing it again, a run would lose its past.
+        write_atomically(path, "".join(kept).encode())
+        self._file = path.open("a")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
 
     def write(self, values: dict) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(json.dumps({name: _json_value(value) for name, value in values.items()}) + "\n")
         self._file.flush()
+
+
+def _json_value(value: Any) -> Any:
+    """The value, with null in the place of numbers that are not finite: JSON has none of them."""
+    if isinstance(value, list):
+        return [_json_value(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _iteration_of(line: str) -> float:

@@ -39,16 +39,24 @@ class Health(NamedTuple):
 
     Attributes:
       diverged: something is not finite, or the loss is far above its first value.
-      stuck: the loss is still at its first value, or the gradient has vanished far from a minimum.
+      idle: the loss is still at its first value, or the gradient has vanished far from a minimum; a
+        young training may be, but is not worth storing.
+      stuck: idle although it is old enough to have got anywhere.
     """
 
     diverged: jax.Array
+    idle: jax.Array
     stuck: jax.Array
 
     @property
     def healthy(self) -> jax.Array:
         """Neither diverged nor stuck."""
         return ~(self.diverged | self.stuck)
+
+    @property
+    def worth_storing(self) -> jax.Array:
+        """Healthy, and it has got anywhere: one that died in its first steps is not stored either."""
+        return self.healthy & ~self.idle
 
 
 def fresh_training(key: chex.PRNGKey, init_fn, init_opt_state) -> InnerTraining:
@@ -88,9 +96,8 @@ def examine(config: MetaTrainingConfig, training: InnerTraining, result: MetaGra
     diverged = ~is_finite | (level > config.divergence_ratio * first)
     at_chance = level > config.stuck_ratio * first
     vanished = result.gradient_norm < config.vanishing_ratio * training.first_gradient_norm
-    is_old = training.age >= config.stuck_patience
-    stuck = is_old & (at_chance | (vanished & (level > 0.1 * first)))
-    return Health(diverged, stuck & ~diverged)
+    idle = (at_chance | (vanished & (level > 0.1 * first))) & ~diverged
+    return Health(diverged, idle, idle & (training.age >= config.stuck_patience))
 
 
 def replace_ended(
@@ -123,7 +130,7 @@ def replace_ended(
     goes_on = health.healthy & (jax.random.uniform(keep_key, (count,)) < config.keep_probability)
     if config.max_age is not None:
         goes_on &= trainings.age < config.max_age
-    to_store = health.healthy & (jax.random.uniform(store_key, (count,)) < config.store_probability)
+    to_store = health.worth_storing & (jax.random.uniform(store_key, (count,)) < config.store_probability)
     entry = trainings if config.replay_opt_state else trainings._replace(opt_state=())
     replay = replay_lib.store(replay, entry, priority, to_store)
 

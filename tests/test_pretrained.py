@@ -381,6 +381,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, meta_params, saved, mo
 # Shipped ----------------------------------------------------------------------------------------
 
 
+def test_the_digits_are_shipped():
+    assert load_pretrained("digits").record["task"] == "digits-mlp"
+
+
 def test_shipped_meta_params_load_and_tell_how_they_were_made():
     for name, record in list_pretrained().items():
         pretrained = load_pretrained(name)

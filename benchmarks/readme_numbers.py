@@ -91,7 +91,7 @@ def cells(result: Result, steps: Sequence[int]) -> list[str]:
 
 def ratio(own: float, best: float) -> str:
     """Returns one loss as a multiple of another, bold where it is the lower one."""
-    text = f"{own / best:.2f}" if math.isfinite(own) else "diverged"
+    text = f"{own / best:.2g}" if math.isfinite(own) else "diverged"
     return f"**{text}**" if own < best else text
 
 

@@ -149,6 +149,19 @@ class Model(NamedTuple):
         return jacobian.T @ loss_hessian @ jacobian
 
 
+class LinearModel(Model):
+    """The same without a hidden layer and a bias: `Model.hidden` means nothing."""
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The layer type of every coordinate."""
+        return ["dense_kernel"] * (self.inputs * self.outputs)
+
+    def predict(self, w, batch):
+        """Logits of shape (B, outputs)."""
+        return np.asarray(batch["image"]) @ w.reshape(self.inputs, self.outputs)
+
+
 def softmax_cross_entropy(logits, labels):
     """Mean over the rows of `logits`; analytic, so that the complex step works."""
     rows = [np.log(np.exp(row).sum()) - row[label] for row, label in zip(logits, labels, strict=True)]
@@ -172,6 +185,9 @@ class Step(NamedTuple):
     loss: float  # l(x^t, w^t)
     loss_after: float  # l(x^t, w^(t+1))
     loss_next: float | None  # l(x^(t+1), w^(t+1)); None after the last batch
+    loss_next_before: float | None  # l(x^(t+1), w^t); None after the last batch
+    damping_carry: list  # state of RNN_s after the step, by coordinate
+    preconditioner_carry: list  # state of RNN_p
 
 
 def naive_mlhf(
@@ -191,38 +207,53 @@ def naive_mlhf(
     of the last step, which the meta-losses need.
     """
     settings = meta_params.settings
-    units = [len(layer.bias) // 4 for layer in next(iter(meta_params.damping.values())).layers]
-    fresh = lambda: [[(np.zeros(n), np.zeros(n)) for n in units] for _ in w]
-    s_carry, p_carry = fresh(), fresh()
+    s_carry, p_carry = _fresh_carry(meta_params, model), _fresh_carry(meta_params, model)
     d0, r0 = np.zeros_like(w), np.zeros_like(w)
     steps = []
     for t in range(len(batches) if num_steps is None else num_steps):
         batch = batches[t]
         g = model.gradient(w, batch)
         ggn = model.ggn(w, batch)
-
         s_out, s_carry = _run_network(meta_params.damping, settings, model, s_carry, (d0, r0, g))
-        s = _value(settings, s_out, settings.initial_damping, g) + settings.damping_floor
+        s = _damping(settings, s_out, g)
         matrix = ggn + np.diag(s)
-
         seen = g - matrix @ d0 if settings.preconditioner_residual == "current" else r0
         p_out, p_carry = _run_network(meta_params.preconditioner, settings, model, p_carry, (d0, seen, g))
-        preconditioner = _value(settings, p_out, settings.initial_preconditioner, g)
-        if settings.preconditioner_form == "jacobi":
-            preconditioner = preconditioner + s
-        inverse = preconditioner if settings.preconditioner_form == "multiply" else 1.0 / preconditioner
-
-        d, r = naive_pcg(matrix, g, d0, inverse, num_cg_steps)
-        update = -learning_rate * d
-        if max_update_ratio is not None:
-            size = max(np.linalg.norm(w), 1e-3 * math.sqrt(w.size))
-            update = update * min(1.0, max_update_ratio * size / np.linalg.norm(update))
-        w_next = w + update
-        loss_next = model.loss(w_next, batches[t + 1]) if t + 1 < len(batches) else None
-        losses = model.loss(w, batch), model.loss(w_next, batch), loss_next
-        steps.append(Step(w, g, s, preconditioner, matrix, d, r, w_next, *losses))
+        preconditioner = _preconditioner(settings, p_out, g, s)
+        d, r = _solve(settings, matrix, g, d0, preconditioner, num_cg_steps)
+        w_next = w + _bounded(-learning_rate * d, w, max_update_ratio)
+        has_next = t + 1 < len(batches)
+        losses = [model.loss(w, batch), model.loss(w_next, batch)]
+        losses += [model.loss(v, batches[t + 1]) if has_next else None for v in (w_next, w)]
+        steps.append(Step(w, g, s, preconditioner, matrix, d, r, w_next, *losses, s_carry, p_carry))
         w, d0, r0 = w_next, d, r
     return steps
+
+
+def _fresh_carry(meta_params, model):
+    units = [len(layer.bias) // 4 for layer in next(iter(meta_params.damping.values())).layers]
+    return [[(np.zeros(n), np.zeros(n)) for n in units] for _ in model.layer_types]
+
+
+def _damping(settings, s_out, g):
+    return _value(settings, s_out, settings.initial_damping, g) + settings.damping_floor
+
+
+def _preconditioner(settings, p_out, g, damping):
+    values = _value(settings, p_out, settings.initial_preconditioner, g)
+    return values + damping if settings.preconditioner_form == "jacobi" else values
+
+
+def _solve(settings, matrix, g, d0, preconditioner, num_cg_steps):
+    inverse = preconditioner if settings.preconditioner_form == "multiply" else 1.0 / preconditioner
+    return naive_pcg(matrix, g, d0, inverse, num_cg_steps)
+
+
+def _bounded(update, w, max_update_ratio):
+    if max_update_ratio is None:
+        return update
+    size = max(np.linalg.norm(w), 1e-3 * math.sqrt(w.size))
+    return update * min(1.0, max_update_ratio * size / np.linalg.norm(update))
 
 
 def _run_network(network, settings, model, carries, quantities):
@@ -253,7 +284,7 @@ def _features(settings, quantities, i):
 
 
 def _value(settings, outputs, initial, g):
-    unit = max(math.sqrt(np.mean(g**2)), 1e-12) ** settings.gradient_power
+    unit = max(math.sqrt(np.mean(g**2)), settings.gradient_floor) ** settings.gradient_power
     if settings.output_map == "exp":
         return unit * np.exp(np.clip(settings.output_scale * outputs + math.log(initial), -30.0, 30.0))
     offset = math.log(math.exp(initial) - 1.0)
@@ -270,13 +301,68 @@ def preconditioner_loss(steps: Sequence[Step]) -> float:
     )
 
 
-def damping_losses(steps: Sequence[Step]) -> np.ndarray:
-    """l_s^t, equation 4, for every step; the trajectory needs a batch more than steps."""
-    return np.array([s.loss_next + s.loss_after - 2.0 * s.loss for s in steps])
+def damping_losses(steps: Sequence[Step], step_loss: str = "difference", epsilon: float = 1e-6) -> np.ndarray:
+    """l_s^t for every step, equation 4 or in another scale; needs a batch more than steps."""
+    return np.array([_gain(s, s.loss_next, s.loss_after, step_loss, epsilon) for s in steps])
 
 
-def damping_loss(steps: Sequence[Step]) -> float:
+def damping_loss(steps: Sequence[Step], step_loss: str = "difference", epsilon: float = 1e-6) -> float:
     """l_s, equation 5: the average of l_s^t weighted with its own softmax."""
-    terms = damping_losses(steps)
-    weights = np.exp(terms - terms.max())
-    return float(np.sum(weights / weights.sum() * terms))
+    terms = damping_losses(steps, step_loss, epsilon)
+    return float(np.sum(_softmax(terms) * terms))
+
+
+def frozen_meta_losses(
+    meta_params,
+    model: Model,
+    steps: Sequence[Step],
+    batches: Sequence[dict],
+    *,
+    learning_rate: float,
+    num_cg_steps: int,
+    max_update_ratio: float | None,
+    step_loss: str = "difference",
+    epsilon: float = 1e-6,
+    cut_carries: bool = False,
+) -> tuple[float, float]:
+    """l_p and l_s as functions of the meta-parameters, with all that the paper cuts held constant.
+
+    Constants from `steps`: w, g, d0, r0 (also where it is the residual of the current step), what
+    depends on w^t alone, and the softmax weights. The LSTM states run on; `cut_carries` takes them
+    from `steps` too.
+    """
+    settings = meta_params.settings
+    s_carry, p_carry = _fresh_carry(meta_params, model), _fresh_carry(meta_params, model)
+    d0, r0 = np.zeros_like(steps[0].w), np.zeros_like(steps[0].w)
+    l_p, l_s = [], []
+    for t, step in enumerate(steps):
+        g = step.gradient
+        s_out, s_carry = _run_network(meta_params.damping, settings, model, s_carry, (d0, r0, g))
+        seen = g - step.matrix @ d0 if settings.preconditioner_residual == "current" else r0
+        p_out, p_carry = _run_network(meta_params.preconditioner, settings, model, p_carry, (d0, seen, g))
+        s = _damping(settings, s_out, g)
+        matrix = step.matrix - np.diag(step.damping) + np.diag(s)
+        d, _ = _solve(settings, matrix, g, d0, _preconditioner(settings, p_out, g, s), num_cg_steps)
+        w_next = step.w + _bounded(-learning_rate * d, step.w, max_update_ratio)
+        l_p.append(-(d @ g) / np.sqrt(d @ matrix @ d))
+        next_loss, same_loss = model.loss(w_next, batches[t + 1]), model.loss(w_next, batches[t])
+        l_s.append(_gain(step, next_loss, same_loss, step_loss, epsilon))
+        d0, r0 = step.direction, step.residual
+        if cut_carries:
+            s_carry, p_carry = step.damping_carry, step.preconditioner_carry
+    weights = _softmax(damping_losses(steps, step_loss, epsilon))
+    return float(np.mean(l_p)), float(weights @ np.array(l_s))
+
+
+def _gain(step: Step, next_loss, same_loss, step_loss, epsilon):
+    if step_loss == "difference":
+        return next_loss + same_loss - 2.0 * step.loss
+    pairs = (next_loss, step.loss_next_before), (same_loss, step.loss)
+    if step_loss == "relative":
+        return sum((after - before) / (before + epsilon) for after, before in pairs)
+    return sum(math.log((after + epsilon) / (before + epsilon)) for after, before in pairs)
+
+
+def _softmax(x):
+    weights = np.exp(x - x.max())
+    return weights / weights.sum()

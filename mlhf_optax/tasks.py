@@ -6,9 +6,7 @@ an activation, where the data lies); :func:`get_task` calls it.
 """
 
 import dataclasses
-import functools
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,50 +15,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mlhf_optax import datasets, models
-from mlhf_optax.curvature import LossFn, PredictFn
+from mlhf_optax.image_tasks import cifar10_convnet, cifar10_resnet9
 from mlhf_optax.losses import SoftmaxCrossEntropy
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A network to train, its loss and its data.
-
-    Attributes:
-      name: short name, such as ``"digits-mlp"``.
-      description: one line for people.
-      init_fn: ``init_fn(key) -> params``.
-      predict_fn: ``predict_fn(params, batch) -> outputs``, logits of shape (B, num_classes).
-      loss_fn: ``loss_fn(outputs, batch) -> scalar``, nats per example.
-      load_data: returns the data; called when :attr:`data` is first looked at.
-      num_classes: number of classes.
-      batch_size: examples a mini-batch when networks are trained.
-      meta_batch_size: the same when optimizers are meta-trained.
-      sequential_on_cpu: several trainings are faster one after the other than under ``vmap`` on a CPU, as
-        is the case for convolutions.
-      pretrained: name of the shipped meta-parameters recommended for this task.
-    """
-
-    name: str
-    description: str
-    init_fn: Callable[[chex.PRNGKey], chex.ArrayTree]
-    predict_fn: PredictFn
-    loss_fn: LossFn
-    load_data: Callable[[], datasets.Dataset]
-    num_classes: int
-    batch_size: int = 128
-    meta_batch_size: int = 64
-    sequential_on_cpu: bool = False
-    pretrained: str = "digits"
-
-    @functools.cached_property
-    def data(self) -> datasets.Dataset:
-        """The parts ``meta_train``, ``train`` and ``test``; loaded on first use, then kept."""
-        return self.load_data()
-
-    @property
-    def chance_loss(self) -> float:
-        """Loss of equal probabilities for all classes, in nats: where a stuck training stays."""
-        return math.log(self.num_classes)
+from mlhf_optax.task import Task
 
 
 def digits_mlp(
@@ -118,6 +75,8 @@ def digits_convnet(batch_size: int = 128, meta_batch_size: int = 128) -> Task:
 TASKS: dict[str, Callable[..., Task]] = {
     "digits-mlp": digits_mlp,
     "digits-convnet": digits_convnet,
+    "cifar10-convnet": cifar10_convnet,
+    "cifar10-resnet9": cifar10_resnet9,
 }
 
 

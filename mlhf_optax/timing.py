@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from mlhf_optax.inner_training import (
     Hyperparameters,
     MakeOptimizer,
+    augmentation_key,
+    draw_batch,
     draw_order,
     init_training,
     training_step,
@@ -27,9 +29,9 @@ def seconds_per_step(
 ) -> dict[str, float]:
     """Measures how long one compiled step of a single training takes, the same way for every optimizer.
 
-    A step is gathering the mini-batch, the gradient and the update, one call of a jitted function.
-    Stretches of ``num_steps`` steps of all optimizers take turns, so that a busy moment of the machine
-    meets them all, and the median over the stretches is taken.
+    A step is gathering and augmenting the mini-batch, the gradient and the update, one call of a jitted
+    function. Stretches of ``num_steps`` steps of all optimizers take turns, so that a busy moment of the
+    machine meets them all, and the median over the stretches is taken.
 
     Args:
       task: what to train.
@@ -81,12 +83,13 @@ def _stretch(task: Task, make_optimizer: MakeOptimizer, hyperparameters: Hyperpa
     hyperparameters = {name: jnp.asarray(value, jnp.float32) for name, value in hyperparameters.items()}
     batches = list(draw_order(task, key, num_steps))
     init = jax.jit(lambda hyper: init_training(task, make_optimizer, hyper, key))
-    step = jax.jit(
-        lambda hyper, examples, indices, state: training_step(
-            task, make_optimizer, hyper, examples, indices, state
-        ),
-        donate_argnums=3,
-    )
+
+    def take_step(hyper, examples, indices, state):
+        # Another key at every step, as in a training: a constant one could be computed in advance.
+        batch = draw_batch(task, examples, indices, augmentation_key(key, indices[0]))
+        return training_step(task, make_optimizer, hyper, batch, state)
+
+    step = jax.jit(take_step, donate_argnums=3)
     state = init(hyperparameters)
 
     def run() -> None:

@@ -1,28 +1,14 @@
-"""Trains networks of a task: many seeds and many settings of one optimizer at once.
-
-For a seed, the initial parameters and the order of the batches are the same whatever the optimizer,
-so that differences between curves are differences between optimizers.
-"""
+"""Trains networks of a task: many seeds and many settings of one optimizer at once."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from mlhf_optax.inner_training import (
-    Hyperparameters,
-    MakeOptimizer,
-    accuracy,
-    draw_order,
-    init_training,
-    mean_loss,
-    training_step,
-)
+from mlhf_optax.inner_training import Hyperparameters, MakeOptimizer
 from mlhf_optax.tasks import Task
+from mlhf_optax.trainings import Program, Trainings
 
 TABLE_STEPS = (10, 30, 100, 200, 500)
 
@@ -101,80 +87,19 @@ def train(
       >>> curves.steps, curves.train_loss.shape
       ((1, 2, 3), (1, 1, 3))
     """
-    if len(seeds) < 1:
-        raise ValueError("`seeds` is empty; give at least one seed")
     steps = tuple(default_record_steps(num_steps) if record_steps is None else record_steps)
     _check_steps(num_steps, steps)
-    runs = _Runs(task, make_optimizer, hyperparameters, seeds, num_steps)
+    runs = Trainings(Program(task, make_optimizer), hyperparameters, seeds, num_steps)
     losses = []
     for step in range(1, num_steps + 1):
-        runs.step(step - 1)
+        runs.step()
         is_recorded = step in steps
         if is_recorded:
             losses.append(runs.train_loss())
         if on_step is not None:
-            jax.block_until_ready(runs.state)  # a step that is only dispatched is not done
+            runs.wait()
             on_step(step, losses[-1] if is_recorded else None)
     return Curves(steps, np.stack(losses, axis=-1), runs.test_accuracy())
-
-
-class _Runs:
-    """E x S trainings that advance together; the leaves of their state are (E, S, ...)."""
-
-    def __init__(self, task, make_optimizer, hyperparameters, seeds, num_steps):
-        over_runs = _over_runs(task, hyperparameters or {})
-        keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-        self._train = jax.tree.map(jnp.asarray, task.data.train)
-        self._test = jax.tree.map(jnp.asarray, task.data.test)
-        self._orders = jax.jit(jax.vmap(lambda key: draw_order(task, key, num_steps)))(keys)
-        start = over_runs(lambda hyper, key, _: init_training(task, make_optimizer, hyper, key))
-        self.state = jax.jit(start)(keys, None)
-
-        # The data are arguments, not constants of the compiled program, which would copy them.
-        def step(examples, orders, number, state):
-            one = lambda hyper, order, run: training_step(
-                task, make_optimizer, hyper, examples, order[number], run
-            )
-            return over_runs(one)(orders, state)
-
-        def evaluate(measure):
-            one = lambda examples: over_runs(lambda _, __, params: measure(task, params, examples))
-            return jax.jit(lambda examples, params: one(examples)(None, params))
-
-        self._step = jax.jit(step, donate_argnums=3)
-        self._loss, self._accuracy = evaluate(mean_loss), evaluate(accuracy)
-
-    def step(self, number: int) -> None:
-        self.state = self._step(self._train, self._orders, number, self.state)
-
-    def train_loss(self) -> np.ndarray:
-        return np.asarray(self._loss(self._train, self.state.params))
-
-    def test_accuracy(self) -> np.ndarray:
-        return np.asarray(self._accuracy(self._test, self.state.params))
-
-
-def _over_runs(task: Task, hyperparameters: Hyperparameters):
-    """Maps ``one(hyperparameters, per_seed, per_run)`` over E settings and S seeds."""
-    sizes = {len(values) for values in hyperparameters.values()} or {1}
-    if len(sizes) > 1:
-        raise ValueError(f"`hyperparameters` must be arrays of one length, got lengths {sorted(sizes)}")
-    # The numbers stand for the settings where there are no hyperparameters to map over.
-    settings = (jnp.arange(sizes.pop()), dict(hyperparameters))
-
-    def in_sequence(one):
-        def seeds(setting, per_seed, runs):
-            return lax.map(lambda pair: one(setting[1], *pair), (per_seed, runs))
-
-        return lambda per_seed, runs: lax.map(
-            lambda pair: seeds(pair[0], per_seed, pair[1]), (settings, runs)
-        )
-
-    def side_by_side(one):
-        seeds = jax.vmap(lambda setting, per_seed, run: one(setting[1], per_seed, run), (None, 0, 0))
-        return lambda per_seed, runs: jax.vmap(seeds, (0, None, 0))(settings, per_seed, runs)
-
-    return in_sequence if task.sequential_on_cpu and jax.default_backend() == "cpu" else side_by_side
 
 
 def _check_steps(num_steps: int, record_steps: tuple[int, ...] = (1,)) -> None:

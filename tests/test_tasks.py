@@ -2,29 +2,100 @@
 
 import dataclasses
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlhf_optax import tasks
+from mlhf_optax import image_tasks, layer_types, tasks
+from mlhf_optax.datasets import Dataset
+from mlhf_optax.inner_training import draw_batch, evaluation_state, mean_loss
+from mlhf_optax.layer_types import PAPER_LAYER_TYPES
+from mlhf_optax.resnet import ResNet
 from mlhf_optax.tasks import TASKS, digits_mlp, get_task
 
 
+def noise(count, side, num_classes):
+    rng = np.random.default_rng(count)
+    images = rng.integers(0, 256, (count, side, side, 3), np.uint8)
+    return {"image": images, "label": rng.integers(0, num_classes, count).astype(np.int32)}
+
+
+@pytest.fixture
+def no_files(monkeypatch):
+    """Noise in the place of the datasets that are read from files."""
+    data = Dataset(noise(9, 32, 10), noise(8, 32, 10), noise(7, 32, 10))
+    monkeypatch.setattr(image_tasks, "cifar10", lambda data_dir, cache_dir: data)
+
+
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task_can_be_trained_from_a_start_near_chance(name):
-    task = get_task(name)
+def test_every_task_can_be_trained_from_a_start_near_chance(name, no_files):
+    task = get_task(name, batch_size=4)
     assert task.name == name
     assert task.description
-    params = task.init_fn(jax.random.key(0))
-    batch = jax.tree.map(lambda leaf: leaf[: task.batch_size], task.data.train)
-    outputs = task.predict_fn(params, batch)
-    assert outputs.shape == (task.batch_size, task.num_classes)
-    loss = lambda p: task.loss_fn(task.predict_fn(p, batch), batch)
-    value, gradient = jax.value_and_grad(loss)(params)
-    assert value == pytest.approx(task.chance_loss, rel=0.3)
+    params = jax.jit(task.init_fn)(jax.random.key(0))
+    assert set(jax.tree.leaves(layer_types(params))) <= set(PAPER_LAYER_TYPES)
+    batch = draw_batch(task, task.data.train, jnp.arange(4), jax.random.key(1))
+    assert batch["image"].dtype == jnp.float32
+
+    @jax.jit
+    def loss_and_outputs(p):
+        outputs = task.predict_fn(p, batch)
+        return task.loss_fn(outputs, batch), outputs
+
+    (value, outputs), gradient = jax.value_and_grad(loss_and_outputs, has_aux=True)(params)
+    assert outputs.shape == (4, task.num_classes)
+    assert value == pytest.approx(task.chance_loss, rel=0.5)
     assert all(jnp.all(jnp.isfinite(g)) & jnp.any(g != 0) for g in jax.tree.leaves(gradient))
+
+
+def test_networks_with_batch_norm_are_evaluated_by_statistics_of_the_training_part(no_files, monkeypatch):
+    monkeypatch.setattr(image_tasks, "mini_resnet", lambda *options: ResNet(((1, 2), (1, 4)), 10))
+    task = get_task("cifar10-resnet9")
+    params = jax.jit(task.init_fn)(jax.random.key(0))
+    state = evaluation_state(task, params, task.data.train)
+    loss = jax.jit(lambda part, state: mean_loss(task, params, part, state))
+    one, rest = (jax.tree.map(operator.itemgetter(rows), task.data.train) for rows in (slice(2), slice(2, 8)))
+    parts = float(2 * loss(one, state) + 6 * loss(rest, state)) / 8
+    # Statistics of the whole training part: the same loss as when it is normalised by itself.
+    assert parts == pytest.approx(float(loss(task.data.train, None)), rel=1e-4)
+    assert float(loss(one, None)) != pytest.approx(float(loss(one, state)), rel=1e-3)
+
+
+def test_augmentation_can_be_left_out(no_files):
+    task = get_task("cifar10-convnet", augment=False)
+    batch = draw_batch(task, task.data.train, jnp.arange(4), jax.random.key(1))
+    np.testing.assert_array_equal(batch["image"], task.data.train["image"][:4])
+
+
+def test_data_are_looked_for_where_they_are_said_to_be(tmp_path):
+    for name in ("cifar10-convnet", "cifar10-resnet9"):
+        with pytest.raises(FileNotFoundError, match=f"'cifar10' in {tmp_path}"):
+            get_task(name, data_dir=tmp_path).data  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected", "size"),
+    [
+        ("cifar10-convnet", {}, "cifar10-convnet", 185_130),
+        ("cifar10-convnet", {"channels": (8, 16), "hidden": (16,)}, "cifar10-convnet-8-16-dense-16", 20_394),
+        (
+            "cifar10-convnet",
+            {"channels": [64, 64], "hidden": [384, 192]},
+            "cifar10-convnet-64-64-dense-384-192",
+            1_756_426,
+        ),
+        ("cifar10-resnet9", {}, "cifar10-resnet9", 272_282),
+        ("cifar10-resnet9", {"channels": 4}, "cifar10-resnet9-4", 17_486),
+    ],
+)
+def test_variants_of_the_image_tasks(name, options, expected, size):
+    task = get_task(name, **options)
+    params = jax.eval_shape(task.init_fn, jax.random.key(0))
+    assert task.name == expected
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == size
 
 
 def test_digits_mlp_is_64_32_10():
@@ -80,7 +151,7 @@ def test_chance_loss_is_that_of_equal_probabilities():
 
 def test_unknown_tasks_are_refused_with_the_known_ones():
     with pytest.raises(
-        ValueError, match="`name` must be one of 'digits-mlp', 'digits-convnet', got 'digits'"
+        ValueError, match=r"`name` must be one of 'digits-mlp', 'digits-convnet', .*, got 'digits'"
     ):
         get_task("digits")
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from mlhf_optax import comparison, first_order, init_meta_params, inner_training, training
+from mlhf_optax import comparison, first_order, init_meta_params, inner_training, training, trainings
 from mlhf_optax.datasets import Dataset, take
 from mlhf_optax.inner_training import accuracy, draw_order, init_training, mean_loss
 from mlhf_optax.losses import SoftmaxCrossEntropy
@@ -93,7 +93,7 @@ def test_the_optimizer_gets_the_batch():
     key = jax.random.key(0)
     state = init_training(TASK, make, {}, key)
     indices = draw_order(TASK, key, 1)[0]
-    state = inner_training.training_step(TASK, make, {}, TASK.data.train, indices, state)
+    state = inner_training.training_step(TASK, make, {}, take(TASK.data.train, indices), state)
     np.testing.assert_array_equal(state.opt_state, TASK.data.train["label"][indices])
 
 
@@ -176,11 +176,61 @@ def test_hyperparameters_must_be_of_one_length():
 
 
 def test_evaluation_in_chunks_is_that_of_the_whole(monkeypatch):
-    params = TASK.init_fn(jax.random.key(0))
-    whole = [measure(TASK, params, TASK.data.train) for measure in (mean_loss, accuracy)]
-    monkeypatch.setattr(inner_training, "_EVALUATION_CHUNK", 7)
-    chunked = [measure(TASK, params, TASK.data.train) for measure in (mean_loss, accuracy)]
-    np.testing.assert_allclose(chunked, whole, rtol=1e-6)
+    def evaluate():
+        runs = trainings.Trainings(trainings.Program(TASK, optax.set_to_zero), None, [0], 1)
+        return runs.train_loss()[0, 0], runs.test_accuracy()[0, 0]
+
+    params = init_training(TASK, optax.set_to_zero, {}, jax.random.key(0)).params
+    whole = mean_loss(TASK, params, TASK.data.train), accuracy(TASK, params, TASK.data.test)
+    np.testing.assert_allclose(evaluate(), whole, rtol=1e-6)
+    monkeypatch.setattr(trainings, "_EVALUATION_CHUNK", 7)
+    np.testing.assert_allclose(evaluate(), whole, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_mini_batches_are_augmented_anew_in_every_step_and_training(sequential):
+    """The augmentation writes a random number into each label; the optimizer remembers them."""
+
+    def remember(updates, state, params=None, *, batch):
+        count, seen = state
+        return jax.tree.map(jnp.zeros_like, updates), (count + 1, seen.at[count].set(batch["label"]))
+
+    task = dataclasses.replace(
+        TASK,
+        sequential_on_cpu=sequential,
+        augment_fn=lambda key, batch: {**batch, "label": jax.random.bits(key, batch["label"].shape)},
+        loss_fn=lambda outputs, batch: jnp.mean(outputs),
+    )
+    init = lambda params: (jnp.zeros((), jnp.int32), jnp.zeros((3, 8), jnp.uint32))
+    make = lambda rate: optax.GradientTransformationExtraArgs(init, remember)
+    runs = trainings.Trainings(trainings.Program(task, make), {"rate": np.ones(2)}, [0, 1], 3)
+    for _ in range(3):
+        runs.step()
+    states = jax.tree.leaves(runs.state, is_leaf=lambda x: hasattr(x, "opt_state"))
+    seen = np.array([state.opt_state[1] for state in states]).reshape(2, 2, 3, 8)
+    np.testing.assert_array_equal(seen[0], seen[1])  # the same for every setting
+    assert len(np.unique(seen[0])) == 2 * 3 * 8
+
+
+def test_networks_with_state_are_evaluated_with_statistics_of_the_training_part():
+    """The network subtracts a mean of labels: of the batch in training, of the training part else."""
+
+    def predict_fn(params, batch):
+        mean = batch.get("model_state", jnp.mean(batch["label"]))
+        return jnp.zeros((len(batch["label"]), 3)) + params["bias"] - mean
+
+    task = dataclasses.replace(
+        TASK,
+        predict_fn=predict_fn,
+        loss_fn=lambda outputs, batch: jnp.mean(outputs),
+        model_state_fn=lambda params, examples: jnp.mean(examples["label"]) + params["bias"][0],
+    )
+    runs = trainings.Trainings(trainings.Program(task, lambda: optax.sgd(1.0)), None, [0], 1)
+    runs.step()
+    # One step moves each bias by -1/3; the bias itself cancels out as it is in the state, too.
+    expected = -np.mean(TASK.data.train["label"])
+    np.testing.assert_allclose(runs.train_loss(), [[expected]], rtol=1e-6)
+    assert runs.state.params["bias"][0, 0] == pytest.approx([-1 / 3] * 3)
 
 
 def test_the_grid_is_that_of_the_paper():

@@ -40,6 +40,29 @@ def _option(text: str, *names: str, metavar: str = "N", **options: Any) -> Any:
     return typer.Option(*names, help=text, metavar=metavar, **options)
 
 
+DataDir = Annotated[
+    Path | None,
+    _option(
+        "Where the data of cifar10 and imagenet tasks lie, by default $TFDS_DATA_DIR or "
+        "~/tensorflow_datasets.",
+        metavar="DIR",
+    ),
+]
+Channels = Annotated[
+    str | None,
+    _option(
+        "Channels of cifar10 networks: two numbers, like 8,16, for the convnet, one else.", metavar="N,N"
+    ),
+]
+Hidden = Annotated[
+    str | None,
+    _option(
+        "Widths of the hidden dense layers of digits-mlp and cifar10-convnet, like 16 or 32,32.",
+        metavar="N,N",
+    ),
+]
+
+
 class StartingSettings(enum.StrEnum):
     """Names of the settings that a meta-training can start from."""
 
@@ -94,9 +117,9 @@ def train(
             metavar="N|X",
         ),
     ] = None,
-    hidden: Annotated[
-        str | None, _option("Widths of the hidden layers of digits-mlp, like 16 or 32,32.", metavar="N,N")
-    ] = None,
+    data_dir: DataDir = None,
+    channels: Channels = None,
+    hidden: Hidden = None,
     activation: Annotated[
         str | None, _option(f"Activation in digits-mlp: {', '.join(ACTIVATIONS)}.", metavar="NAME")
     ] = None,
@@ -116,7 +139,13 @@ def train(
     with _errors_explained():
         plan = make_plan(
             task,
-            _given(batch_size=batch_size, hidden=_parse_widths(hidden), activation=activation),
+            _given(
+                batch_size=batch_size,
+                data_dir=data_dir,
+                channels=_parse_channels(channels),
+                hidden=_parse_widths(hidden, "hidden"),
+                activation=activation,
+            ),
             families=_parse_names(optimizers),
             meta_params=meta_params,
             learning_rate=learning_rate,
@@ -142,6 +171,9 @@ def meta_train(
     num_tasks: Annotated[int, _option("Networks in training side by side.", min=1)] = 8,
     unroll_length: Annotated[int, _option("Steps of an unroll.", min=1)] = 10,
     batch_size: BatchSize = None,
+    data_dir: DataDir = None,
+    channels: Channels = None,
+    hidden: Hidden = None,
     meta_learning_rate: Annotated[
         float, _option("Peak learning rate of the meta-optimizer.", metavar="X")
     ] = 1e-2,
@@ -166,8 +198,14 @@ def meta_train(
     """
     from mlhf_optax.meta_train_command import run_meta_training
 
+    with _errors_explained():
+        options = _given(
+            data_dir=data_dir, channels=_parse_channels(channels), hidden=_parse_widths(hidden, "hidden")
+        )
+        get_task(task, **options).data  # noqa: B018  what is wrong with them is said at once
     run_meta_training(
         task=task,
+        task_options=options,
         output=Path("runs") / task if output is None else output,
         iterations=iterations,
         num_tasks=num_tasks,
@@ -221,13 +259,18 @@ def _parse_names(text: str) -> list[str]:
     return names
 
 
-def _parse_widths(text: str | None) -> tuple[int, ...] | None:
+def _parse_widths(text: str | None, option: str) -> tuple[int, ...] | None:
     if text is None:
         return None
     widths = [width.strip() for width in text.split(",")]
     if not all(width.isdecimal() for width in widths):
-        raise ValueError(f"--hidden must be widths separated by commas, like 32 or 32,32, got {text!r}")
+        raise ValueError(f"--{option} must be widths separated by commas, like 32 or 32,32, got {text!r}")
     return tuple(map(int, widths))
+
+
+def _parse_channels(text: str | None) -> tuple[int, ...] | int | None:
+    widths = _parse_widths(text, "channels")
+    return widths[0] if widths and len(widths) == 1 else widths
 
 
 def _parse_part(text: str | None) -> int | float | None:

@@ -44,12 +44,15 @@ def cifar10_convnet(
       The task. Variants carry what differs in their name, as in ``"cifar10-convnet-8-16-dense-16"``.
 
     Raises:
+      TypeError: if ``channels`` is a number.
       ValueError: for a width below one.
 
     Example:
       >>> cifar10_convnet(channels=(8, 16), hidden=(16,)).name
       'cifar10-convnet-8-16-dense-16'
     """
+    if isinstance(channels, int):
+        raise TypeError(f"`channels` must be one number a convolution, such as (8, 16), got {channels}")
     channels, hidden = tuple(channels), tuple(hidden)
     name = "cifar10-convnet"
     if channels != (32, 64):
@@ -94,12 +97,15 @@ def cifar10_resnet9(
       The task.
 
     Raises:
-      ValueError: if ``channels`` is below one.
+      TypeError: if ``channels`` is not a number.
+      ValueError: if it is below one.
 
     Example:
       >>> cifar10_resnet9(channels=4).name
       'cifar10-resnet9-4'
     """
+    if not isinstance(channels, int):
+        raise TypeError(f"`channels` must be one number, those of the first blocks, got {channels!r}")
     widths = ", ".join(f"3x{width * channels}" for width in (1, 2, 4))
     return _image_task(
         "cifar10-resnet9" if channels == 16 else f"cifar10-resnet9-{channels}",

@@ -7,6 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def run_meta_training(
     checkpoint_every: int,
     validate_every: int,
     settings: str,
+    task_options: Mapping[str, Any] | None = None,
     learning_rate: float = 1.0,
     keep_probability: float = 0.95,
     validation_steps: tuple[int, ...] = _VALIDATION_STEPS,
@@ -75,6 +77,7 @@ def run_meta_training(
       validate_every: meta-iterations between validations.
       settings: ``"default"``, ``"paper"`` or ``"authors"``: what the LSTMs see and mean, and the
         losses and stabilisers that go with it.
+      task_options: arguments of the function that makes the task, such as ``data_dir``.
       learning_rate: inner learning rate.
       keep_probability: chance that an inner training goes on after an unroll.
       validation_steps: when the loss is recorded in a validation run.
@@ -91,7 +94,7 @@ def run_meta_training(
       ``mlhf-optax meta-train digits-mlp --iterations 1000 --output runs/digits``
     """
     console = Console() if console is None else console
-    problem = get_task(task)
+    problem = get_task(task, **(task_options or {}))
     batch_size = problem.meta_batch_size if batch_size is None else batch_size
     config = mt.MetaTrainingConfig(
         num_tasks=num_tasks,
@@ -105,7 +108,7 @@ def run_meta_training(
     meta_params = init_meta_params(
         jax.random.key(seed), SETTINGS[settings], layer_types=sorted(set(jax.tree.leaves(types)))
     )
-    about = {"task": task, "iterations": iterations, "batch_size": batch_size}
+    about = {"task": problem.name, "iterations": iterations, "batch_size": batch_size}
     about |= {"settings": settings, "learning_rate": learning_rate}
     examples = jax.tree.map(jnp.asarray, problem.data.meta_train)
     shape = (num_tasks, unroll_length + 1, batch_size)

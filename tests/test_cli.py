@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jax
 import pytest
@@ -127,7 +128,11 @@ def test_curvature_batch_is_a_number_or_a_share(text, part):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cifar"], "`name` must be one of 'digits-mlp', 'digits-convnet', got 'cifar'"),
+        (["cifar"], "`name` must be one of 'digits-mlp', 'digits-convnet', "),
+        (["cifar10-convnet", "--data-dir", "nowhere"], "no prepared dataset 'cifar10' in nowhere; say where"),
+        (["cifar10-convnet", "--channels", "8"], "`channels` must be one number a convolution"),
+        (["cifar10-resnet9", "--channels", "8,16"], "`channels` must be one number, those of the first"),
+        (["cifar10-resnet9", "--channels", "x"], "--channels must be widths separated by commas"),
         (["--optimizers", "mlhf,lion"], "--optimizers must be among mlhf,sgd,rmsprop,adam"),
         (["--optimizers", ""], "--optimizers must be among mlhf,sgd,rmsprop,adam"),
         (["--hidden", "4,x"], "--hidden must be widths separated by commas, like 32 or 32,32, got '4,x'"),
@@ -202,6 +207,7 @@ def test_meta_train_has_defaults(driver_calls):
         "checkpoint_every": 50,
         "validate_every": 100,
         "settings": "default",
+        "task_options": {},
     }
 
 
@@ -214,7 +220,28 @@ def test_meta_train_hands_on_its_arguments(driver_calls):
     assert run(*arguments.split()) == 0
     (options,) = driver_calls
     assert options.pop("output").as_posix() == "there"
-    assert list(options.values()) == ["digits-convnet", 7, 3, 5, 16, 0.1, 4, True, 2, 3, "authors"]
+    assert list(options.values()) == ["digits-convnet", {}, 7, 3, 5, 16, 0.1, 4, True, 2, 3, "authors"]
+
+
+def test_meta_train_takes_variants_of_tasks(driver_calls):
+    assert run("meta-train", "digits-mlp", "--hidden", "4,5") == 0
+    assert driver_calls[0]["task_options"] == {"hidden": (4, 5)}
+
+
+def test_meta_train_says_at_once_what_is_wrong_with_the_task(driver_calls, capsys):
+    assert run("meta-train", "cifar10-convnet", "--data-dir", "nowhere") == 2
+    assert "no prepared dataset 'cifar10' in nowhere" in capsys.readouterr().err
+    assert not driver_calls
+
+
+def test_options_of_image_tasks_reach_them(monkeypatch, folder):
+    seen = {}
+    monkeypatch.setattr("mlhf_optax.commands.make_plan", lambda task, options, **others: seen.update(options))
+    monkeypatch.setattr("mlhf_optax.commands.run_plan", lambda plan, **options: True)
+    assert run("train", "cifar10-convnet", "--channels", "8, 16", "--hidden", "16", "--data-dir", "here") == 0
+    assert seen == {"channels": (8, 16), "hidden": (16,), "data_dir": Path("here")}
+    assert run("train", "cifar10-resnet9", "--channels", "4") == 0
+    assert seen["channels"] == 4
 
 
 def test_meta_train_refuses_unknown_settings(driver_calls, capsys):

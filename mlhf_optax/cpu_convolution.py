@@ -1,0 +1,118 @@
+"""How :mod:`mlhf_optax.convolution` computes on CPUs: with convolutions in the canonical layout alone.
+
+Measured at batch 128, and the reason for what is done here: the gradient of a kernel taken over 8 images
+at a time is 2.5 to 4 times faster than over the whole batch, which leaves the cache; 3 channels padded
+to 4 are 3 times faster, as they fill vector registers; as a matrix product, a 1x1 convolution has a
+kernel gradient 4 times faster. Not faster: a matrix product of copies of the image for every position of
+the kernel (3 to 7 times slower), sums of shifted matrix products (2 to 5 times).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+_IMAGES_AT_ONCE = 8
+_CHANNEL_MULTIPLE = 4
+
+
+class Geometry(NamedTuple):
+    """What the shapes of two arrays do not say about the third."""
+
+    image: tuple[int, int]
+    window: tuple[int, int]
+    strides: tuple[int, int]
+    pads: tuple[tuple[int, int], tuple[int, int]]
+    precision: Any
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        """Height and width of the outputs."""
+        padded = [size + low + high for size, (low, high) in zip(self.image, self.pads, strict=True)]
+        sides = zip(padded, self.window, self.strides, strict=True)
+        height, width = ((size - side) // stride + 1 for size, side, stride in sides)
+        return height, width
+
+
+def contract_on_cpu(first: jax.Array, second: jax.Array, *, wanted: str, geometry: Geometry) -> jax.Array:
+    """Contracts with convolutions in the canonical layout alone, group by group."""
+    one = {"outputs": _outputs_on_cpu, "images": _images_on_cpu, "kernel": _kernel_on_cpu}[wanted]
+    if first.shape[0] == 1:
+        return one(first[0], second[0], geometry)[None]
+    return lax.map(lambda pair: one(*pair, geometry), (first, second))
+
+
+def _canonical(
+    images: jax.Array, kernel: jax.Array, geometry: Geometry, strides, pads, **dilation
+) -> jax.Array:
+    missing = -images.shape[-1] % _CHANNEL_MULTIPLE
+    if missing and kernel.shape[0] * kernel.shape[1] > 1:
+        images = jnp.pad(images, ((0, 0), (0, 0), (0, 0), (0, missing)))
+        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, missing), (0, 0)))
+    return lax.conv_general_dilated(
+        images,
+        kernel,
+        strides,
+        pads,
+        dimension_numbers=LAYOUT,
+        precision=geometry.precision,
+        **dilation,
+    )
+
+
+def _outputs_on_cpu(images: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    return _canonical(images, kernel, geometry, geometry.strides, geometry.pads)
+
+
+def _images_on_cpu(kernel: jax.Array, outputs: jax.Array, geometry: Geometry) -> jax.Array:
+    # The convolution of the outputs, spread out by the strides, with the kernel turned around.
+    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    pads = []
+    for axis in range(2):
+        low = geometry.window[axis] - 1 - geometry.pads[axis][0]
+        spread = (outputs.shape[1 + axis] - 1) * geometry.strides[axis] + 1
+        pads.append((low, geometry.image[axis] + geometry.window[axis] - 1 - spread - low))
+    return _canonical(outputs, turned, geometry, (1, 1), pads, lhs_dilation=geometry.strides)
+
+
+def _kernel_on_cpu(images: jax.Array, outputs: jax.Array, geometry: Geometry) -> jax.Array:
+    if geometry.window == (1, 1) and geometry.pads == ((0, 0), (0, 0)):
+        picked = images[:, :: geometry.strides[0], :: geometry.strides[1]]
+        product = jnp.einsum("bhwi,bhwo->io", picked, outputs, precision=geometry.precision)
+        return product[None, None]
+    pads = []
+    for axis in range(2):
+        low = geometry.pads[axis][0]
+        spread = (outputs.shape[1 + axis] - 1) * geometry.strides[axis] + 1
+        pads.append((low, geometry.window[axis] + spread - 1 - geometry.image[axis] - low))
+
+    def of_some(images: jax.Array, outputs: jax.Array) -> jax.Array:
+        # Channels are the batch and images the channels: (I, H, W, B) with (H', W', B, O) to (I, h, w, O).
+        return _canonical(
+            images.transpose(3, 1, 2, 0),
+            outputs.transpose(1, 2, 0, 3),
+            geometry,
+            (1, 1),
+            pads,
+            rhs_dilation=geometry.strides,
+        )
+
+    size = images.shape[0]
+    if size <= _IMAGES_AT_ONCE:
+        return of_some(images, outputs).transpose(1, 2, 0, 3)
+    pieces = [_pieces(array) for array in (images, outputs)]
+    zeros = jnp.zeros((images.shape[-1], *geometry.window, outputs.shape[-1]), images.dtype)
+    total = lax.scan(lambda sum_, pair: (sum_ + of_some(*pair), None), zeros, tuple(pieces))[0]
+    return total.transpose(1, 2, 0, 3)
+
+
+def _pieces(array: jax.Array) -> jax.Array:
+    """Cuts the leading axis into pieces, the last one filled up with zeros."""
+    missing = -array.shape[0] % _IMAGES_AT_ONCE
+    padded = jnp.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1))) if missing else array
+    return padded.reshape(-1, _IMAGES_AT_ONCE, *array.shape[1:])
+
+
+__all__ = ["LAYOUT", "Geometry", "contract_on_cpu"]

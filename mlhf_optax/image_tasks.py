@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mlhf_optax.cifar10 import cifar10
-from mlhf_optax.convolution import matmul_convolution
+from mlhf_optax.convolution import convolve
 from mlhf_optax.image_augmentation import augment_batch, network_input
 from mlhf_optax.losses import SoftmaxCrossEntropy
 from mlhf_optax.models import ConvNet
@@ -63,7 +63,7 @@ def cifar10_convnet(
     return _image_task(
         name,
         f"CIFAR-10 (32x32, 10 classes), {widths}",
-        ConvNet(channels, hidden, convolution=matmul_convolution),
+        ConvNet(channels, hidden, convolution=convolve),
         image_shape=(32, 32, 3),
         load_data=functools.partial(cifar10, data_dir, cache_dir),
         num_classes=10,
@@ -110,7 +110,7 @@ def cifar10_resnet9(
     return _image_task(
         "cifar10-resnet9" if channels == 16 else f"cifar10-resnet9-{channels}",
         f"CIFAR-10 (32x32, 10 classes), ResNet v2 of 9 blocks of {widths} channels",
-        mini_resnet(10, channels, matmul_convolution),
+        mini_resnet(10, channels, convolve),
         image_shape=(32, 32, 3),
         load_data=functools.partial(cifar10, data_dir, cache_dir),
         num_classes=10,

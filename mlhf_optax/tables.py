@@ -1,7 +1,7 @@
 """Results as tables for people."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.table import Table
@@ -10,13 +10,17 @@ from rich.text import Text
 from mlhf_optax.results import Result, best_of, leaders, table_steps
 
 
-def comparison_table(results: Sequence[Result], title: str, *, show_all: bool = False) -> Table:
+def comparison_table(
+    results: Sequence[Result], title: str, *, show_all: bool = False, columns: Mapping[int, str] | None = None
+) -> Table:
     """Returns MLHF, the best of the others at each step, how they compare, and the others.
 
     Args:
       results: of one comparison, at least one.
       title: title of the table.
       show_all: a row for every result, instead of those that are best of their family at some step.
+      columns: heads of the columns of losses by step; those of
+        :func:`mlhf_optax.results.table_steps` if None.
 
     Returns:
       A rich table; print it with a :class:`rich.console.Console`.
@@ -26,19 +30,20 @@ def comparison_table(results: Sequence[Result], title: str, *, show_all: bool = 
       >>> comparison_table([result], "one step").row_count
       1
     """
-    steps = table_steps(results)
+    columns = columns or {step: str(step) for step in table_steps(results)}
+    steps = list(columns)
     learned = [result for result in results if result.family == "mlhf"]
     others = [result for result in results if result.family != "mlhf"]
     # Narrow enough for a terminal of 80 columns, which is also what rich assumes for a file.
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("training loss after step", overflow="fold")
     for step in steps:
-        table.add_column(str(step), justify="right", no_wrap=True)
+        table.add_column(columns[step], justify="right", no_wrap=True)
     table.add_column("test", justify="right", no_wrap=True)
     table.add_column("ms", justify="right", no_wrap=True)
     for result in learned:
-        rate = result.hyperparameters.get("learning_rate", "")
-        table.add_row(f"MLHF lr={rate:g}" if rate else "MLHF", *_cells(result, steps), style="bold")
+        rate, name = result.hyperparameters.get("learning_rate", ""), result.name.replace("mlhf", "MLHF", 1)
+        table.add_row(f"{name} lr={rate:g}" if rate else name, *_cells(result, steps), style="bold")
     if others:
         if learned:
             _add_verdict(table, learned[0], others, steps)

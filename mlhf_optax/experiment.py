@@ -1,0 +1,292 @@
+"""What the comparisons on image tasks share: options, the contenders, running and reporting."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mlhf_optax.comparison import Contender, mlhf_contender
+from mlhf_optax.datasets import Dataset, Examples, num_examples
+from mlhf_optax.epoch_figures import save_epoch_comparison
+from mlhf_optax.epochs import EpochResult, Plan, train_epochs
+from mlhf_optax.figures import require_matplotlib
+from mlhf_optax.layer_types import layer_types
+from mlhf_optax.machine import machine_info
+from mlhf_optax.meta_params import init_meta_params
+from mlhf_optax.meta_params_io import Pretrained, write_atomically
+from mlhf_optax.pretrained import load_pretrained
+from mlhf_optax.results import report
+from mlhf_optax.tables import comparison_table, format_loss
+from mlhf_optax.task import Task
+from mlhf_optax.timing import seconds_per_step
+
+UNTRAINED = "untrained"
+_UNTRAINED_RECORD = {"learning_rate": 1.0, "num_cg_steps": 4, "max_update_ratio": 0.25, "batch_size": 128}
+_TABLE_EPOCHS = (1, 2, 5, 10, 20, 50, 100, 250)
+
+
+def experiment_parser(description: str | None, name: str, batch_size: int) -> argparse.ArgumentParser:
+    """Returns a parser with the options that all comparisons for epochs have.
+
+    Args:
+      description: what the experiment is about.
+      name: name of the experiment; results go to ``runs/NAME`` by default.
+      batch_size: default batch size.
+
+    Returns:
+      The parser; more options can be added.
+
+    Example:
+      >>> experiment_parser("About.", "first_order", 128).parse_args(["--epochs", "3"]).epochs
+      3
+    """
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    add = parser.add_argument
+    add("--epochs", type=int, default=250, help="length of every training; the paper's is 250")
+    add("--seeds", type=int, default=3, help="trainings of every optimizer")
+    add("--batch-size", type=int, default=batch_size)
+    add("--data-dir", type=Path, help="where the data lie; by default $TFDS_DATA_DIR")
+    add("--cache-dir", type=Path, help="where decoded data are kept")
+    add("--meta-params", help=f"shipped name or path, or {UNTRAINED!r}; by default those for the task")
+    add("--learning-rate", type=float, help="of MLHF; by default what its record says")
+    add(
+        "--curvature-share",
+        type=float,
+        default=0.25,
+        help="also train MLHF with this share of the batch for its curvature; 0 for not",
+    )
+    add("--only", nargs="+", metavar="FAMILY", help="families of optimizers to train, such as mlhf adam")
+    add("--group-size", type=int, help="settings that advance together; chosen by the device by default")
+    add("--output", type=Path, default=Path("runs") / name, help="folder for all that is written")
+    add("--resume", action="store_true", help="go on from what lies in the folder")
+    add("--quick", action="store_true", help="a narrow network, few examples, 2 epochs and 1 seed")
+    return parser
+
+
+def apply_quick(options: argparse.Namespace) -> None:
+    """Shortens the experiment to minutes on two cores if ``--quick`` is given."""
+    if options.quick:
+        options.epochs, options.seeds = 2, 1
+
+
+def limit_data(task: Task, num_meta_train: int, num_train: int, num_test: int) -> Task:
+    """Returns the task with the first examples of every part of its data only.
+
+    Example:
+      >>> from mlhf_optax.tasks import get_task
+      >>> num_examples(limit_data(get_task("digits-mlp"), 10, 20, 30).data.train)
+      20
+    """
+
+    def load() -> Dataset:
+        first = lambda part, count: jax.tree.map(lambda leaf: leaf[:count], part)
+        data = task.data
+        return Dataset(
+            first(data.meta_train, num_meta_train), first(data.train, num_train), first(data.test, num_test)
+        )
+
+    return dataclasses.replace(task, load_data=load)
+
+
+def join_examples(*parts: Examples) -> Examples:
+    """Joins parts of a dataset.
+
+    Example:
+      >>> join_examples({"label": np.array([1])}, {"label": np.array([2, 3])})
+      {'label': array([1, 2, 3])}
+    """
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def find_meta_params(task: Task, name_or_path: str | None) -> tuple[str, Pretrained]:
+    """Returns meta-parameters for a task, and where they came from.
+
+    Args:
+      task: the task.
+      name_or_path: a shipped name, a path, ``"untrained"``, or None for those recommended for the task.
+
+    Returns:
+      Name or path, and the meta-parameters with their record.
+
+    Raises:
+      FileNotFoundError: if there are no such meta-parameters.
+
+    Example:
+      >>> from mlhf_optax.tasks import get_task
+      >>> source, found = find_meta_params(get_task("digits-mlp"), "untrained")
+      >>> source, found.learning_rate
+      ('untrained', 1.0)
+    """
+    source = name_or_path or task.pretrained
+    if source != UNTRAINED:
+        return source, load_pretrained(source)
+    types = jax.tree.leaves(layer_types(jax.eval_shape(task.init_fn, jax.random.key(0))))
+    fresh = init_meta_params(jax.random.key(0), layer_types=sorted(set(types)))
+    return source, Pretrained(fresh, _UNTRAINED_RECORD)
+
+
+def mlhf_contenders(task: Task, options: argparse.Namespace) -> list[Contender]:
+    """Returns MLHF as ``"mlhf"`` and, if wanted, MLHF with part of the batch for its curvature.
+
+    Args:
+      task: the task.
+      options: parsed by :func:`experiment_parser`.
+
+    Returns:
+      One or two contenders.
+
+    Raises:
+      FileNotFoundError: if there are no such meta-parameters.
+
+    Example:
+      >>> from mlhf_optax.tasks import get_task
+      >>> options = experiment_parser(None, "x", 128).parse_args(["--meta-params", "untrained"])
+      >>> [contender.names[0] for contender in mlhf_contenders(get_task("digits-mlp"), options)]
+      ['mlhf', 'mlhf curvature 0.25']
+    """
+    source, (meta_params, record) = find_meta_params(task, options.meta_params)
+    settings: dict[str, Any] = {name: record[name] for name in ("num_cg_steps", "max_update_ratio")}
+    rate = record["learning_rate"] if options.learning_rate is None else options.learning_rate
+    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(meta_params)))
+    contenders = []
+    for share in (None, *([options.curvature_share] if options.curvature_share else [])):
+        contender = mlhf_contender(
+            task, meta_params, learning_rate=rate, curvature_batch_size=share, source=source, **settings
+        )
+        # Two files of one name may hold other numbers: what is kept must tell them apart.
+        about = contender.hyperparameters[0] | {"meta_params_digest": digest.hexdigest()[:12]}
+        name = "mlhf" if share is None else f"mlhf curvature {share:g}"
+        contenders.append(dataclasses.replace(contender, names=(name,), hyperparameters=(about,)))
+    return contenders
+
+
+def run_experiment(
+    task: Task,
+    contenders: Sequence[Contender],
+    options: argparse.Namespace,
+    title: str,
+    script: str,
+    about: Mapping[str, Any] | None = None,
+) -> list[EpochResult]:
+    """Trains the task with all contenders; prints a table, writes results and figure.
+
+    Args:
+      task: what to train.
+      contenders: what to train it with.
+      options: parsed by :func:`experiment_parser`.
+      title: of table and figure.
+      script: path of the script, for the record.
+      about: more for the record.
+
+    Returns:
+      The results, MLHF's first. They are also in ``results.json`` in the output folder, beside
+      ``figure.png``.
+
+    Raises:
+      ValueError: as :func:`mlhf_optax.epochs.train_epochs`, and for unknown families in ``options.only``.
+
+    Example:
+      See ``benchmarks/first_order_cifar10.py``.
+    """
+    chosen = _chosen(contenders, options.only)
+    require_matplotlib()
+    options.output.mkdir(parents=True, exist_ok=True)
+    plan = Plan(options.epochs, range(options.seeds), options.output, options.resume, options.group_size)
+    results = _train_all(task, chosen, plan)
+    seconds = _timed(task, chosen, options.output)
+    results = [
+        dataclasses.replace(result, seconds_per_step=seconds[contender.names[0]])
+        for contender, of_contender in zip(chosen, results, strict=True)
+        for result in of_contender
+    ]
+    title = f"{title}: {task.name}, {options.epochs} epochs, {options.seeds} seeds, batch {task.batch_size}"
+    _print(results, title)
+    length = {"num_epochs": options.epochs, "num_train": num_examples(task.data.train)}
+    command = shlex.join(["python", script, *sys.argv[1:]])
+    content = report(task, results, command) | length | {"batch_size": task.batch_size} | dict(about or {})
+    write_atomically(options.output / "results.json", json.dumps(content, indent=1).encode() + b"\n")
+    save_epoch_comparison(results, options.output / "figure.png", title)
+    return results
+
+
+def _chosen(contenders: Sequence[Contender], families: Sequence[str] | None) -> list[Contender]:
+    known = dict.fromkeys(contender.family for contender in contenders)
+    unknown = sorted(set(families or ()) - set(known))
+    if unknown:
+        raise ValueError(f"--only must be among {', '.join(known)}, got {', '.join(unknown)}")
+    return [contender for contender in contenders if contender.family in (families or known)]
+
+
+def _train_all(task: Task, contenders: Sequence[Contender], plan: Plan) -> list[list[EpochResult]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:4.1f} %  {task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    steps_per_epoch = num_examples(task.data.train) // task.batch_size
+    one = steps_per_epoch * plan.num_epochs * len(plan.seeds)
+    results = []
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=one * sum(len(c.names) for c in contenders), loss="")
+
+        def on_step(steps: int, loss: float | None) -> None:
+            progress.advance(bar, steps)
+            if loss is not None:
+                progress.update(bar, loss=f"loss {format_loss(loss)}")
+
+        done = 0
+        for contender in contenders:
+            progress.update(bar, description=contender.names[0], completed=done)
+            results.append(train_epochs(task, contender, plan, on_step))
+            done += one * len(contender.names)
+    return results
+
+
+def _timed(task: Task, contenders: Sequence[Contender], folder: Path) -> dict[str, float]:
+    """Measures what has not been measured on this machine yet, all contenders in turns."""
+    path, machine = folder / "seconds_per_step.json", machine_info()
+    known = json.loads(path.read_text()) if path.exists() else {}
+    names = [contender.names[0] for contender in contenders]
+    if known.get("machine") == machine and set(names) <= set(known["seconds"]):
+        return known["seconds"]
+    first = {c.names[0]: (c.make_optimizer, {k: v[0] for k, v in c.stacked.items()}) for c in contenders}
+    is_slow = task.sequential_on_cpu and jax.default_backend() == "cpu"
+    num_steps, repeats = (5, 5) if is_slow else (25, 9)
+    seconds = seconds_per_step(task, first, num_steps=num_steps, repeats=repeats)
+    write_atomically(path, json.dumps({"machine": machine, "seconds": seconds}, indent=1).encode())
+    return seconds
+
+
+def _print(results: Sequence[EpochResult], title: str) -> None:
+    per_epoch, last = results[0].steps_per_epoch, results[0].steps[-1]
+    steps = [per_epoch * e for e in _TABLE_EPOCHS if per_epoch * e in results[0].steps]
+    columns = {step: f"{step // per_epoch}" for step in sorted({*steps, last})}
+    Console(highlight=False).print(comparison_table(results, title, columns=columns))
+    diverged = sum(not math.isfinite(result.train_loss[-1]) for result in results)
+    print(f"columns: training loss after so many epochs; {diverged} of {len(results)} settings diverged")
+
+
+__all__ = [
+    "UNTRAINED",
+    "apply_quick",
+    "experiment_parser",
+    "find_meta_params",
+    "join_examples",
+    "limit_data",
+    "mlhf_contenders",
+    "run_experiment",
+]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mlhf_optax.convolution import matmul_convolution
+from mlhf_optax.convolution import convolve
 
 Convolution = Callable[..., jax.Array]  # called like jax.lax.conv_general_dilated
 
@@ -65,9 +65,6 @@ class MLP(nn.Module):
 class DigitsConvNet(nn.Module):
     """Two 3x3 convolutions of 8 and 16 channels, each with 2x2 max pooling, then dense 32 and C.
 
-    Its convolutions are matrix products (:mod:`mlhf_optax.convolution`), so that it can be trained in
-    loops and side by side on a CPU.
-
     Attributes:
       num_outputs: number of outputs C.
 
@@ -85,7 +82,7 @@ class DigitsConvNet(nn.Module):
         """Returns logits of shape (B, C) for images of shape (B, 8, 8, 1)."""
         x = images
         for channels in (8, 16):
-            x = nn.Conv(channels, (3, 3), conv_general_dilated=matmul_convolution)(x)
+            x = nn.Conv(channels, (3, 3), conv_general_dilated=convolve)(x)
             x = max_pool(nn.relu(x))
         x = nn.relu(nn.Dense(32)(x.reshape(x.shape[0], -1)))
         return nn.Dense(self.num_outputs)(x)
@@ -102,7 +99,8 @@ class ConvNet(nn.Module):
       channels: output channels of every convolution; height and width of the images are halved as often.
       hidden: widths of the dense layers before the last one.
       num_outputs: number of outputs C.
-      convolution: called in the place of ``jax.lax.conv_general_dilated``; that one if None.
+      convolution: called in the place of ``jax.lax.conv_general_dilated``;
+        :func:`mlhf_optax.convolution.convolve`, which is fast in loops on CPUs, if None.
 
     Raises:
       ValueError: for a width below one.
@@ -134,7 +132,7 @@ class ConvNet(nn.Module):
         """Returns logits of shape (B, C) for images of shape (B, height, width, channels)."""
         x = images
         for channels in self.channels:
-            x = nn.Conv(channels, (5, 5), conv_general_dilated=self.convolution)(x)
+            x = nn.Conv(channels, (5, 5), conv_general_dilated=self.convolution or convolve)(x)
             x = nn.relu(max_pool(x))  # the same as pooling after ReLU, at a quarter of its cost
         x = x.reshape(x.shape[0], -1)
         for width in self.hidden:

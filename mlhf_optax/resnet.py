@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mlhf_optax.convolution import convolve
 from mlhf_optax.models import Convolution
 
 Stem = Literal["small", "imagenet"]
@@ -29,7 +30,8 @@ class ResNet(nn.Module):
       num_outputs: number of outputs C.
       stem: ``"small"``, a 3x3 convolution, or ``"imagenet"``, a 7x7 convolution and a 3x3 max pooling,
         both with stride 2.
-      convolution: called in the place of ``jax.lax.conv_general_dilated``; that one if None.
+      convolution: called in the place of ``jax.lax.conv_general_dilated``;
+        :func:`mlhf_optax.convolution.convolve`, which is fast in loops on CPUs, if None.
       momentum: weight of the old statistics when those of a mini-batch are collected.
 
     Raises:
@@ -71,7 +73,8 @@ class ResNet(nn.Module):
           images: shape (B, height, width, channels).
           use_running_average: normalise by the collection ``batch_stats`` rather than by the mini-batch.
         """
-        conv = functools.partial(nn.Conv, use_bias=False, conv_general_dilated=self.convolution)
+        convolution = self.convolution or convolve
+        conv = functools.partial(nn.Conv, use_bias=False, conv_general_dilated=convolution)
         norm = functools.partial(
             nn.BatchNorm, use_running_average=use_running_average, momentum=self.momentum
         )

@@ -9,7 +9,7 @@ import pytest
 from jax import export, lax
 from numpy.testing import assert_allclose
 
-from mlhf_optax import SoftmaxCrossEntropy, ggn_matvec
+from mlhf_optax import SoftmaxCrossEntropy, cpu_convolution, ggn_matvec
 from mlhf_optax.convolution import convolve
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -36,8 +36,15 @@ def close(ours, theirs):
     jax.tree.map(functools.partial(assert_allclose, rtol=1e-10, atol=1e-10), ours, theirs)
 
 
+@pytest.fixture(params=["copies", "canonical"])
+def way(request, monkeypatch):
+    """Both ways of computing, as the sizes of the test would all take the one for small images."""
+    if request.param == "canonical":
+        monkeypatch.setattr(cpu_convolution, "_SMALL", 0)
+
+
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
-def case(request, x64):
+def case(request, way, x64):
     *shapes, strides, padding = request.param
     function = lambda conv: lambda x, k: conv(x, k, strides, padding, dimension_numbers=LAYOUT)
     return function(convolve), function(lax.conv_general_dilated), arrays(*shapes)
@@ -68,7 +75,7 @@ def test_without_jit(x64):
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (2, 4), (4, 2), (None, 3)])
-def test_vmap_over_either_or_both_operands(axes, x64):
+def test_vmap_over_either_or_both_operands(axes, way, x64):
     """Of values and gradients; a vmap of a vmap over the other operand on top."""
     shapes = [(2, 4, 4, 3), (3, 2, 3, 2)]
     batched = [s if a is None else (*s[:a], 5, *s[a:]) for s, a in zip(shapes, axes, strict=True)]
@@ -86,7 +93,7 @@ def test_vmap_over_either_or_both_operands(axes, x64):
 
 
 @pytest.mark.parametrize("loop", ["fori", "scan", "map"])
-def test_ggn_products_in_loops_are_those_outside(loop, x64):
+def test_ggn_products_in_loops_are_those_outside(loop, way, x64):
     loss = SoftmaxCrossEntropy()
     images, kernel, direction = arrays((9, 4, 4, 2), (3, 3, 2, 3), (3, 3, 2, 3))
     batch = {"image": images, "label": jnp.arange(9) % 3}

@@ -10,7 +10,6 @@ from flax import linen as nn
 from jax import lax
 
 from mlhf_optax import layer_types
-from mlhf_optax.convolution import matmul_convolution
 from mlhf_optax.models import ACTIVATIONS, MLP, ConvNet, DigitsConvNet, max_pool
 
 NUMPY_ACTIVATIONS = {
@@ -107,7 +106,7 @@ class PlainCifarNet(nn.Module):
         return nn.Dense(10)(x)
 
 
-@pytest.mark.parametrize("convolution", [None, matmul_convolution])
+@pytest.mark.parametrize("convolution", [None, lax.conv_general_dilated])
 def test_pooling_before_relu_and_another_convolution_change_nothing(convolution, x64):
     images = jax.random.normal(jax.random.key(1), (3, 8, 8, 2), jnp.float64)
     model = ConvNet(channels=(3, 4), hidden=(5,), convolution=convolution)
@@ -137,38 +136,3 @@ def test_max_pool_is_reduce_window(x64):
 def test_max_pool_needs_whole_windows():
     with pytest.raises(ValueError, match="`window` must divide height and width, got 2 for images of 5x4"):
         max_pool(jnp.zeros((1, 5, 4, 1)))
-
-
-NUMBERS = ("NHWC", "HWIO", "NHWC")
-
-
-@pytest.mark.parametrize("strides", [(1, 1), (3, 2)])
-@pytest.mark.parametrize("padding", ["SAME", "VALID", [(1, 0), (2, 3)]])
-def test_matmul_convolution_is_a_convolution(strides, padding, x64):
-    images = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
-    kernel = jax.random.normal(jax.random.key(1), (3, 2, 3, 5))
-    ours, pull_ours = jax.vjp(lambda x, k: matmul_convolution(x, k, strides, padding), images, kernel)
-    plain, pull_plain = jax.vjp(
-        lambda x, k: lax.conv_general_dilated(x, k, strides, padding, dimension_numbers=NUMBERS),
-        images,
-        kernel,
-    )
-    np.testing.assert_allclose(ours, plain, atol=1e-12)
-    for a, b in zip(pull_ours(jnp.cos(ours)), pull_plain(jnp.cos(ours)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("shape", "options"),
-    [
-        ((1, 4, 4, 2), {"feature_group_count": 2}),
-        ((1, 4, 4, 2), {"lhs_dilation": (2, 1)}),
-        ((1, 4, 4, 2), {"rhs_dilation": (1, 2)}),
-        ((1, 4, 2), {}),
-    ],
-)
-def test_matmul_convolution_refuses_what_it_does_not_know(shape, options):
-    with pytest.raises(
-        ValueError, match=r"knows neither groups nor dilation.*use `jax.lax.conv_general_dilated`"
-    ):
-        matmul_convolution(jnp.zeros(shape), jnp.zeros((3, 3, 2, 2)), (1, 1), "SAME", **options)

@@ -7,7 +7,6 @@ import pytest
 from jax import lax
 
 from mlhf_optax import layer_types
-from mlhf_optax.convolution import matmul_convolution
 from mlhf_optax.resnet import ResNet, batch_statistics, mini_resnet, overlapping_max_pool, resnet18
 
 SMALL = ResNet(stages=((1, 2), (1, 4)), num_outputs=3)
@@ -56,7 +55,7 @@ def numpy_block(x, params, stride):
     return shortcut + numpy_conv(x, params["Conv_1"]["kernel"])
 
 
-@pytest.mark.parametrize("convolution", [None, matmul_convolution])
+@pytest.mark.parametrize("convolution", [None, jax.lax.conv_general_dilated])
 def test_outputs_are_those_of_numpy(convolution, x64):
     params = jax.tree.map(np.asarray, init())
     x = images(dtype=jnp.float64)

@@ -69,7 +69,7 @@ def digits_convnet(batch_size: int = 128, meta_batch_size: int = 128) -> Task:
     """
     description = "handwritten digits (8x8, 10 classes), 3x3 convolutions 8 and 16, dense 32 and 10"
     task = _digits_task("digits-convnet", description, models.DigitsConvNet(), batch_size, meta_batch_size)
-    return dataclasses.replace(task, sequential_on_cpu=True)
+    return dataclasses.replace(task, sequential_on_cpu=True, pretrained="digits_convnet")
 
 
 TASKS: dict[str, Callable[..., Task]] = {

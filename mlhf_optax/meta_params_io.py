@@ -23,9 +23,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from mlhf_optax.curvature import LossFn, PredictFn
 from mlhf_optax.layer_types import path_text
 from mlhf_optax.meta_params import MetaParams, Settings, init_meta_params
+from mlhf_optax.mlhf import mlhf
 
 FORMAT = "mlhf-optax meta-parameters"
 FORMAT_VERSION = 1
@@ -51,6 +54,31 @@ class Pretrained(NamedTuple):
     def learning_rate(self) -> float:
         """The learning rate that the record recommends."""
         return float(self.record["learning_rate"])
+
+    def optimizer(
+        self, predict_fn: PredictFn, loss_fn: LossFn, **changes: Any
+    ) -> optax.GradientTransformationExtraArgs:
+        """Returns :func:`mlhf_optax.mlhf` with what the record recommends.
+
+        Args:
+          predict_fn: ``predict_fn(params, batch) -> outputs``.
+          loss_fn: ``loss_fn(outputs, batch) -> scalar``.
+          **changes: arguments of :func:`mlhf_optax.mlhf`; they take the place of the record's
+            ``learning_rate``, ``num_cg_steps`` and ``max_update_ratio``, or come on top.
+
+        Returns:
+          The optimizer; call ``update(grads, state, params, batch=batch)``.
+
+        Example:
+          >>> from mlhf_optax import SquaredError, load_pretrained
+          >>> predict_fn = lambda params, batch: batch["x"] @ params["kernel"]
+          >>> tx = load_pretrained("digits").optimizer(predict_fn, SquaredError(), learning_rate=0.5)
+          >>> tx.init({"kernel": jnp.ones((3, 1))})[0].count
+          Array(0, dtype=int32)
+        """
+        names = ("learning_rate", "num_cg_steps", "max_update_ratio")
+        arguments = {name: self.record[name] for name in names} | changes
+        return mlhf(meta_params=self.meta_params, predict_fn=predict_fn, loss_fn=loss_fn, **arguments)
 
 
 def save_meta_params(path: str | os.PathLike, meta_params: MetaParams, record: Mapping[str, Any]) -> Path:
@@ -205,6 +233,8 @@ def _record_problem(record: Mapping[str, Any]) -> str | None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             return f"'{key}' must be a positive number, got {value!r}"
+    if not isinstance(record["num_cg_steps"], int):
+        return f"'num_cg_steps' must be an int, got {record['num_cg_steps']!r}"
     return None
 
 

@@ -126,19 +126,26 @@ def test_no_bound_on_the_update_can_be_recorded(tmp_path, meta_params):
     assert load_meta_params(path).record["max_update_ratio"] is None
 
 
-def test_loaded_meta_params_drive_the_optimizer(saved, tmp_path):
+def test_the_optimizer_is_the_recorded_one_unless_changed(tmp_path):
     fresh = init_meta_params(jax.random.key(0), layer_types=["dense_kernel"])
-    loaded = load_meta_params(save_meta_params(tmp_path / "fresh", fresh, RECORD))
-    predict_fn, loss_fn = lambda p, b: b["x"] @ p["kernel"], mlhf_optax.SquaredError(targets="y")
-    batch = {"x": jnp.eye(3), "y": jnp.ones((3, 1))}
+    record = {**RECORD, "num_cg_steps": 2, "max_update_ratio": 0.01}
+    loaded = load_meta_params(save_meta_params(tmp_path / "fresh", fresh, record))
+    functions = (lambda p, b: b["x"] @ p["kernel"], mlhf_optax.SquaredError(targets="y"))
+    batch = {"x": jnp.eye(3), "y": jnp.arange(3.0)[:, None]}
     params = {"kernel": jnp.full((3, 1), 0.5)}
-    updates = []
-    for meta_params in (fresh, loaded.meta_params):
-        tx = mlhf_optax.mlhf(loaded.learning_rate, meta_params, predict_fn, loss_fn)
-        grads = jax.grad(lambda p: loss_fn(predict_fn(p, batch), batch))(params)
-        updates.append(tx.update(grads, tx.init(params), params, batch=batch)[0]["kernel"])
-    np.testing.assert_array_equal(*updates)
-    assert float(jnp.abs(updates[0]).sum()) > 0
+    grads = jax.grad(lambda p: functions[1](functions[0](p, batch), batch))(params)
+
+    def update(tx):
+        return tx.update(grads, tx.init(params), params, batch=batch)[0]["kernel"]
+
+    same = mlhf_optax.mlhf(0.5, fresh, *functions, num_cg_steps=2, max_update_ratio=0.01)
+    recommended = update(loaded.optimizer(*functions))
+    np.testing.assert_array_equal(recommended, update(same))
+    changes = {"learning_rate": lambda count: 0.25, "max_update_ratio": None, "weight_decay": 0.1}
+    other = mlhf_optax.mlhf(0.25, fresh, *functions, num_cg_steps=2, max_update_ratio=None, weight_decay=0.1)
+    changed = update(loaded.optimizer(*functions, **changes))
+    np.testing.assert_array_equal(changed, update(other))
+    assert not np.allclose(changed, recommended)
 
 
 # Refused on loading -----------------------------------------------------------------------------
@@ -349,6 +356,7 @@ def test_unusable_arrays_are_not_saved(tmp_path, meta_params, function, words):
     [
         ({"learning_rate": 0.0}, "'learning_rate' must be a positive number, got 0.0"),
         ({"num_cg_steps": True}, "'num_cg_steps' must be a positive number, got True"),
+        ({"num_cg_steps": 2.5}, "'num_cg_steps' must be an int, got 2.5"),
         ({"max_update_ratio": math.inf}, "'max_update_ratio' must be a positive number, got inf"),
         ({"curves": [math.nan]}, "plain JSON without NaN"),
         ({"curves": np.ones(2)}, "plain JSON without NaN"),

@@ -98,7 +98,11 @@ def default_judge_at(num_epochs: int, count: int = 30) -> tuple[int, ...]:
 
 
 def train_epochs(
-    task: Task, contender: Contender, plan: Plan, on_step: OnStep | None = None
+    task: Task,
+    contender: Contender,
+    plan: Plan,
+    on_step: OnStep | None = None,
+    program: Program | None = None,
 ) -> list[EpochResult]:
     """Trains a task with every setting of a contender.
 
@@ -107,6 +111,7 @@ def train_epochs(
       contender: the optimizers.
       plan: how long, and where to keep what is done.
       on_step: called after every step of a group with the number of trainings' steps it took.
+      program: how steps are taken; made of task and contender if None.
 
     Returns:
       A result a setting, with ``seconds_per_step`` 0, as that is measured elsewhere. The curve of a group
@@ -131,7 +136,7 @@ def train_epochs(
         raise ValueError(
             f"`judge_at` must ascend from 1 or more to the last epoch, {plan.num_epochs}, got {judge_at}"
         )
-    program = Program(task, contender.make_optimizer)
+    program = Program(task, contender.make_optimizer) if program is None else program
     count = len(contender.names)
     size = plan.group_size or (1 if program.is_sequential else count)
     results = []

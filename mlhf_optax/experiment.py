@@ -30,8 +30,23 @@ from mlhf_optax.results import report
 from mlhf_optax.tables import comparison_table, format_loss
 from mlhf_optax.task import Task
 from mlhf_optax.timing import seconds_per_step
+from mlhf_optax.trainings import Program
 
 UNTRAINED = "untrained"
+
+
+class ForeignContender(Contender):
+    """Optimizers that are no optax transformations: they bring how steps are taken, and their time."""
+
+    def program(self, task: Task) -> Program:
+        """Returns what takes the steps."""
+        raise NotImplementedError
+
+    def seconds_per_step(self, task: Task) -> float:
+        """Returns how long a step of a single training takes."""
+        raise NotImplementedError
+
+
 _UNTRAINED_RECORD = {"learning_rate": 1.0, "num_cg_steps": 4, "max_update_ratio": 0.25, "batch_size": 128}
 _TABLE_EPOCHS = (1, 2, 5, 10, 20, 50, 100, 250)
 
@@ -138,14 +153,14 @@ def find_meta_params(task: Task, name_or_path: str | None) -> tuple[str, Pretrai
 
 
 def mlhf_contenders(task: Task, options: argparse.Namespace) -> list[Contender]:
-    """Returns MLHF as ``"mlhf"`` and, if wanted, MLHF with part of the batch for its curvature.
+    """Returns MLHF as ``"mlhf"`` and, if wanted, with part of the batch for its curvature.
 
     Args:
       task: the task.
       options: parsed by :func:`experiment_parser`.
 
     Returns:
-      One or two contenders.
+      One or two contenders; none if ``options.only`` leaves MLHF out.
 
     Raises:
       FileNotFoundError: if there are no such meta-parameters.
@@ -156,6 +171,8 @@ def mlhf_contenders(task: Task, options: argparse.Namespace) -> list[Contender]:
       >>> [contender.names[0] for contender in mlhf_contenders(get_task("digits-mlp"), options)]
       ['mlhf', 'mlhf curvature 0.25']
     """
+    if options.only and "mlhf" not in options.only:
+        return []
     source, (meta_params, record) = find_meta_params(task, options.meta_params)
     settings: dict[str, Any] = {name: record[name] for name in ("num_cg_steps", "max_update_ratio")}
     rate = record["learning_rate"] if options.learning_rate is None else options.learning_rate
@@ -222,7 +239,7 @@ def run_experiment(
 
 
 def _chosen(contenders: Sequence[Contender], families: Sequence[str] | None) -> list[Contender]:
-    known = dict.fromkeys(contender.family for contender in contenders)
+    known = dict.fromkeys(("mlhf", *(contender.family for contender in contenders)))
     unknown = sorted(set(families or ()) - set(known))
     if unknown:
         raise ValueError(f"--only must be among {', '.join(known)}, got {', '.join(unknown)}")
@@ -251,7 +268,8 @@ def _train_all(task: Task, contenders: Sequence[Contender], plan: Plan) -> list[
         done = 0
         for contender in contenders:
             progress.update(bar, description=contender.names[0], completed=done)
-            results.append(train_epochs(task, contender, plan, on_step))
+            program = contender.program(task) if isinstance(contender, ForeignContender) else None
+            results.append(train_epochs(task, contender, plan, on_step, program))
             done += one * len(contender.names)
     return results
 
@@ -260,13 +278,21 @@ def _timed(task: Task, contenders: Sequence[Contender], folder: Path) -> dict[st
     """Measures what has not been measured on this machine yet, all contenders in turns."""
     path, machine = folder / "seconds_per_step.json", machine_info()
     known = json.loads(path.read_text()) if path.exists() else {}
-    names = [contender.names[0] for contender in contenders]
-    if known.get("machine") == machine and set(names) <= set(known["seconds"]):
-        return known["seconds"]
-    first = {c.names[0]: (c.make_optimizer, {k: v[0] for k, v in c.stacked.items()}) for c in contenders}
+    seconds = known["seconds"] if known.get("machine") == machine else {}
+    if {contender.names[0] for contender in contenders} <= set(seconds):
+        return seconds
+    foreign = [contender for contender in contenders if isinstance(contender, ForeignContender)]
+    first = {
+        contender.names[0]: (contender.make_optimizer, {k: v[0] for k, v in contender.stacked.items()})
+        for contender in contenders
+        if not isinstance(contender, ForeignContender)
+    }
     is_slow = task.sequential_on_cpu and jax.default_backend() == "cpu"
     num_steps, repeats = (5, 5) if is_slow else (25, 9)
-    seconds = seconds_per_step(task, first, num_steps=num_steps, repeats=repeats)
+    seconds |= seconds_per_step(task, first, num_steps=num_steps, repeats=repeats)
+    for contender in foreign:
+        if contender.names[0] not in seconds:
+            seconds[contender.names[0]] = contender.seconds_per_step(task)
     write_atomically(path, json.dumps({"machine": machine, "seconds": seconds}, indent=1).encode())
     return seconds
 

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from mlhf_optax.cifar10 import cifar10
-from mlhf_optax.convolution import convolve
 from mlhf_optax.image_augmentation import augment_batch, network_input
 from mlhf_optax.losses import SoftmaxCrossEntropy
-from mlhf_optax.models import ConvNet
+from mlhf_optax.models import ConvNet, Convolution
 from mlhf_optax.resnet import ResNet, batch_statistics, mini_resnet
 from mlhf_optax.task import Task, no_augmentation
 
@@ -27,6 +26,7 @@ def cifar10_convnet(
     augment: bool = True,
     data_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
+    convolution: Convolution | None = None,
 ) -> Task:
     """Returns the task of the paper's section 4.1: CUDA-convnet on CIFAR-10.
 
@@ -39,6 +39,7 @@ def cifar10_convnet(
       augment: crop and mirror training images at random.
       data_dir: where CIFAR-10 lies (:func:`mlhf_optax.cifar10.cifar10`).
       cache_dir: where its decoded arrays are kept.
+      convolution: see :class:`mlhf_optax.models.ConvNet`.
 
     Returns:
       The task. Variants carry what differs in their name, as in ``"cifar10-convnet-8-16-dense-16"``.
@@ -63,7 +64,7 @@ def cifar10_convnet(
     return _image_task(
         name,
         f"CIFAR-10 (32x32, 10 classes), {widths}",
-        ConvNet(channels, hidden, convolution=convolve),
+        ConvNet(channels, hidden, convolution=convolution),
         image_shape=(32, 32, 3),
         load_data=functools.partial(cifar10, data_dir, cache_dir),
         num_classes=10,
@@ -110,7 +111,7 @@ def cifar10_resnet9(
     return _image_task(
         "cifar10-resnet9" if channels == 16 else f"cifar10-resnet9-{channels}",
         f"CIFAR-10 (32x32, 10 classes), ResNet v2 of 9 blocks of {widths} channels",
-        mini_resnet(10, channels, convolve),
+        mini_resnet(10, channels),
         image_shape=(32, 32, 3),
         load_data=functools.partial(cifar10, data_dir, cache_dir),
         num_classes=10,

@@ -46,6 +46,7 @@ class Program:
     Args:
       task: what to train; mini-batches have its ``batch_size``.
       make_optimizer: returns the optimizer for given hyperparameters; its ``update`` gets ``batch=``.
+      sequential: run trainings one after the other; as the task says if None.
 
     Example:
       >>> import optax
@@ -57,9 +58,10 @@ class Program:
       (2, 1)
     """
 
-    def __init__(self, task: Task, make_optimizer: MakeOptimizer):
+    def __init__(self, task: Task, make_optimizer: MakeOptimizer, sequential: bool | None = None):
         self.task = task
-        self.is_sequential = task.sequential_on_cpu and jax.default_backend() == "cpu"
+        by_task = task.sequential_on_cpu and jax.default_backend() == "cpu"
+        self.is_sequential = by_task if sequential is None else sequential
 
         def init(setting, seed, _):
             return init_training(task, make_optimizer, setting[1], jax.random.key(seed["seed"]))
@@ -73,17 +75,26 @@ class Program:
         def ready(setting, seed, state, examples):
             return _Ready(state.params, evaluation_state(task, state.params, examples))
 
-        self.init = self._over_runs(init)
-        self.step = self._over_runs(step, donate=True)
-        self.ready = self._over_runs(ready)
-        self.loss = self._over_runs(lambda _, __, run, x: mean_loss(task, run.params, x, run.model_state))
-        self.accuracy = self._over_runs(lambda _, __, run, x: accuracy(task, run.params, x, run.model_state))
+        self.init = self.over_runs(init)
+        self.step = self.over_runs(step, donate=True)
+        self.ready = self.over_runs(ready)
+        self.loss = self.over_runs(lambda _, __, run, x: mean_loss(task, run.params, x, run.model_state))
+        self.accuracy = self.over_runs(lambda _, __, run, x: accuracy(task, run.params, x, run.model_state))
 
-    def _over_runs(self, one: Callable, donate: bool = False) -> Callable:
-        """Maps ``one(setting, per_seed, run, *shared)`` over settings (E), per_seed (S) and runs (E, S)."""
+    def over_runs(self, one: Callable, donate: bool = False, jit: bool = True) -> Callable:
+        """Maps ``one(setting, per_seed, run, *shared)`` over settings (E), per_seed (S) and runs (E, S).
+
+        Args:
+          one: works on a single training; a setting is its number and its hyperparameters.
+          donate: the runs may be overwritten.
+          jit: compile ``one``; only sequential programs can do without.
+
+        Returns:
+          The function of all.
+        """
         donated = 2 if donate else ()
         if self.is_sequential:
-            compiled = jax.jit(one, donate_argnums=donated)
+            compiled = jax.jit(one, donate_argnums=donated) if jit else one
             pick = lambda tree, index: jax.tree.map(lambda leaf: leaf[index], tree)
 
             def in_sequence(settings, per_seed, runs, *shared):

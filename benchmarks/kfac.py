@@ -1,0 +1,120 @@
+"""K-FAC for the comparison with second-order optimizers; needs kfac-jax and a jax that it works with."""
+
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mlhf_optax.experiment import ForeignContender
+from mlhf_optax.inner_training import TrainingState, augmentation_key, draw_batch
+from mlhf_optax.task import Task
+from mlhf_optax.trainings import Program, Trainings
+
+LEARNING_RATES = DAMPINGS = (1.0, 0.1, 0.01, 0.001)
+DECAYS = (0.9, 0.99, 0.999)
+MOMENTUM = 0.9
+
+
+def kfac_contender() -> "KfacContender":
+    """Returns K-FAC with the paper's grid: 4 learning rates, 4 dampings, 3 decays of the averages."""
+    settings = [(rate, damp, decay) for decay in DECAYS for rate in LEARNING_RATES for damp in DAMPINGS]
+    names = ("learning_rate", "damping", "decay")
+    stacked = (jnp.array(values) for values in zip(*settings, strict=True))
+    return KfacContender(
+        family="kfac",
+        names=tuple(f"kfac lr={rate:g} damping={damp:g} decay={decay:g}" for rate, damp, decay in settings),
+        hyperparameters=tuple(dict(zip(names, values, strict=True)) for values in settings),
+        make_optimizer=_no_transformation,
+        stacked=dict(zip(names, stacked, strict=True)),
+    )
+
+
+class KfacContender(ForeignContender):
+    """K-FAC with a constant damping and learning rate, momentum 0.9, inverses every five steps."""
+
+    def program(self, task: Task) -> "KfacProgram":
+        """Returns what takes the steps."""
+        return KfacProgram(task)
+
+    def seconds_per_step(self, task: Task) -> float:
+        """Returns the median over stretches of 25 steps, each with its five inversions."""
+        first = {name: values[:1] for name, values in self.stacked.items()}
+        trainings = Trainings(self.program(task), first, [0], num_steps=100)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            for _ in range(25):
+                trainings.step()
+            trainings.wait()
+            times.append((time.perf_counter() - start) / 25)
+        return statistics.median(times[1:])
+
+
+class KfacProgram(Program):
+    """Trainings with K-FAC, one after the other: it decides outside of compiled code what a step does."""
+
+    def __init__(self, task: Task):
+        super().__init__(task, _no_transformation, sequential=True)
+        self._optimizers: dict[float, Any] = {}
+        self._draw = jax.jit(
+            lambda seed, indices, number, examples: draw_batch(
+                task, examples, indices, augmentation_key(jax.random.key(seed), number)
+            )
+        )
+        self.init = self.over_runs(self._init, jit=False)
+        self.step = self.over_runs(self._step, jit=False)
+
+    def _init(self, setting, seed, _):
+        key = jax.random.key(seed["seed"])
+        params = jax.jit(self.task.init_fn)(jax.random.fold_in(key, 0))
+        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[: self.task.batch_size]), self.task.data.train)
+        batch = self.task.augment_fn(key, batch)
+        return TrainingState(params, self._optimizer(setting).init(params, key, batch))
+
+    def _step(self, setting, seed, state, examples, number):
+        batch = self._draw(seed["seed"], seed["indices"], number, examples)
+        params, opt_state, _ = self._optimizer(setting).step(
+            state.params,
+            state.opt_state,
+            jax.random.fold_in(jax.random.key(seed["seed"]), int(number)),
+            batch=batch,
+            global_step_int=int(number),
+            learning_rate=jnp.asarray(setting[1]["learning_rate"]),
+            damping=jnp.asarray(setting[1]["damping"]),
+            momentum=jnp.asarray(MOMENTUM),
+        )
+        return TrainingState(params, opt_state)
+
+    def _optimizer(self, setting) -> Any:
+        decay = float(setting[1]["decay"])
+        if decay not in self._optimizers:
+            self._optimizers[decay] = _make_kfac(self.task, decay)
+        return self._optimizers[decay]
+
+
+def _make_kfac(task: Task, decay: float) -> Any:
+    try:
+        import kfac_jax
+    except ImportError as error:
+        raise ImportError(
+            "K-FAC needs kfac-jax, best in an environment of its own: kfac-jax 0.0.8 works with jax 0.9.0"
+        ) from error
+
+    def loss(params, batch):
+        outputs = task.predict_fn(params, batch)
+        kfac_jax.register_softmax_cross_entropy_loss(outputs, batch["label"])
+        return task.loss_fn(outputs, batch)
+
+    return kfac_jax.Optimizer(
+        jax.value_and_grad(loss),
+        l2_reg=0.0,
+        curvature_ema=decay,
+        num_burnin_steps=0,
+        inverse_update_period=5,
+    )
+
+
+def _no_transformation(**hyperparameters):
+    raise TypeError("K-FAC is no optax transformation")

@@ -1,0 +1,234 @@
+"""The driver: what it writes, what it keeps, and that a run that was stopped ends as one that was not."""
+
+import json
+import math
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlhf_optax.meta_training import MetaTrainingConfig, Schedule, Validation, checkpoints, driver, meta_train
+
+SCHEDULE = Schedule(iterations=9, checkpoint_every=2, validate_every=3, report_every=5)
+
+
+class State(NamedTuple):
+    iteration: jax.Array
+    meta_params: Any
+    key: jax.Array
+
+
+def init(key, meta_params):
+    return State(jnp.zeros((), jnp.int32), meta_params, jax.random.key_data(key))
+
+
+@jax.jit
+def step(state, batch):
+    """A random walk that every batch and the whole past have a part in."""
+    key, noise_key = jax.random.split(jax.random.wrap_key_data(state.key))
+    move = jax.random.normal(noise_key, (3,)) + batch
+    meta_params = {"w": 0.9 * state.meta_params["w"] + move}
+    metrics = {"l_p": jnp.mean(move), "inner_loss": jnp.max(move)}
+    return State(state.iteration + 1, meta_params, jax.random.key_data(key)), metrics
+
+
+@jax.jit
+def score(meta_params):
+    w = meta_params["w"]
+    return Validation(jnp.sum(w), jnp.stack([w[0], w[1]]), w[2])
+
+
+def run(folder, schedule=SCHEDULE, validate_fn=score, step_fn=step, **kwargs):
+    return meta_train(
+        None,
+        None,
+        {"w": jnp.ones(3)},
+        lambda key: jax.random.uniform(key, (3,)),
+        validate_fn,
+        folder,
+        schedule,
+        algorithm=(init, step_fn),
+        **kwargs,
+    )
+
+
+def lines(folder, name):
+    found = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    for line in found:
+        if name == "metrics":
+            assert line.pop("seconds") >= 0
+    return found
+
+
+def outcome(folder):
+    """All that a run leaves but the time that it took."""
+    last = checkpoints.list_checkpoints(folder / "checkpoints")[0]
+    return last.name, last.read_bytes(), lines(folder, "metrics"), lines(folder, "validation")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return run(folder), outcome(folder)
+
+
+# What a run writes and returns.
+
+
+def test_a_run_writes_metrics_validations_and_checkpoints_as_it_goes(tmp_path):
+    seen = []
+    done = run(tmp_path, progress=lambda iteration, metrics: seen.append((iteration, metrics)))
+    metrics, validations = lines(tmp_path, "metrics"), lines(tmp_path, "validation")
+    assert [line["iteration"] for line in metrics] == list(range(1, 10))
+    assert set(metrics[0]) == {"iteration", "l_p", "inner_loss"}
+    assert [line["iteration"] for line in validations] == [3, 6, 9]
+    names = [path.name for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")]
+    assert names == [f"checkpoint-{number:08d}.msgpack" for number in (9, 8, 6)]
+    # Looks at the metrics: every fifth, and where validation or checkpoint wait for the device anyway.
+    assert [iteration for iteration, _ in seen] == [2, 3, 4, 5, 6, 8, 9]
+    assert seen[-1][1]["inner_loss"] == metrics[-1]["inner_loss"]
+    assert int(done.state.iteration) == 9
+
+
+def test_the_best_by_validation_are_kept_not_the_last(tmp_path):
+    scores, seen = iter([3.0, 1.0, math.nan, 2.0]), []
+
+    def scripted(meta_params):
+        seen.append(np.array(meta_params["w"]))
+        return Validation(np.float32(next(scores)), np.zeros(1), np.zeros(()))
+
+    done = run(tmp_path, Schedule(iterations=8, validate_every=2), scripted)
+    np.testing.assert_array_equal(done.best_meta_params["w"], seen[1])
+    assert not np.array_equal(done.state.meta_params["w"], seen[1])
+    assert (int(done.best_iteration), float(done.best_score)) == (4, 1.0)
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_files(tmp_path):
+    bad = lambda meta_params: Validation(
+        jnp.float32(6.9), jnp.array([1.0, jnp.inf]), jnp.asarray(jnp.float32(jnp.nan))
+    )
+    nan_metric = lambda state, batch: (step(state, batch)[0], {"l_s": jnp.asarray(jnp.nan)})
+    run(tmp_path, Schedule(iterations=1), bad, nan_metric)
+    assert lines(tmp_path, "metrics") == [{"iteration": 1, "l_s": None}]
+    (line,) = lines(tmp_path, "validation")
+    assert (line["losses"], line["worst_loss"]) == ([1.0, None], None)
+
+
+def test_meta_parameters_that_are_not_finite_end_the_run_before_they_are_saved(tmp_path):
+    def breaking(state, batch):
+        state, metrics = step(state, batch)
+        factor = jnp.where(state.iteration == 4, jnp.nan, 1.0)
+        return state._replace(meta_params={"w": factor * state.meta_params["w"]}), metrics
+
+    message = "no longer finite at meta-iteration 4; lower `meta_learning_rate` .* resume"
+    with pytest.raises(FloatingPointError, match=message):
+        run(tmp_path, step_fn=breaking)
+    names = [path.name for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["checkpoint-00000002.msgpack"]
+
+
+# Resuming.
+
+
+class Moments:
+    """Interrupts a run at its n-th line of code in the driver and what it writes with."""
+
+    FILES = (driver.__file__, checkpoints.__file__, sys.modules["mlhf_optax.meta_params_io"].__file__)
+
+    def __init__(self, stop_at=None):
+        self.stop_at, self.passed = stop_at, 0
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self._on_call)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
+
+    def _on_call(self, frame, event, argument):
+        return self._on_line if frame.f_code.co_filename in self.FILES else None
+
+    def _on_line(self, frame, event, argument):
+        if event == "line":
+            self.passed += 1
+            if self.passed == self.stop_at:
+                raise KeyboardInterrupt
+        return self._on_line
+
+
+# A file is left open if the interrupt comes between opening it and entering its block.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_that_is_interrupted_at_any_moment_ends_as_one_that_was_not(tmp_path, undisturbed):
+    with Moments() as moments:
+        run(tmp_path / "count")
+    assert moments.passed > 300
+    for number, stop_at in enumerate(np.linspace(30, moments.passed - 1, 25).astype(int)):
+        folder = tmp_path / str(number)
+        with pytest.raises(KeyboardInterrupt), Moments(stop_at):
+            run(folder)
+        # The second try is interrupted too, while it takes up the files of the first.
+        with pytest.raises(KeyboardInterrupt), Moments(20 + 5 * number):
+            run(folder, resume=True)
+        done = run(folder, resume=True)
+        jax.tree.map(np.testing.assert_array_equal, done, undisturbed[0])
+        assert outcome(folder) == undisturbed[1], f"stopped at line {stop_at}"
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_costs_only_time(tmp_path, undisturbed):
+    run(tmp_path)
+    newest = checkpoints.list_checkpoints(tmp_path / "checkpoints")[0]
+    newest.write_bytes(newest.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="checkpoint-00000009.msgpack is damaged"):
+        done = run(tmp_path, resume=True)
+    jax.tree.map(np.testing.assert_array_equal, done, undisturbed[0])
+    assert outcome(tmp_path) == undisturbed[1]
+
+
+def test_resuming_a_run_that_has_ended_changes_nothing_and_a_longer_one_goes_on(tmp_path, undisturbed):
+    run(tmp_path, Schedule(iterations=6, checkpoint_every=2, validate_every=3))
+    before = outcome(tmp_path)
+    done = run(tmp_path, Schedule(iterations=6, checkpoint_every=2, validate_every=3), resume=True)
+    assert int(done.state.iteration) == 6
+    assert outcome(tmp_path) == before
+    done = run(tmp_path, resume=True)
+    jax.tree.map(np.testing.assert_array_equal, done, undisturbed[0])
+    assert outcome(tmp_path) == undisturbed[1]
+
+
+def test_resuming_where_there_is_nothing_starts_anew(tmp_path, undisturbed):
+    done = run(tmp_path / "new", resume=True)
+    jax.tree.map(np.testing.assert_array_equal, done, undisturbed[0])
+
+
+def test_a_folder_with_checkpoints_is_not_overwritten(tmp_path):
+    run(tmp_path)
+    before = outcome(tmp_path)
+    with pytest.raises(ValueError, match=r"already has checkpoints; set `resume` \(--resume\) to go on"):
+        run(tmp_path)
+    assert outcome(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed: 0 there, 1 now"),
+        ({"config": MetaTrainingConfig(max_age=5)}, "config: .* there, .* now"),
+        ({"about": {"task": "mine"}}, "task: 'digits' there, 'mine' now"),
+    ],
+)
+def test_checkpoints_of_other_settings_are_refused(tmp_path, change, message):
+    run(tmp_path, Schedule(iterations=1), about={"task": "digits"})
+    before = outcome(tmp_path)
+    with pytest.raises(ValueError, match=rf"meta-training with other settings \({message}"):
+        run(tmp_path, resume=True, **{"about": {"task": "digits"}} | change)
+    assert outcome(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["iterations", "checkpoint_every", "validate_every", "report_every"])
+def test_a_schedule_counts_from_one(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+        Schedule(**{"iterations": 5} | {name: 0})

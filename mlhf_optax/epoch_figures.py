@@ -59,7 +59,8 @@ def save_epoch_comparison(results: Sequence[EpochResult], path: str | Path, titl
     for axis in axes.flat:
         axis.grid(True, which="major", color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=150)
     return Path(path)
 
@@ -87,7 +88,7 @@ def _styles(results: Sequence[EpochResult]) -> list[tuple[EpochResult, dict[str,
 
 def _draw(axes, result: EpochResult, style: dict[str, Any]) -> None:
     steps = np.asarray(result.steps)
-    label = "MLHF" if result.name == "mlhf" else result.name
+    label = result.name.replace("mlhf", "MLHF", 1)
     for row, values in enumerate((_drawable(result.train_loss), result.test_curve)):
         axes[row, 0].plot(steps / result.steps_per_epoch, values, label=label, **style)
         axes[row, 1].plot(steps * result.seconds_per_step, values, **style)

@@ -228,14 +228,23 @@ def run_experiment(
         for contender, of_contender in zip(chosen, results, strict=True)
         for result in of_contender
     ]
-    title = f"{title}: {task.name}, {options.epochs} epochs, {options.seeds} seeds, batch {task.batch_size}"
+    length = f"{_count(options.epochs, 'epoch')}, {_count(options.seeds, 'seed')}"
+    title = f"{title}: {task.name}, {length}, batch {task.batch_size}"
     _print(results, title)
-    length = {"num_epochs": options.epochs, "num_train": num_examples(task.data.train)}
     command = shlex.join(["python", script, *sys.argv[1:]])
-    content = report(task, results, command) | length | {"batch_size": task.batch_size} | dict(about or {})
+    content = report(task, results, command) | {
+        "num_epochs": options.epochs,
+        "num_train": num_examples(task.data.train),
+        "batch_size": task.batch_size,
+        **(about or {}),
+    }
     write_atomically(options.output / "results.json", json.dumps(content, indent=1).encode() + b"\n")
     save_epoch_comparison(results, options.output / "figure.png", title)
     return results
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _chosen(contenders: Sequence[Contender], families: Sequence[str] | None) -> list[Contender]:

@@ -1,0 +1,62 @@
+"""Every example of the README runs as it is printed, and trains."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlhf_optax import MLHFInfo
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def find_examples():
+    """Returns heading and code of every fenced Python block."""
+    found, heading = [], "start"
+    for match in re.finditer(r"^#+ (?P<heading>[^\n]+)$|^```python\n(?P<code>.*?)^```$", TEXT, re.M | re.S):
+        if match["heading"]:
+            heading = match["heading"]
+        else:
+            found.append((heading, match["code"]))
+    return found
+
+
+EXAMPLES = find_examples()
+
+
+@pytest.mark.parametrize("code", [pytest.param(code, id=heading) for heading, code in EXAMPLES])
+def test_example_runs_and_its_loss_falls(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    losses = [float(number) for number in re.findall(r"loss (\S+)", capsys.readouterr().out)]
+    assert len(losses) >= 20
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_there_is_an_example_for_every_kind_of_user():
+    headings = " ".join(heading for heading, _ in EXAMPLES)
+    for word in ("linen", "nnx", "Any function", "Meta-training"):
+        assert word in headings
+
+
+def test_the_table_of_the_info_names_its_fields():
+    section = TEXT.split("## Reading the state")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert named == list(MLHFInfo._fields)
+
+
+def test_the_numbers_are_those_of_the_results():
+    script = [sys.executable, str(ROOT / "benchmarks" / "readme_numbers.py"), "--check"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_into_the_project_lead_somewhere():
+    targets = re.findall(r"\]\((?!https?://|#)([^)\s]+)\)", TEXT)
+    assert targets
+    for target in targets:
+        assert (ROOT / target).is_file(), f"README.md links to {target}, which is not there"

@@ -93,6 +93,8 @@ def run_meta_training(
     Example:
       ``mlhf-optax meta-train digits-mlp --iterations 1000 --output runs/digits``
     """
+    if settings not in SETTINGS:
+        raise ValueError(f"`settings` must be one of {', '.join(map(repr, SETTINGS))}, got {settings!r}")
     console = Console() if console is None else console
     problem = get_task(task, **(task_options or {}))
     batch_size = problem.meta_batch_size if batch_size is None else batch_size
@@ -128,9 +130,8 @@ def run_meta_training(
             about=about,
             progress=_reporter(bar, iterations),
         )
-    record = _record(
-        problem, output, done, about | {"config": dataclasses.asdict(config)}, learned_options(settings)
-    )
+    about |= {"seed": seed, "config": dataclasses.asdict(config)}
+    record = _record(problem, output, done, about, learned_options(settings))
     path = save_meta_params(output / "meta_params.npz", done.best_meta_params, record)
     best = int(done.best_iteration)
     console.print(f"best meta-parameters by validation: iteration {best} of {iterations}, in {path}")
@@ -190,7 +191,7 @@ def _record(problem: Task, output: Path, done, about: dict, options: dict) -> di
         "num_cg_steps": _NUM_CG_STEPS,
         "max_update_ratio": options["max_update_ratio"],
         "step_loss": options["step_loss"],
-        "meta_training": {key: about[key] for key in ("settings", "iterations", "config")},
+        "meta_training": {key: about[key] for key in ("settings", "iterations", "seed", "config")},
         "best_iteration": int(done.best_iteration),
         "seconds": round(float(np.sum([line["seconds"] for line in metrics])), 1),
         "totals": {name: int(value) for name, value in done.state.counts.items()},

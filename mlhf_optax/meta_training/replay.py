@@ -49,7 +49,7 @@ def init_replay(example: chex.ArrayTree, capacity: int) -> Replay:
     if capacity < 1:
         raise ValueError(f"`capacity` of the replay buffer must be at least 1, got {capacity}")
     entries = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), example)
-    return Replay(entries, jnp.full(capacity, -jnp.inf), jnp.zeros((), jnp.int32))
+    return Replay(entries, jnp.full(capacity, -jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
 
 
 def store(replay: Replay, entries: chex.ArrayTree, priority: jax.Array, mask: jax.Array) -> Replay:

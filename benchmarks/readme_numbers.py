@@ -36,11 +36,19 @@ def comparison_table(report: dict[str, Any]) -> list[str]:
     steps = table_steps([learned])
     best = [best_of(others, step).loss_at(step) for step in steps]
     ratios = [ratio(learned.loss_at(step), loss) for step, loss in zip(steps, best, strict=True)]
+    accuracy = max(result.test_accuracy for result in others)
+    seconds = min(result.seconds_per_step for result in others)
+    points = f"{100 * (learned.test_accuracy - accuracy):+.1f} points"
     rows = [
         ["training loss after step", *map(str, steps), "test accuracy", "ms a step"],
         [f"**MLHF, learning rate {learned.hyperparameters['learning_rate']:g}**", *cells(learned, steps)],
-        [f"best of {len(others)} at that step", *map(format_loss, best), "", ""],
-        ["MLHF / that best", *ratios, "", ""],
+        [
+            f"best of {len(others)} in that column",
+            *map(format_loss, best),
+            f"{accuracy:.1%}",
+            f"{1e3 * seconds:.2f}",
+        ],
+        ["MLHF / that best", *ratios, points, f"{learned.seconds_per_step / seconds:.1f}"],
     ]
     for family in dict.fromkeys(result.family for result in others):
         members = [result for result in others if result.family == family]
@@ -63,7 +71,7 @@ def transfer_table(report: dict[str, Any]) -> list[str]:
         points = 100 * (row["mlhf_test_accuracy"] - row["best_test_accuracy"])
         rows.append([row["variant"], *ratios, f"{points:+.1f}"])
     seeds = report["rows"][0]["seeds"]
-    note = f"The same meta-parameters on what they never saw, mean over {seeds} seeds. {origin(report)}"
+    note = f"The same meta-parameters on networks and batches they never saw, {seeds} seeds. {origin(report)}"
     return [*table(rows), "", note]
 
 

@@ -13,8 +13,14 @@ What is finished is kept: ``--resume`` goes on after a stop. ``--quick`` takes m
 import sys
 from collections.abc import Sequence
 
-from mlhf_optax.comparison import grid_contenders
-from mlhf_optax.experiment import apply_quick, experiment_parser, limit_data, mlhf_contenders, run_experiment
+from mlhf_optax.experiments.comparison import grid_contenders
+from mlhf_optax.experiments.experiment import (
+    apply_quick,
+    experiment_parser,
+    limit_data,
+    mlhf_contenders,
+    run_experiment,
+)
 from mlhf_optax.image_tasks import cifar10_convnet
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlhf_optax.experiment import ForeignContender
-from mlhf_optax.inner_training import TrainingState, augmentation_key, draw_batch
+from mlhf_optax.experiments.experiment import ForeignContender
+from mlhf_optax.experiments.inner_training import TrainingState, augmentation_key, draw_batch
+from mlhf_optax.experiments.trainings import Program, Trainings
 from mlhf_optax.task import Task
-from mlhf_optax.trainings import Program, Trainings
 
 LEARNING_RATES = DAMPINGS = (1.0, 0.1, 0.01, 0.001)
 DECAYS = (0.9, 0.99, 0.999)
@@ -59,8 +59,8 @@ class KfacProgram(Program):
         super().__init__(task, _no_transformation, sequential=True)
         self._optimizers: dict[float, Any] = {}
         self._draw = jax.jit(
-            lambda seed, indices, number, examples: draw_batch(
-                task, examples, indices, augmentation_key(jax.random.key(seed), number)
+            lambda seed, fed, number, examples: task.augment_fn(
+                augmentation_key(jax.random.key(seed), number), draw(examples, fed)
             )
         )
         self.init = self.over_runs(self._init, jit=False)
@@ -74,7 +74,7 @@ class KfacProgram(Program):
         return TrainingState(params, self._optimizer(setting).init(params, key, batch))
 
     def _step(self, setting, seed, state, examples, number):
-        batch = self._draw(seed["seed"], seed["indices"], number, examples)
+        batch = self._draw(seed["seed"], seed["fed"], number, examples)
         params, opt_state, _ = self._optimizer(setting).step(
             state.params,
             state.opt_state,

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlhf_optax.results import Result, best_of, table_steps
-from mlhf_optax.tables import format_loss
+from mlhf_optax.experiments.results import Result, best_of, table_steps
+from mlhf_optax.experiments.tables import format_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- numbers written by benchmarks/readme_numbers.py -->"

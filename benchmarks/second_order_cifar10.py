@@ -27,8 +27,14 @@ import optax
 from kfac import kfac_contender
 
 from mlhf_optax import LevenbergMarquardt, hessian_free
-from mlhf_optax.comparison import Contender
-from mlhf_optax.experiment import apply_quick, experiment_parser, limit_data, mlhf_contenders, run_experiment
+from mlhf_optax.experiments.comparison import Contender
+from mlhf_optax.experiments.experiment import (
+    apply_quick,
+    experiment_parser,
+    limit_data,
+    mlhf_contenders,
+    run_experiment,
+)
 from mlhf_optax.image_tasks import cifar10_convnet
 from mlhf_optax.task import Task
 

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlhf_optax.comparison import compare, grid_contenders, mlhf_contender
-from mlhf_optax.machine import machine_info, versions
+from mlhf_optax.experiments.comparison import compare, grid_contenders, mlhf_contender
+from mlhf_optax.experiments.machine import machine_info, versions
+from mlhf_optax.experiments.results import best_of
 from mlhf_optax.pretrained import load_pretrained
-from mlhf_optax.results import best_of
 from mlhf_optax.tasks import digits_mlp
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,8 @@ the paper meta-trains on 3/5 of CIFAR-10 and trains on the rest (section 4.1).
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import chex
 import jax
@@ -20,19 +21,56 @@ DIGITS_FRACTIONS = (0.4, 0.4, 0.2)
 DIGITS_SPLIT_SEED = 0
 
 
+class ExampleStream(Protocol):
+    """A part that does not fit in memory, such as :class:`mlhf_optax.image_data.streaming.Stream`."""
+
+    @property
+    def sample(self) -> Examples:
+        """Some of the examples, in memory."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def batches(self, seed: int, batch_size: int, start: int = 0) -> Iterator[Examples]:
+        """Returns mini-batches by shuffled epochs, without end, from the one with number ``start`` on."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """Three disjoint parts of one dataset, each a dict of arrays with the examples first.
 
     Attributes:
       meta_train: what optimizers are meta-trained on.
-      train: what networks are trained on to compare optimizers.
+      train: what networks are trained on to compare optimizers; a stream if it does not fit in memory.
       test: what is only ever looked at.
     """
 
     meta_train: Examples
-    train: Examples
+    train: Examples | ExampleStream
     test: Examples
+
+
+def in_memory(part: Examples | ExampleStream) -> Examples:
+    """Returns a part itself, or of a stream the sample of it that is held in memory.
+
+    Example:
+      >>> in_memory({"label": np.zeros(3)})
+      {'label': array([0., 0., 0.])}
+    """
+    return part if isinstance(part, dict) else part.sample
+
+
+def part_size(part: Examples | ExampleStream) -> int:
+    """Returns the number of examples of a part, in memory or not.
+
+    Example:
+      >>> part_size({"label": np.zeros(3)})
+      3
+    """
+    return num_examples(part) if isinstance(part, dict) else len(part)
 
 
 @functools.cache
@@ -216,11 +254,14 @@ __all__ = [
     "DIGITS_FRACTIONS",
     "DIGITS_SPLIT_SEED",
     "Dataset",
+    "ExampleStream",
     "Examples",
     "digits",
     "epoch_indices",
     "freeze",
+    "in_memory",
     "num_examples",
+    "part_size",
     "sample_batches",
     "stratified_split",
     "take",

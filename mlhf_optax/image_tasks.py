@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlhf_optax.cifar10 import cifar10
-from mlhf_optax.image_augmentation import augment_batch, network_input
+from mlhf_optax.image_data.cifar10 import cifar10
+from mlhf_optax.image_data.image_augmentation import augment_batch, network_input
 from mlhf_optax.losses import SoftmaxCrossEntropy
 from mlhf_optax.models import ConvNet, Convolution
 from mlhf_optax.resnet import ResNet, batch_statistics, mini_resnet
@@ -37,7 +37,7 @@ def cifar10_convnet(
       batch_size: examples a mini-batch when networks are trained.
       meta_batch_size: examples a mini-batch in meta-training.
       augment: crop and mirror training images at random.
-      data_dir: where CIFAR-10 lies (:func:`mlhf_optax.cifar10.cifar10`).
+      data_dir: where CIFAR-10 lies (:func:`mlhf_optax.image_data.cifar10.cifar10`).
       cache_dir: where its decoded arrays are kept.
       convolution: see :class:`mlhf_optax.models.ConvNet`.
 
@@ -91,7 +91,7 @@ def cifar10_resnet9(
       batch_size: examples a mini-batch when networks are trained.
       meta_batch_size: examples a mini-batch in meta-training.
       augment: crop and mirror training images at random.
-      data_dir: where CIFAR-10 lies (:func:`mlhf_optax.cifar10.cifar10`).
+      data_dir: where CIFAR-10 lies (:func:`mlhf_optax.image_data.cifar10.cifar10`).
       cache_dir: where its decoded arrays are kept.
 
     Returns:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlhf_optax.comparison import grid_contenders
 from mlhf_optax.datasets import Dataset
+from mlhf_optax.experiments.comparison import grid_contenders
 from mlhf_optax.losses import SoftmaxCrossEntropy
 from mlhf_optax.task import Task
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from blobs import SGD, TASK
 
-from mlhf_optax import epochs, first_order, training
-from mlhf_optax.comparison import Contender
-from mlhf_optax.epochs import EpochResult, Plan, default_judge_at, train_epochs
+from mlhf_optax.experiments import epochs, first_order, training
+from mlhf_optax.experiments.comparison import Contender
+from mlhf_optax.experiments.epochs import EpochResult, Plan, default_judge_at, train_epochs
 
 SEQUENTIAL = dataclasses.replace(TASK, sequential_on_cpu=True)
 

@@ -7,12 +7,17 @@ import jax
 import pytest
 from blobs import SGD, TASK
 
-from mlhf_optax import experiment
-from mlhf_optax.comparison import grid_contenders
-from mlhf_optax.epoch_figures import save_epoch_comparison
-from mlhf_optax.epochs import EpochResult
-from mlhf_optax.experiment import ForeignContender, experiment_parser, mlhf_contenders, run_experiment
-from mlhf_optax.trainings import Program
+from mlhf_optax.experiments import experiment
+from mlhf_optax.experiments.comparison import grid_contenders
+from mlhf_optax.experiments.epoch_figures import save_epoch_comparison
+from mlhf_optax.experiments.epochs import EpochResult
+from mlhf_optax.experiments.experiment import (
+    ForeignContender,
+    experiment_parser,
+    mlhf_contenders,
+    run_experiment,
+)
+from mlhf_optax.experiments.trainings import Program
 
 
 def parse(folder, *arguments):

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from mlhf_optax import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, load_meta_params, mlhf, tasks
-from mlhf_optax import meta_train_command as command
 from mlhf_optax import meta_training as mt
 from mlhf_optax.datasets import Dataset
+from mlhf_optax.experiments import meta_train_command as command
 from mlhf_optax.meta_training import driver
 
 TASK = "digits-mlp-linear"

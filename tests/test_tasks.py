@@ -11,7 +11,7 @@ import pytest
 
 from mlhf_optax import image_tasks, layer_types, tasks
 from mlhf_optax.datasets import Dataset
-from mlhf_optax.inner_training import draw_batch, evaluation_state, mean_loss
+from mlhf_optax.experiments.inner_training import draw_batch, evaluation_state, mean_loss
 from mlhf_optax.layer_types import PAPER_LAYER_TYPES
 from mlhf_optax.resnet import ResNet
 from mlhf_optax.tasks import TASKS, digits_mlp, get_task

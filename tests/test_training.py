@@ -8,12 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from mlhf_optax import comparison, first_order, init_meta_params, inner_training, training, trainings
+from mlhf_optax import init_meta_params
 from mlhf_optax.datasets import Dataset, take
-from mlhf_optax.inner_training import accuracy, draw_order, init_training, mean_loss
+from mlhf_optax.experiments import comparison, first_order, inner_training, training, trainings
+from mlhf_optax.experiments.inner_training import accuracy, draw_order, init_training, mean_loss
+from mlhf_optax.experiments.timing import seconds_per_step
 from mlhf_optax.losses import SoftmaxCrossEntropy
 from mlhf_optax.tasks import Task
-from mlhf_optax.timing import seconds_per_step
 
 
 def blobs(num_examples, seed):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mlhf_optax.array_cache import cached_arrays
 from mlhf_optax.datasets import Dataset, Examples, freeze
-from mlhf_optax.tfds_data import data_folder, decode_split, open_sources
+from mlhf_optax.image_data.array_cache import cached_arrays
+from mlhf_optax.image_data.tfds_data import data_folder, decode_split, open_sources
 
 IMAGE_SHAPE = (32, 32, 3)
 NUM_CLASSES = 10
@@ -24,8 +24,8 @@ def cifar10(data_dir: str | Path | None = None, cache_dir: str | Path | None = N
     second time it takes a moment.
 
     Args:
-      data_dir: folder of prepared datasets (:func:`mlhf_optax.tfds_data.data_folder`).
-      cache_dir: folder of decoded arrays (:func:`mlhf_optax.array_cache.cache_folder`).
+      data_dir: folder of prepared datasets (:func:`mlhf_optax.image_data.tfds_data.data_folder`).
+      cache_dir: folder of decoded arrays (:func:`mlhf_optax.image_data.array_cache.cache_folder`).
 
     Returns:
       A :class:`Dataset` of 30,000, 20,000 and 10,000 examples; images are uint8 of shape

@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mlhf_optax.results import Result, best_of, leaders, table_steps
+from mlhf_optax.experiments.results import Result, best_of, leaders, table_steps
 
 
 def comparison_table(
@@ -20,7 +20,7 @@ def comparison_table(
       title: title of the table.
       show_all: a row for every result, instead of those that are best of their family at some step.
       columns: heads of the columns of losses by step; those of
-        :func:`mlhf_optax.results.table_steps` if None.
+        :func:`mlhf_optax.experiments.results.table_steps` if None.
 
     Returns:
       A rich table; print it with a :class:`rich.console.Console`.

@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 import mlhf_optax
+from mlhf_optax.experiments.train_command import FAMILIES, make_plan, run_plan
 from mlhf_optax.models import ACTIVATIONS
 from mlhf_optax.pretrained import list_pretrained
 from mlhf_optax.tasks import TASKS, get_task
-from mlhf_optax.train_command import FAMILIES, make_plan, run_plan
 
 app = typer.Typer(
     help="Train networks with MLHF, a learned second-order optimizer, and see how it compares with SGD, "
@@ -196,7 +196,7 @@ def meta_train(
     It can be stopped at any time and continued with `--resume`. The result is a file for
     `mlhf-optax train --meta-params FILE`.
     """
-    from mlhf_optax.meta_train_command import run_meta_training
+    from mlhf_optax.experiments.meta_train_command import run_meta_training
 
     with _errors_explained():
         options = _given(

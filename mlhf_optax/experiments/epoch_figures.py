@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mlhf_optax.epochs import EpochResult
-from mlhf_optax.figures import require_matplotlib
+from mlhf_optax.experiments.epochs import EpochResult
+from mlhf_optax.experiments.figures import require_matplotlib
 
 _LEARNED = ("#c1121f", "#7b2cbf", "#f77f00")
 _OTHERS = ("#1f77b4", "#2a9d5c", "#b8860b", "#17becf", "#8c564b")

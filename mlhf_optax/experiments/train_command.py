@@ -10,16 +10,16 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlhf_optax import first_order
-from mlhf_optax.comparison import Contender, OnProgress, compare, grid_contenders, mlhf_contender
 from mlhf_optax.curvature import CurvatureBatch
-from mlhf_optax.datasets import num_examples
-from mlhf_optax.figures import require_matplotlib, save_comparison
-from mlhf_optax.inner_training import draw_order
-from mlhf_optax.machine import machine_info
+from mlhf_optax.datasets import in_memory, num_examples
+from mlhf_optax.experiments import first_order
+from mlhf_optax.experiments.comparison import Contender, OnProgress, compare, grid_contenders, mlhf_contender
+from mlhf_optax.experiments.figures import require_matplotlib, save_comparison
+from mlhf_optax.experiments.inner_training import draw_order
+from mlhf_optax.experiments.machine import machine_info
+from mlhf_optax.experiments.results import Result, report
+from mlhf_optax.experiments.tables import comparison_table, format_loss
 from mlhf_optax.pretrained import load_pretrained
-from mlhf_optax.results import Result, report
-from mlhf_optax.tables import comparison_table, format_loss
 from mlhf_optax.tasks import Task, get_task
 
 FAMILIES = ("mlhf", *first_order.FAMILIES)
@@ -205,9 +205,10 @@ def _print_introduction(console: Console, plan: Plan) -> None:
 
 def _print_legend(console: Console, plan: Plan, show_all: bool) -> None:
     machine, data = machine_info(), plan.task.data
+    part = "the whole training part" if isinstance(data.train, dict) else "a sample of the training part"
     device = machine["cpu"] if machine["backend"] == "cpu" else machine["device"]
     lines = [
-        f"Losses in nats, on the whole training part ({num_examples(data.train)} examples), mean over seeds.",
+        f"Losses in nats, on {part} ({num_examples(in_memory(data.train))} examples), mean over seeds.",
         f"test: accuracy on {num_examples(data.test)} other examples after the last step.",
         f"ms: one step of one training on {device}.",
     ]

@@ -5,13 +5,23 @@ Files in the array_record format can be read example by example with ``tensorflo
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-Source = Sequence[Mapping[str, Any]]  # examples by number, each with "image", "label" and maybe more
+
+class Source(Protocol):
+    """Examples by number, each with ``"image"``, ``"label"`` and maybe more."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        """Returns an example."""
+        ...
 
 
 def data_folder(data_dir: str | Path | None = None) -> Path:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from mlhf_optax.inner_training import (
+from mlhf_optax.datasets import in_memory
+from mlhf_optax.experiments.inner_training import (
     Hyperparameters,
     MakeOptimizer,
     augmentation_key,
@@ -77,7 +78,7 @@ def seconds_per_step(
 
 def _stretch(task: Task, make_optimizer: MakeOptimizer, hyperparameters: Hyperparameters, num_steps: int):
     """Returns a function that takes ``num_steps`` steps of one training and waits for the last one."""
-    examples = jax.tree.map(jnp.asarray, task.data.train)
+    examples = jax.tree.map(jnp.asarray, in_memory(task.data.train))
     key = jax.random.key(0)
     # Traced as in a training over many settings: constants could be folded into a faster program.
     hyperparameters = {name: jnp.asarray(value, jnp.float32) for name, value in hyperparameters.items()}

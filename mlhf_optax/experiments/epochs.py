@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mlhf_optax.comparison import Contender
-from mlhf_optax.datasets import num_examples
+from mlhf_optax.datasets import part_size
+from mlhf_optax.experiments.comparison import Contender
+from mlhf_optax.experiments.results import Result
+from mlhf_optax.experiments.trainings import Program, Trainings
 from mlhf_optax.meta_params_io import write_atomically
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
-from mlhf_optax.results import Result
 from mlhf_optax.task import Task
-from mlhf_optax.trainings import Program, Trainings
 
 _WAIT_EVERY = 10  # steps
 
@@ -123,7 +123,7 @@ def train_epochs(
 
     Example:
       >>> import tempfile
-      >>> from mlhf_optax.comparison import grid_contenders
+      >>> from mlhf_optax.experiments.comparison import grid_contenders
       >>> from mlhf_optax.tasks import get_task
       >>> sgd, = grid_contenders(128, ["sgd"])
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -153,11 +153,11 @@ class _Group:
         self.contender, self.plan, self.judge_at = contender, plan, judge_at
         self.names, self.settings = contender.names[part], contender.hyperparameters[part]
         self.stacked = {name: np.asarray(values)[part] for name, values in contender.stacked.items()}
-        self.steps_per_epoch = num_examples(task.data.train) // task.batch_size
+        self.steps_per_epoch = part_size(task.data.train) // task.batch_size
         self.about = {
             "task": task.name,
             "batch_size": task.batch_size,
-            "num_train": num_examples(task.data.train),
+            "num_train": part_size(task.data.train),
             "num_epochs": plan.num_epochs,
             "judge_at": list(judge_at),
             "seeds": list(plan.seeds),

@@ -16,21 +16,21 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlhf_optax.comparison import Contender, mlhf_contender
-from mlhf_optax.datasets import Dataset, Examples, num_examples
-from mlhf_optax.epoch_figures import save_epoch_comparison
-from mlhf_optax.epochs import EpochResult, Plan, train_epochs
-from mlhf_optax.figures import require_matplotlib
+from mlhf_optax.datasets import Dataset, Examples, part_size
+from mlhf_optax.experiments.comparison import Contender, mlhf_contender
+from mlhf_optax.experiments.epoch_figures import save_epoch_comparison
+from mlhf_optax.experiments.epochs import EpochResult, Plan, train_epochs
+from mlhf_optax.experiments.figures import require_matplotlib
+from mlhf_optax.experiments.machine import machine_info
+from mlhf_optax.experiments.results import report
+from mlhf_optax.experiments.tables import comparison_table, format_loss
+from mlhf_optax.experiments.timing import seconds_per_step
+from mlhf_optax.experiments.trainings import Program
 from mlhf_optax.layer_types import layer_types
-from mlhf_optax.machine import machine_info
 from mlhf_optax.meta_params import init_meta_params
 from mlhf_optax.meta_params_io import Pretrained, write_atomically
 from mlhf_optax.pretrained import load_pretrained
-from mlhf_optax.results import report
-from mlhf_optax.tables import comparison_table, format_loss
 from mlhf_optax.task import Task
-from mlhf_optax.timing import seconds_per_step
-from mlhf_optax.trainings import Program
 
 UNTRAINED = "untrained"
 
@@ -101,7 +101,7 @@ def limit_data(task: Task, num_meta_train: int, num_train: int, num_test: int) -
 
     Example:
       >>> from mlhf_optax.tasks import get_task
-      >>> num_examples(limit_data(get_task("digits-mlp"), 10, 20, 30).data.train)
+      >>> part_size(limit_data(get_task("digits-mlp"), 10, 20, 30).data.train)
       20
     """
 
@@ -212,7 +212,8 @@ def run_experiment(
       ``figure.png``.
 
     Raises:
-      ValueError: as :func:`mlhf_optax.epochs.train_epochs`, and for unknown families in ``options.only``.
+      ValueError: as :func:`mlhf_optax.experiments.epochs.train_epochs`, and for unknown families in
+        ``options.only``.
 
     Example:
       See ``benchmarks/first_order_cifar10.py``.
@@ -234,7 +235,7 @@ def run_experiment(
     command = shlex.join(["python", script, *sys.argv[1:]])
     content = report(task, results, command) | {
         "num_epochs": options.epochs,
-        "num_train": num_examples(task.data.train),
+        "num_train": part_size(task.data.train),
         "batch_size": task.batch_size,
         **(about or {}),
     }
@@ -263,7 +264,7 @@ def _train_all(task: Task, contenders: Sequence[Contender], plan: Plan) -> list[
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    steps_per_epoch = num_examples(task.data.train) // task.batch_size
+    steps_per_epoch = part_size(task.data.train) // task.batch_size
     one = steps_per_epoch * plan.num_epochs * len(plan.seeds)
     results = []
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

@@ -58,7 +58,8 @@ def cached_arrays(
         _write(path, arrays)
         return arrays
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, as numpy leaves a damaged file open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, and it will be made anew") from error

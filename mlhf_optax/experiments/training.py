@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlhf_optax.inner_training import Hyperparameters, MakeOptimizer
+from mlhf_optax.experiments.inner_training import Hyperparameters, MakeOptimizer
+from mlhf_optax.experiments.trainings import Program, Trainings
 from mlhf_optax.tasks import Task
-from mlhf_optax.trainings import Program, Trainings
 
 TABLE_STEPS = (10, 30, 100, 200, 500)
 

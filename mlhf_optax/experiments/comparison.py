@@ -9,15 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from mlhf_optax import first_order
 from mlhf_optax.curvature import CurvatureBatch
-from mlhf_optax.inner_training import MakeOptimizer
+from mlhf_optax.experiments import first_order
+from mlhf_optax.experiments.inner_training import MakeOptimizer
+from mlhf_optax.experiments.results import Result
+from mlhf_optax.experiments.timing import seconds_per_step
+from mlhf_optax.experiments.training import default_record_steps, train
 from mlhf_optax.meta_params import MetaParams
 from mlhf_optax.mlhf import mlhf
-from mlhf_optax.results import Result
 from mlhf_optax.tasks import Task
-from mlhf_optax.timing import seconds_per_step
-from mlhf_optax.training import default_record_steps, train
 
 # on_progress(family, steps done, lowest mean loss if it was taken now)
 OnProgress = Callable[[str, int, float | None], None]
@@ -28,7 +28,7 @@ class Contender:
     """Optimizers that differ in numbers only, so that one compilation serves them all.
 
     Attributes:
-      family: ``"mlhf"`` or a key of :data:`mlhf_optax.first_order.FAMILIES`.
+      family: ``"mlhf"`` or a key of :data:`mlhf_optax.experiments.first_order.FAMILIES`.
       names: one name an optimizer, E of them.
       hyperparameters: what to report of each.
       make_optimizer: returns an optimizer for given values of ``stacked``.
@@ -88,7 +88,7 @@ def grid_contenders(batch_size: int, families: Sequence[str] | None = None) -> l
     """Returns the first-order grid of the paper's Table 1, one contender a family.
 
     Args:
-      batch_size: see :func:`mlhf_optax.first_order.grid`, as ``families``.
+      batch_size: see :func:`mlhf_optax.experiments.first_order.grid`, as ``families``.
       families: which families.
 
     Returns:
@@ -138,7 +138,7 @@ def compare(
       The results of each contender.
 
     Raises:
-      ValueError: as :func:`mlhf_optax.training.train`.
+      ValueError: as :func:`mlhf_optax.experiments.training.train`.
 
     Example:
       >>> from mlhf_optax.tasks import get_task

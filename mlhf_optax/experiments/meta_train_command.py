@@ -19,8 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mlhf_optax import meta_training as mt
 from mlhf_optax.datasets import epoch_indices, num_examples, sample_batches, take
+from mlhf_optax.experiments.machine import machine_info, versions
 from mlhf_optax.layer_types import layer_types
-from mlhf_optax.machine import machine_info, versions
 from mlhf_optax.meta_params import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, init_meta_params
 from mlhf_optax.meta_params_io import save_meta_params
 from mlhf_optax.tasks import Task, get_task

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlhf_optax.results import Result, best_of, leaders
-from mlhf_optax.training import TABLE_STEPS
+from mlhf_optax.experiments.results import Result, best_of, leaders
+from mlhf_optax.experiments.training import TABLE_STEPS
 
 _COLOURS = {"mlhf": "#c1121f", "sgd": "#1f77b4", "rmsprop": "#2a9d5c", "adam": "#e08a1e"}
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))

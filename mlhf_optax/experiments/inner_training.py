@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax.datasets import Examples, epoch_indices, num_examples, take
+from mlhf_optax.datasets import Examples, epoch_indices, in_memory, num_examples, take
 from mlhf_optax.tasks import Task
 
 MakeOptimizer = Callable[..., optax.GradientTransformation]  # make_optimizer(**hyperparameters)
@@ -36,8 +36,11 @@ def init_training(
 
 
 def draw_order(task: Task, key: chex.PRNGKey, num_steps: int) -> jax.Array:
-    """Returns the mini-batches of one training as example numbers, shape (num_steps, B)."""
-    size = num_examples(task.data.train)
+    """Returns the mini-batches of one training as example numbers, shape (num_steps, B).
+
+    They are of the part that is in memory; a stream that is not has an order of its own.
+    """
+    size = num_examples(in_memory(task.data.train))
     return epoch_indices(jax.random.fold_in(key, 1), size, task.batch_size, num_steps)
 
 

@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlhf_optax.datasets import Examples, num_examples
-from mlhf_optax.inner_training import (
+from mlhf_optax.datasets import Examples, in_memory, num_examples
+from mlhf_optax.experiments.feeds import draw, make_feed
+from mlhf_optax.experiments.inner_training import (
     Hyperparameters,
     MakeOptimizer,
     accuracy,
     augmentation_key,
-    draw_batch,
-    draw_order,
     evaluation_state,
     init_training,
     mean_loss,
@@ -69,7 +68,7 @@ class Program:
         # The data are arguments, not constants of the compiled program, which would copy them.
         def step(setting, seed, state, examples, number):
             key = augmentation_key(jax.random.key(seed["seed"]), number)
-            batch = draw_batch(task, examples, seed["indices"], key)
+            batch = task.augment_fn(key, draw(examples, seed["fed"]))
             return training_step(task, make_optimizer, setting[1], batch, state)
 
         def ready(setting, seed, state, examples):
@@ -156,8 +155,8 @@ class Trainings:
         # Without hyperparameters, numbers stand for the settings, so that there is something to map over.
         self._settings = (np.arange(self.num_settings), values)
         self._seeds = {"seed": np.asarray(seeds, np.int32)}
-        self._orders = np.stack([draw_order(task, jax.random.key(seed), num_steps) for seed in seeds])
-        self._train = jax.tree.map(jnp.asarray, task.data.train)
+        self._feed = make_feed(task, seeds, num_steps)
+        self._train = self._feed.examples or jax.tree.map(jnp.asarray, in_memory(task.data.train))
         self._test = jax.tree.map(jnp.asarray, task.data.test)
         nothing = [[None] * self.num_seeds] * self.num_settings if program.is_sequential else None
         self.state = program.init(self._settings, self._seeds, nothing)
@@ -165,13 +164,13 @@ class Trainings:
 
     def step(self) -> None:
         """Takes the next step of every training."""
-        seeds = {**self._seeds, "indices": self._orders[:, self.steps_done]}
+        seeds = {**self._seeds, "fed": self._feed(self.steps_done)}
         number = np.int32(self.steps_done)
-        self.state = self._program.step(self._settings, seeds, self.state, self._train, number)
+        self.state = self._program.step(self._settings, seeds, self.state, self._feed.examples, number)
         self.steps_done += 1
 
     def train_loss(self) -> np.ndarray:
-        """Returns the loss on the whole training part, in nats, shape (E, S)."""
+        """Returns the loss on the training part (the sample in memory of a stream), in nats, shape (E, S)."""
         return self._mean(self._program.loss, self._train)
 
     def test_accuracy(self) -> np.ndarray:

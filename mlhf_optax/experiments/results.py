@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mlhf_optax.machine import machine_info, versions
+from mlhf_optax.experiments.machine import machine_info, versions
+from mlhf_optax.experiments.training import TABLE_STEPS
 from mlhf_optax.tasks import Task
-from mlhf_optax.training import TABLE_STEPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Result:
 
     Attributes:
       name: name of the optimizer, unique in a comparison; ``"mlhf"`` for MLHF.
-      family: ``"mlhf"`` or a key of :data:`mlhf_optax.first_order.FAMILIES`.
+      family: ``"mlhf"`` or a key of :data:`mlhf_optax.experiments.first_order.FAMILIES`.
       hyperparameters: its settings.
       seeds: number of seeds.
       steps: numbers of steps at which the loss was taken.

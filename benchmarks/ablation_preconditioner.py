@@ -1,0 +1,343 @@
+"""Section 4.3 of the paper: what LSTM_p, the learned preconditioner, is worth.
+
+Meta-trains MLHF on CUDA-convnet and the whole training set of CIFAR-10 in four configurations: without
+LSTM_p (P = 1) with 20 and with 4 CG steps, with it with 2 and with 4. Shown is how l_p, which is lower
+the nearer the direction is to the natural gradient, and the norm of the last residual of each unroll
+develop (figure 4).
+
+In those curves every configuration solves systems of its own, for each learns another damping. So that
+solvers can be compared on the same systems, one network is then trained with the last configuration,
+and at each of its steps the four solvers solve its system, from the same start.
+
+    python benchmarks/ablation_preconditioner.py --data-dir DIR --output runs/ablation_preconditioner
+
+What is done is kept: ``--resume`` goes on after a stop. ``--quick`` takes minutes on two cores.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mlhf_optax import layer_types, meta_training
+from mlhf_optax.curvature import ggn_matvec
+from mlhf_optax.datasets import num_examples, sample_batches
+from mlhf_optax.experiments.experiment import join_examples
+from mlhf_optax.experiments.machine import machine_info, versions
+from mlhf_optax.experiments.meta_train_command import SETTINGS, learned_options
+from mlhf_optax.image_tasks import cifar10_convnet
+from mlhf_optax.meta_params import MetaParams, Settings, init_meta_params
+from mlhf_optax.meta_params_io import write_atomically
+from mlhf_optax.meta_training.losses import preconditioner_loss
+from mlhf_optax.mlhf import mlhf_step, solve, start_vector
+from mlhf_optax.task import Task
+
+UNROLL = 10
+
+
+class Configuration(NamedTuple):
+    """One of the four."""
+
+    name: str
+    has_lstm_p: bool
+    num_cg_steps: int
+
+
+CONFIGURATIONS = (
+    Configuration("without LSTM_p, 20 CG steps", False, 20),
+    Configuration("without LSTM_p, 4 CG steps", False, 4),
+    Configuration("with LSTM_p, 2 CG steps", True, 2),
+    Configuration("mlhf", True, 4),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the experiment."""
+    options = parse(arguments)
+    task = make_task(options)
+    results = []
+    for configuration in CONFIGURATIONS:
+        runs = [meta_train(task, configuration, seed, options) for seed in range(options.seeds)]
+        results.append(summarise(configuration, runs))
+        print(f"{configuration.name}: l_p {results[-1]['l_p'][-1]:.4g}", flush=True)
+        meta_params = runs[0].meta_params
+    on_same_systems = compare_solvers(task, meta_params, options.solver_steps, options.batch_size)
+    for result in results:
+        result["on_same_systems"] = on_same_systems[result["name"]]
+    report = {
+        "task": task.name,
+        "machine": machine_info(),
+        "versions": versions(),
+        "command": shlex.join(["python", "benchmarks/ablation_preconditioner.py", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "settings": options.settings,
+        "iterations": iterations(task, options),
+        "num_epochs": options.epochs,
+        "seeds": options.seeds,
+        "batch_size": options.batch_size,
+        "results": results,
+    }
+    write_atomically(options.output / "results.json", json.dumps(report, indent=1).encode() + b"\n")
+    save_figure(results, options.output / "figure.png")
+    print_table(results)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--epochs", type=float, default=250, help="passes over the data in meta-training; the paper's is 250")
+    add("--seeds", type=int, default=1, help="meta-trainings of every configuration")
+    add("--batch-size", type=int, default=64)
+    add("--num-tasks", type=int, default=1, help="networks in training side by side")
+    add("--settings", choices=SETTINGS, default="default", help="what the LSTMs see and mean")
+    add("--meta-learning-rate", type=float, default=3e-3)
+    add("--solver-steps", type=int, default=200, help="systems on which the solvers are compared")
+    add("--data-dir", type=Path, help="where the data lie; by default $TFDS_DATA_DIR")
+    add("--cache-dir", type=Path, help="where decoded data are kept")
+    add("--output", type=Path, default=Path("runs/ablation_preconditioner"))
+    add("--resume", action="store_true", help="go on from what lies in the folder")
+    add("--quick", action="store_true", help="a narrow network and 20 meta-iterations")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        # 20 unrolls of 10 steps of 64 examples are a quarter of an epoch of 50,000.
+        options.epochs, options.seeds, options.solver_steps = 0.25, 1, 20
+    return options
+
+
+def make_task(options: argparse.Namespace) -> Task:
+    """Returns the task; its part for meta-training is the whole training set, as in the paper."""
+    narrow = {"channels": (8, 16), "hidden": (16,)} if options.quick else {}
+    task = cifar10_convnet(data_dir=options.data_dir, cache_dir=options.cache_dir, **narrow)
+
+    def load():
+        whole = join_examples(task.data.meta_train, task.data.train)
+        return dataclasses.replace(task.data, meta_train=whole, train=whole)
+
+    return dataclasses.replace(task, load_data=load)
+
+
+def iterations(task: Task, options: argparse.Namespace) -> int:
+    """Returns the number of meta-iterations that see the data ``options.epochs`` times."""
+    examples = UNROLL * options.batch_size * options.num_tasks
+    return max(1, round(options.epochs * num_examples(task.data.meta_train) / examples))
+
+
+class Run(NamedTuple):
+    """What one meta-training left."""
+
+    meta_params: MetaParams
+    metrics: list[dict[str, float]]
+
+
+def meta_train(task: Task, configuration: Configuration, seed: int, options: argparse.Namespace) -> Run:
+    """Meta-trains one configuration, or goes on with it."""
+    settings = configured(SETTINGS[options.settings], configuration)
+    learned = with_residual(
+        meta_training.mlhf_optimizer(
+            num_cg_steps=configuration.num_cg_steps, **learned_options(options.settings)
+        )
+    )
+    types = jax.tree.leaves(layer_types(jax.eval_shape(task.init_fn, jax.random.key(0))))
+    meta_params = init_meta_params(jax.random.key(seed), settings, layer_types=sorted(set(types)))
+    config = meta_training.MetaTrainingConfig(
+        num_tasks=options.num_tasks,
+        unroll_length=UNROLL,
+        meta_learning_rate=options.meta_learning_rate,
+        decay_iterations=iterations(task, options),
+    )
+    optimizer = meta_training.meta_optimizer(config)
+    if not configuration.has_lstm_p:
+        # Its output starts at zero, where P is the same for all coordinates, and stays there.
+        optimizer = optax.chain(optimizer, optax.freeze(only_lstm_p(meta_params)))
+    examples = jax.tree.map(jnp.asarray, task.data.meta_train)
+    shape = (options.num_tasks, UNROLL + 1, options.batch_size)
+
+    def sample(key):
+        draw_key, augment_key = jax.random.split(key)
+        return task.augment_fn(augment_key, sample_batches(examples, draw_key, shape))
+
+    total = iterations(task, options)
+    folder = options.output / f"{CONFIGURATIONS.index(configuration) + 1}-seed-{seed}"
+    done = meta_training.meta_train(
+        task,
+        learned,
+        meta_params,
+        sample,
+        no_validation,
+        folder,
+        meta_training.Schedule(total, checkpoint_every=min(50, total), validate_every=total),
+        config,
+        seed=seed,
+        resume=options.resume,
+        about={"configuration": configuration.name, "settings": options.settings, "task": task.name},
+        progress=lambda iteration, metrics: print_progress(configuration, iteration, total, metrics),
+        algorithm=meta_training.make_meta_step(task, learned, config, optimizer),
+    )
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return Run(done.state.meta_params, metrics)
+
+
+def configured(settings: Settings, configuration: Configuration) -> Settings:
+    """Returns the settings; without LSTM_p the preconditioner must not be made of the damping."""
+    return (
+        settings if configuration.has_lstm_p else dataclasses.replace(settings, preconditioner_form="divide")
+    )
+
+
+def only_lstm_p(meta_params: MetaParams) -> Any:
+    """Returns a mask of the weights of LSTM_p."""
+    fill = lambda tree, value: jax.tree.map(lambda _: value, tree)
+    return dataclasses.replace(
+        meta_params,
+        damping=fill(meta_params.damping, False),
+        preconditioner=fill(meta_params.preconditioner, True),
+    )
+
+
+def with_residual(learned: meta_training.LearnedOptimizer) -> meta_training.LearnedOptimizer:
+    """Adds the norm of the residual after the last step of the unroll to what is recorded."""
+
+    def meta_gradient(*arguments):
+        result = learned.meta_gradient(*arguments)
+        norm = optax.tree.norm(result.opt_state[0].residual)
+        return result._replace(meta_losses={**result.meta_losses, "residual_norm": norm})
+
+    return learned._replace(meta_gradient=meta_gradient)
+
+
+def no_validation(meta_params: MetaParams) -> meta_training.Validation:
+    """The ablation is about the curves of meta-training; nothing is chosen by validation."""
+    del meta_params
+    return meta_training.Validation(jnp.zeros(()), jnp.zeros(0), jnp.zeros(()))
+
+
+def print_progress(
+    configuration: Configuration, iteration: int, total: int, metrics: dict[str, float]
+) -> None:
+    """Prints a line now and then."""
+    if iteration % max(1, total // 20) == 0:
+        values = "  ".join(f"{name} {metrics[name]:.4g}" for name in ("l_p", "residual_norm", "inner_loss"))
+        print(f"{configuration.name}: {iteration}/{total}  {values}", flush=True)
+
+
+def summarise(configuration: Configuration, runs: Sequence[Run], points: int = 100) -> dict[str, Any]:
+    """Returns curves averaged over seeds and over stretches of meta-iterations."""
+    total = len(runs[0].metrics)
+    edges = np.unique(np.linspace(0, total, min(points, total) + 1).astype(int))
+
+    def curve(name: str) -> list[float]:
+        values = np.array([[line[name] for line in run.metrics] for run in runs], float)  # null becomes NaN
+        return [float(np.nanmean(values[:, a:b])) for a, b in itertools.pairwise(edges)]
+
+    return {
+        "name": configuration.name,
+        "has_lstm_p": configuration.has_lstm_p,
+        "num_cg_steps": configuration.num_cg_steps,
+        "iterations": [int(edge) for edge in edges[1:]],
+        "l_p": curve("l_p"),
+        "residual_norm": curve("residual_norm"),
+        "inner_loss": curve("inner_loss"),
+        "seconds_per_iteration": float(np.median([line["seconds"] for line in runs[0].metrics])),
+    }
+
+
+def compare_solvers(
+    task: Task, meta_params: MetaParams, num_steps: int, batch_size: int
+) -> dict[str, dict[str, float]]:
+    """Trains a network with MLHF and lets the four solvers solve the system of every step.
+
+    Returns:
+      By configuration, the mean over the steps of l_p over that of 20 steps without LSTM_p (above one
+      is better), and of the norm of the residual over that of the gradient.
+    """
+    learned = meta_training.mlhf_optimizer()
+    optimizer = learned.build(meta_params, task)
+    examples = jax.tree.map(jnp.asarray, task.data.meta_train)
+
+    @jax.jit
+    def step(params, opt_state, key):
+        draw_key, augment_key = jax.random.split(key)
+        batch = task.augment_fn(augment_key, sample_batches(examples, draw_key, (batch_size,)))
+        gradient = jax.grad(lambda p: task.loss_fn(task.predict_fn(p, batch), batch))(params)
+        measured = solve_in_every_way(task, meta_params, params, batch, gradient, opt_state[0])
+        updates, opt_state = optimizer.update(gradient, opt_state, params, batch=batch)
+        return optax.apply_updates(params, updates), opt_state, measured
+
+    params = task.init_fn(jax.random.key(0))
+    opt_state, measured = optimizer.init(params), []
+    for key in jax.random.split(jax.random.key(1), num_steps):
+        params, opt_state, values = step(params, opt_state, key)
+        measured.append(values)
+    means = jax.tree.map(lambda *leaves: float(np.mean(leaves)), *measured)
+    return {
+        name: dict(zip(("l_p_ratio", "residual_ratio"), pair, strict=True)) for name, pair in means.items()
+    }
+
+
+def solve_in_every_way(task: Task, meta_params: MetaParams, params, batch, gradient, state):
+    """Returns, by configuration, l_p relative to the first one and the residual relative to the gradient."""
+    ggn = ggn_matvec(task.predict_fn, task.loss_fn, params, batch)
+    controls = mlhf_step(meta_params, layer_types(params), ggn, gradient, state, 1).controls
+    # Without its own output LSTM_p is as it starts: the same P for all coordinates.
+    silent = controls._replace(preconditioner=jax.tree.map(jnp.zeros_like, controls.preconditioner))
+    found = {}
+    for configuration in CONFIGURATIONS:
+        solution = solve(
+            configured(meta_params.settings, configuration),
+            ggn,
+            gradient,
+            start_vector(state),
+            controls if configuration.has_lstm_p else silent,
+            configuration.num_cg_steps,
+        )
+        l_p = preconditioner_loss(solution.direction, solution.residual, gradient)
+        found[configuration.name] = (l_p, solution.residual_norm / optax.tree.norm(gradient))
+    reference = found[CONFIGURATIONS[0].name][0]
+    return {name: (l_p / reference, residual) for name, (l_p, residual) in found.items()}
+
+
+def save_figure(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws l_p and the residual by meta-iterations, and the comparison on the same systems."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for result in results:
+        label = "with LSTM_p, 4 CG steps (MLHF)" if result["name"] == "mlhf" else result["name"]
+        axes[0].plot(result["iterations"], result["l_p"], label=label)
+        axes[1].plot(result["iterations"], result["residual_norm"], label=label)
+        axes[2].barh(label, result["on_same_systems"]["l_p_ratio"])
+    axes[0].set(xlabel="meta-iterations", ylabel="l_p (lower is better)")
+    axes[1].set(xlabel="meta-iterations", ylabel="norm of the residual", yscale="log")
+    axes[2].set(xlabel="l_p / l_p of 20 steps without LSTM_p, same systems (higher is better)")
+    axes[2].set_yticks([])
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def print_table(results: Sequence[dict[str, Any]]) -> None:
+    """Prints the ends of the curves and the comparison on the same systems."""
+    print(f"\n{'':30s}{'l_p':>10s}{'residual':>10s}   same systems: {'l_p ratio':>10s}{'residual':>10s}")
+    for result in results:
+        same = result["on_same_systems"]
+        print(
+            f"{result['name']:30s}{result['l_p'][-1]:10.4f}{result['residual_norm'][-1]:10.4f}"
+            f"{same['l_p_ratio']:27.4f}{same['residual_ratio']:10.4f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

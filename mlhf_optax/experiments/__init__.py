@@ -1,0 +1,1 @@
+"""Running trainings and meta-trainings, comparing optimizers, and showing what came out."""

@@ -1,0 +1,1 @@
+"""Image data sets: found, read, checked, decoded once, and augmented on the device."""

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from mlhf_optax.experiments.experiment import ForeignContender
-from mlhf_optax.experiments.inner_training import TrainingState, augmentation_key, draw_batch
+from mlhf_optax.experiments.feeds import draw
+from mlhf_optax.experiments.inner_training import TrainingState, augmentation_key
 from mlhf_optax.experiments.trainings import Program, Trainings
 from mlhf_optax.task import Task
 

@@ -61,7 +61,7 @@ def cifar10_convnet(
     if hidden != (32,):
         name += "-dense" + _dashed(hidden)
     widths = f"5x5 convolutions {_listed(channels)}, dense {_listed((*hidden, 10))}"
-    return _image_task(
+    return image_task(
         name,
         f"CIFAR-10 (32x32, 10 classes), {widths}",
         ConvNet(channels, hidden, convolution=convolution),
@@ -108,7 +108,7 @@ def cifar10_resnet9(
     if not isinstance(channels, int):
         raise TypeError(f"`channels` must be one number, those of the first blocks, got {channels!r}")
     widths = ", ".join(f"3x{width * channels}" for width in (1, 2, 4))
-    return _image_task(
+    return image_task(
         "cifar10-resnet9" if channels == 16 else f"cifar10-resnet9-{channels}",
         f"CIFAR-10 (32x32, 10 classes), ResNet v2 of 9 blocks of {widths} channels",
         mini_resnet(10, channels),
@@ -123,7 +123,7 @@ def cifar10_resnet9(
     )
 
 
-def _image_task(
+def image_task(
     name: str,
     description: str,
     model: ConvNet | ResNet,
@@ -133,6 +133,23 @@ def _image_task(
     pad: int,
     **fields: Any,
 ) -> Task:
+    """Returns a task of classifying images that are 8-bit arrays in the data.
+
+    Args:
+      name: of the task.
+      description: of the task.
+      model: the network.
+      image_shape: height, width and channels.
+      augment: crop and mirror training images at random.
+      pad: how far crops move (:func:`mlhf_optax.image_data.image_augmentation.augment_images`).
+      **fields: other fields of :class:`mlhf_optax.task.Task`.
+
+    Returns:
+      The task.
+
+    Example:
+      See :func:`cifar10_convnet`.
+    """
     has_state = isinstance(model, ResNet)
     return Task(
         name=name,
@@ -182,4 +199,4 @@ def _listed(widths: Sequence[int]) -> str:
     return " and ".join(str(width) for width in widths)
 
 
-__all__ = ["cifar10_convnet", "cifar10_resnet9"]
+__all__ = ["cifar10_convnet", "cifar10_resnet9", "image_task"]

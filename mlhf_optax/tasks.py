@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from mlhf_optax import datasets, models
 from mlhf_optax.image_tasks import cifar10_convnet, cifar10_resnet9
+from mlhf_optax.imagenet_tasks import imagenet_resnet18, tiny_imagenet_resnet18
 from mlhf_optax.losses import SoftmaxCrossEntropy
 from mlhf_optax.task import Task
 
@@ -77,6 +78,8 @@ TASKS: dict[str, Callable[..., Task]] = {
     "digits-convnet": digits_convnet,
     "cifar10-convnet": cifar10_convnet,
     "cifar10-resnet9": cifar10_resnet9,
+    "imagenet-resnet18": imagenet_resnet18,
+    "tiny-imagenet-resnet18": tiny_imagenet_resnet18,
 }
 
 

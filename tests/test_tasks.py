@@ -1,17 +1,22 @@
 """The registry of tasks and what every task owes."""
 
 import dataclasses
+import functools
 import math
 import operator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from mlhf_optax import image_tasks, layer_types, tasks
-from mlhf_optax.datasets import Dataset
+from mlhf_optax import image_tasks, imagenet_tasks, layer_types, tasks
+from mlhf_optax.datasets import Dataset, in_memory
 from mlhf_optax.experiments.inner_training import draw_batch, evaluation_state, mean_loss
+from mlhf_optax.experiments.training import train
+from mlhf_optax.image_data import imagenet
+from mlhf_optax.image_data.streaming import Stream
 from mlhf_optax.layer_types import PAPER_LAYER_TYPES
 from mlhf_optax.resnet import ResNet
 from mlhf_optax.tasks import TASKS, digits_mlp, get_task
@@ -28,16 +33,25 @@ def no_files(monkeypatch):
     """Noise in the place of the datasets that are read from files."""
     data = Dataset(noise(9, 32, 10), noise(8, 32, 10), noise(7, 32, 10))
     monkeypatch.setattr(image_tasks, "cifar10", lambda data_dir, cache_dir: data)
+    tiny = Dataset(noise(9, 64, 100), noise(8, 64, 100), noise(7, 64, 100))
+    monkeypatch.setattr(imagenet_tasks, "tiny_imagenet", lambda data_dir, cache_dir, num_classes: tiny)
+    train = [{"image": noise(1, 40, 9)["image"][0], "label": label} for label in range(8)]
+    crop = functools.partial(imagenet.random_crop, image_size=64)
+    large = Dataset(noise(9, 64, 1000), Stream(train, crop, noise(6, 64, 1000)), noise(7, 64, 1000))
+    monkeypatch.setattr(imagenet_tasks, "imagenet", lambda *place, **options: large)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_can_be_trained_from_a_start_near_chance(name, no_files):
-    task = get_task(name, batch_size=4)
-    assert task.name == name
+    # Networks for large images are narrowed, as their size is not the point here.
+    options = {"channels": 2} if "resnet18" in name else {}
+    options |= {"image_size": 64} if name == "imagenet-resnet18" else {}
+    task = get_task(name, batch_size=4, **options)
+    assert task.name.startswith(name)
     assert task.description
     params = jax.jit(task.init_fn)(jax.random.key(0))
     assert set(jax.tree.leaves(layer_types(params))) <= set(PAPER_LAYER_TYPES)
-    batch = draw_batch(task, task.data.train, jnp.arange(4), jax.random.key(1))
+    batch = draw_batch(task, in_memory(task.data.train), jnp.arange(4), jax.random.key(1))
     assert batch["image"].dtype == jnp.float32
 
     @jax.jit
@@ -71,9 +85,21 @@ def test_augmentation_can_be_left_out(no_files):
 
 
 def test_data_are_looked_for_where_they_are_said_to_be(tmp_path):
-    for name in ("cifar10-convnet", "cifar10-resnet9"):
-        with pytest.raises(FileNotFoundError, match=f"'cifar10' in {tmp_path}"):
+    missing = {
+        "cifar10-convnet": "'cifar10'",
+        "cifar10-resnet9": "'cifar10'",
+        "imagenet-resnet18": "'imagenet2012'",
+        "tiny-imagenet-resnet18": "Tiny-ImageNet",
+    }
+    for name, data in missing.items():
+        with pytest.raises(FileNotFoundError, match=f"{data} in {tmp_path}"):
             get_task(name, data_dir=tmp_path).data  # noqa: B018
+
+
+def test_streamed_tasks_can_be_trained(no_files):
+    task = get_task("imagenet-resnet18", channels=1, image_size=64, batch_size=4)
+    curves = train(task, lambda: optax.sgd(0.01), seeds=[0], num_steps=2)
+    assert np.isfinite(curves.train_loss).all()
 
 
 @pytest.mark.parametrize(
@@ -89,6 +115,15 @@ def test_data_are_looked_for_where_they_are_said_to_be(tmp_path):
         ),
         ("cifar10-resnet9", {}, "cifar10-resnet9", 272_282),
         ("cifar10-resnet9", {"channels": 4}, "cifar10-resnet9-4", 17_486),
+        ("imagenet-resnet18", {}, "imagenet-resnet18", 11_687_720),
+        (
+            "imagenet-resnet18",
+            {"image_size": 128, "stem": "small"},
+            "imagenet-resnet18-small-stem-128px",
+            11_680_040,
+        ),
+        ("tiny-imagenet-resnet18", {}, "tiny-imagenet-resnet18", 11_218_340),
+        ("tiny-imagenet-resnet18", {"channels": 8, "num_classes": 200}, "tiny-imagenet-resnet18-8", 188_528),
     ],
 )
 def test_variants_of_the_image_tasks(name, options, expected, size):

@@ -71,6 +71,12 @@ def test_fewer_classes_can_be_kept(packed):
     assert set(data.train["label"]) == set(data.test["label"]) == {0, 1}
 
 
+def test_the_number_of_classes_must_be_that_of_the_task(packed):
+    assert tiny_imagenet.tiny_imagenet(packed, packed.parent / "cache", num_classes=3) is load(packed)
+    with pytest.raises(ValueError, match="holds 3 classes, but `num_classes` is 200; set it to 3"):
+        tiny_imagenet.tiny_imagenet(packed, packed.parent / "cache", num_classes=200)
+
+
 def test_a_missing_file_is_explained(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"no Tiny-ImageNet in .*python -m mlhf_optax.image_data.tiny"

@@ -84,12 +84,15 @@ def mlhf_contender(
     return Contender("mlhf", ("mlhf",), (settings,), lambda: optimizer)
 
 
-def grid_contenders(batch_size: int, families: Sequence[str] | None = None) -> list[Contender]:
+def grid_contenders(
+    batch_size: int, families: Sequence[str] | None = None, *, baseline_batch_size: int = 128
+) -> list[Contender]:
     """Returns the first-order grid of the paper's Table 1, one contender a family.
 
     Args:
-      batch_size: see :func:`mlhf_optax.experiments.first_order.grid`, as ``families``.
+      batch_size: see :func:`mlhf_optax.experiments.first_order.grid`, as all that follow.
       families: which families.
+      baseline_batch_size: batch size of which the learning rates are.
 
     Returns:
       The contenders.
@@ -103,7 +106,7 @@ def grid_contenders(batch_size: int, families: Sequence[str] | None = None) -> l
     """
     contenders = []
     for family in first_order.FAMILIES if families is None else families:
-        entries = first_order.grid(batch_size, [family])
+        entries = first_order.grid(batch_size, [family], baseline_batch_size=baseline_batch_size)
         contenders.append(
             Contender(
                 family,

@@ -65,21 +65,24 @@ class Entry:
         return FAMILIES[self.family](**self.hyperparameters)
 
 
-def grid(batch_size: int = 128, families: Sequence[str] | None = None) -> list[Entry]:
+def grid(
+    batch_size: int = 128, families: Sequence[str] | None = None, *, baseline_batch_size: int = 128
+) -> list[Entry]:
     """Returns the 45 first-order optimizers of the paper's search.
 
-    Learning rates 0.1, 0.01 and 0.001, each times ``batch_size / 128``; SGD with momentum and the
-    decay of RMSprop in 0.9, 0.99 and 0.999; Adam with both decays in the same set.
+    Learning rates 0.1, 0.01 and 0.001, each times ``batch_size / baseline_batch_size``; SGD with momentum
+    and the decay of RMSprop in 0.9, 0.99 and 0.999; Adam with both decays in the same set.
 
     Args:
       batch_size: examples a mini-batch in the trainings to come.
       families: names of :data:`FAMILIES`, in the order wanted; all if None.
+      baseline_batch_size: 128 in the paper's section 4.1, 256 in 4.4.
 
     Returns:
       One :class:`Entry` an optimizer, family by family.
 
     Raises:
-      ValueError: for an unknown family or a ``batch_size`` below one.
+      ValueError: for an unknown family or a batch size below one.
 
     Example:
       >>> len(grid()), grid(families=["adam"])[0].name
@@ -87,8 +90,9 @@ def grid(batch_size: int = 128, families: Sequence[str] | None = None) -> list[E
 
     Source: paper, supplement, Table 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
+    for name, size in (("batch_size", batch_size), ("baseline_batch_size", baseline_batch_size)):
+        if size < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {size}")
     wanted = list(FAMILIES if families is None else families)
     unknown = sorted(set(wanted) - set(FAMILIES))
     if unknown:
@@ -96,7 +100,7 @@ def grid(batch_size: int = 128, families: Sequence[str] | None = None) -> list[E
     entries = []
     for family in wanted:
         names = ("learning_rate", *_DECAY_NAMES[family])
-        rates = [rate * batch_size / 128 for rate in _LEARNING_RATES]
+        rates = [rate * batch_size / baseline_batch_size for rate in _LEARNING_RATES]
         for values in itertools.product(rates, *[_DECAYS] * (len(names) - 1)):
             entries.append(Entry(family, dict(zip(names, values, strict=True))))
     return entries

@@ -25,13 +25,16 @@ _PATTERN = "tiny_imagenet*.npz"
 _SPLITS = ("train", "test")
 
 
-def tiny_imagenet(data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> Dataset:
+def tiny_imagenet(
+    data_dir: str | Path | None = None, cache_dir: str | Path | None = None, num_classes: int | None = None
+) -> Dataset:
     """Returns Tiny-ImageNet: the first 1/5 of the training set is for meta-training, the rest for training.
 
     Args:
       data_dir: the file, or the folder that holds it under a name like ``tiny_imagenet.npz``
         (:func:`mlhf_optax.image_data.tfds_data.data_folder` if None).
       cache_dir: folder of decoded arrays (:func:`mlhf_optax.image_data.array_cache.cache_folder`).
+      num_classes: number of classes that the file must hold; any if None.
 
     Returns:
       A :class:`Dataset`; images are uint8 of shape (N, 64, 64, 3), labels int32 (N,), both read-only.
@@ -39,12 +42,18 @@ def tiny_imagenet(data_dir: str | Path | None = None, cache_dir: str | Path | No
     Raises:
       FileNotFoundError: if there is no such file; it says how to make it.
       ImportError: if pillow is missing.
-      ValueError: if the file is damaged, or the folder holds several.
+      ValueError: if the file is damaged or has other classes, or the folder holds several.
 
     Example:
       ``tiny_imagenet("tiny_imagenet.npz").test["image"].shape`` is ``(5000, 64, 64, 3)`` for 100 classes.
     """
-    return _load(find_file(data_folder(data_dir)), None if cache_dir is None else Path(cache_dir))
+    path = find_file(data_folder(data_dir))
+    data, found = _load(path, None if cache_dir is None else Path(cache_dir))
+    if num_classes not in (None, found):
+        raise ValueError(
+            f"{path} holds {found} classes, but `num_classes` is {num_classes}; set it to {found}"
+        )
+    return data
 
 
 def find_file(place: Path) -> Path:
@@ -68,7 +77,7 @@ def find_file(place: Path) -> Path:
 
 
 @functools.cache
-def _load(path: Path, cache_dir: Path | None) -> Dataset:
+def _load(path: Path, cache_dir: Path | None) -> tuple[Dataset, int]:
     try:
         # Opened here, as numpy leaves a damaged file open.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
@@ -80,11 +89,12 @@ def _load(path: Path, cache_dir: Path | None) -> Dataset:
     decode = lambda: {f"{split}_image": _decode(path, found, split) for split in _SPLITS}
     images = cached_arrays(f"tiny-imagenet-{zlib.crc32(described):08x}", decode, cache_dir)
     boundary = round(META_TRAIN_SHARE * len(found["y_train"]))
-    return Dataset(
+    data = Dataset(
         meta_train=_part(path, found, images, "train", slice(None, boundary)),
         train=_part(path, found, images, "train", slice(boundary, None)),
         test=_part(path, found, images, "test", slice(None)),
     )
+    return data, len(found["wnids"])
 
 
 def _part(path: Path, found: Mapping[str, np.ndarray], images, split: str, rows: slice) -> Examples:

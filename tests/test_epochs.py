@@ -4,13 +4,18 @@ import dataclasses
 import json
 import math
 
+import jax
 import numpy as np
+import optax
 import pytest
 from blobs import SGD, TASK
 
 from mlhf_optax.experiments import epochs, first_order, training
 from mlhf_optax.experiments.comparison import Contender
 from mlhf_optax.experiments.epochs import EpochResult, Plan, default_judge_at, train_epochs
+from mlhf_optax.experiments.trainings import Program, Trainings
+from mlhf_optax.image_data.streaming import Stream
+from mlhf_optax.task import no_augmentation
 
 SEQUENTIAL = dataclasses.replace(TASK, sequential_on_cpu=True)
 
@@ -45,7 +50,18 @@ def stop_after(count):
     return on_step
 
 
-@pytest.mark.parametrize(("task", "steps"), [(TASK, 8), (SEQUENTIAL, 8), (SEQUENTIAL, 20)])
+def streamed(task):
+    """The task, with its training part read example by example."""
+    train, ready = task.data.train, lambda example, rng: example
+    source = [{key: values[number] for key, values in train.items()} for number in range(30)]
+    return dataclasses.replace(
+        task, load_data=lambda: dataclasses.replace(task.data, train=Stream(source, ready, sample=train))
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "steps"), [(TASK, 8), (SEQUENTIAL, 8), (SEQUENTIAL, 20), (streamed(TASK), 8)]
+)
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(task, steps, tmp_path):
     contender = dataclasses.replace(
         SGD,
@@ -65,6 +81,20 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(task, steps, tmp_path):
     assert sum(1 for number in taken if number) < (36 if task.sequential_on_cpu else 12) - done
     assert train_epochs(task, contender, plan, stop_after(0)) == whole
     assert not list((tmp_path / "parts").glob("*/checkpoint*"))
+
+
+def test_streamed_mini_batches_are_those_of_the_stream(tmp_path):
+    """Without augmentation, a step of SGD by hand on the first mini-batch of every seed."""
+    task = dataclasses.replace(streamed(TASK), augment_fn=no_augmentation)
+    runs = Trainings(Program(task, lambda: optax.sgd(0.5)), None, [0, 4], 3)
+    before = jax.tree.map(np.array, runs.state.params)  # a copy: the state is donated
+    runs.step()
+    for index, seed in enumerate((0, 4)):
+        batch = next(task.data.train.batches(seed, 8))
+        params = jax.tree.map(lambda leaf: leaf[0, index], before)  # noqa: B023
+        gradient = jax.grad(lambda p: task.loss_fn(task.predict_fn(p, batch), batch))(params)  # noqa: B023
+        expected = params["kernel"] - 0.5 * gradient["kernel"]
+        np.testing.assert_allclose(runs.state.params["kernel"][0, index], expected, rtol=1e-5)
 
 
 def test_results_are_not_overwritten(tmp_path):

@@ -75,6 +75,13 @@ def test_seeds_decide():
     assert not same(first, other)
 
 
+def test_worker_processes_change_nothing():
+    alone, helped = stream(), stream(num_workers=1)
+    for start in (0, 3):
+        batches = take(helped.batches(seed=0, batch_size=4, start=start), 3)
+        assert same(batches, take(alone.batches(seed=0, batch_size=4, start=start), 3))
+
+
 @pytest.mark.parametrize(("batch_size", "start"), [(0, 0), (11, 0), (5, -1)])
 def test_arguments_are_checked(batch_size, start):
     with pytest.raises(ValueError, match="`batch_size` must lie between 1 and the number of examples, 10"):

@@ -210,6 +210,8 @@ def test_meta_train_has_defaults(driver_calls):
         "checkpoint_every": 50,
         "validate_every": 100,
         "settings": "default",
+        "starts": {},
+        "keep_probability": 0.95,
         "task_options": {},
     }
 
@@ -218,12 +220,14 @@ def test_meta_train_hands_on_its_arguments(driver_calls):
     arguments = (
         "meta-train digits-convnet --output there --iterations 7 --num-tasks 3 --unroll-length 5 "
         "--batch-size 16 --meta-learning-rate 0.1 --seed 4 --resume --checkpoint-every 2 "
-        "--validate-every 3 --settings authors"
+        "--validate-every 3 --settings authors --initial-damping 100 --initial-preconditioner 0.5 "
+        "--keep-probability 0.5"
     )
     assert run(*arguments.split()) == 0
     (options,) = driver_calls
     assert options.pop("output").as_posix() == "there"
-    assert list(options.values()) == ["digits-convnet", {}, 7, 3, 5, 16, 0.1, 4, True, 2, 3, "authors"]
+    assert options.pop("starts") == {"initial_damping": 100.0, "initial_preconditioner": 0.5}
+    assert list(options.values()) == ["digits-convnet", {}, 7, 3, 5, 16, 0.1, 4, True, 2, 3, "authors", 0.5]
 
 
 def test_meta_train_takes_variants_of_tasks(driver_calls):
@@ -247,6 +251,13 @@ def test_options_of_image_tasks_reach_them(monkeypatch, folder):
     assert seen == {"channels": (8, 16), "hidden": (16,), "data_dir": Path("here")}
     assert run("train", "cifar10-resnet9", "--channels", "4") == 0
     assert seen["channels"] == 4
+
+
+@pytest.mark.parametrize("option", ["--initial-damping", "--initial-preconditioner"])
+def test_meta_train_refuses_starting_values_that_are_not_positive(driver_calls, capsys, option):
+    assert run("meta-train", option, "-1") == 2
+    assert f"`{option[2:].replace('-', '_')}` must be a positive number, got -1" in capsys.readouterr().err
+    assert not driver_calls
 
 
 def test_meta_train_refuses_unknown_settings(driver_calls, capsys):

@@ -14,6 +14,7 @@ from rich.text import Text
 
 import mlhf_optax
 from mlhf_optax.experiments.train_command import FAMILIES, make_plan, run_plan
+from mlhf_optax.meta_params import Settings
 from mlhf_optax.models import ACTIVATIONS
 from mlhf_optax.pretrained import list_pretrained
 from mlhf_optax.tasks import TASKS, get_task
@@ -190,6 +191,22 @@ def meta_train(
             metavar="|".join(StartingSettings),
         ),
     ] = StartingSettings.DEFAULT,
+    initial_damping: Annotated[
+        float | None,
+        _option(
+            "Damping of untrained LSTMs, with the default settings in units of the gradient's root mean "
+            "square and 30. It has to train the task before any meta-training: raise it where the inner "
+            "loss stays at chance.",
+            metavar="X",
+        ),
+    ] = None,
+    initial_preconditioner: Annotated[
+        float | None, _option("The same for the preconditioner.", metavar="X")
+    ] = None,
+    keep_probability: Annotated[
+        float,
+        _option("Chance that a healthy inner training goes on after an unroll.", min=0, max=1, metavar="X"),
+    ] = 0.95,
 ) -> None:
     """Meta-train MLHF on a task, on the part of its data that `mlhf-optax train` never uses.
 
@@ -203,6 +220,8 @@ def meta_train(
             data_dir=data_dir, channels=_parse_channels(channels), hidden=_parse_widths(hidden, "hidden")
         )
         get_task(task, **options).data  # noqa: B018  what is wrong with them is said at once
+        starts = _given(initial_damping=initial_damping, initial_preconditioner=initial_preconditioner)
+        Settings(**starts)
     run_meta_training(
         task=task,
         task_options=options,
@@ -217,6 +236,8 @@ def meta_train(
         checkpoint_every=checkpoint_every,
         validate_every=validate_every,
         settings=settings.value,
+        starts=starts,
+        keep_probability=keep_probability,
     )
 
 

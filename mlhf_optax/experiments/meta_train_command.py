@@ -55,6 +55,7 @@ def run_meta_training(
     checkpoint_every: int,
     validate_every: int,
     settings: str,
+    starts: Mapping[str, float] | None = None,
     task_options: Mapping[str, Any] | None = None,
     learning_rate: float = 1.0,
     keep_probability: float = 0.95,
@@ -77,6 +78,7 @@ def run_meta_training(
       validate_every: meta-iterations between validations.
       settings: ``"default"``, ``"paper"`` or ``"authors"``: what the LSTMs see and mean, and the
         losses and stabilisers that go with it.
+      starts: ``initial_damping`` and ``initial_preconditioner``, where they are not those of ``settings``.
       task_options: arguments of the function that makes the task, such as ``data_dir``.
       learning_rate: inner learning rate.
       keep_probability: chance that an inner training goes on after an unroll.
@@ -108,10 +110,13 @@ def run_meta_training(
     learned = mt.mlhf_optimizer(learning_rate, num_cg_steps=_NUM_CG_STEPS, **_FAITHFUL[settings])
     types = layer_types(jax.eval_shape(problem.init_fn, jax.random.key(0)))
     meta_params = init_meta_params(
-        jax.random.key(seed), SETTINGS[settings], layer_types=sorted(set(jax.tree.leaves(types)))
+        jax.random.key(seed),
+        dataclasses.replace(SETTINGS[settings], **(starts or {})),
+        layer_types=sorted(set(jax.tree.leaves(types))),
     )
     about = {"task": problem.name, "iterations": iterations, "batch_size": batch_size}
     about |= {"settings": settings, "learning_rate": learning_rate}
+    about |= dataclasses.asdict(meta_params.settings)
     examples = jax.tree.map(jnp.asarray, problem.data.meta_train)
     shape = (num_tasks, unroll_length + 1, batch_size)
     schedule = mt.Schedule(iterations, checkpoint_every, validate_every)

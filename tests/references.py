@@ -301,14 +301,21 @@ def preconditioner_loss(steps: Sequence[Step]) -> float:
     )
 
 
-def damping_losses(steps: Sequence[Step], step_loss: str = "difference", epsilon: float = 1e-6) -> np.ndarray:
+def damping_losses(
+    steps: Sequence[Step],
+    step_loss: str = "difference",
+    epsilon: float = 1e-6,
+    same_batch_weight: float = 1.0,
+) -> np.ndarray:
     """l_s^t for every step, equation 4 or in another scale; needs a batch more than steps."""
-    return np.array([_gain(s, s.loss_next, s.loss_after, step_loss, epsilon) for s in steps])
+    return np.array(
+        [_gain(s, s.loss_next, s.loss_after, step_loss, epsilon, same_batch_weight) for s in steps]
+    )
 
 
-def damping_loss(steps: Sequence[Step], step_loss: str = "difference", epsilon: float = 1e-6) -> float:
+def damping_loss(steps: Sequence[Step], **options) -> float:
     """l_s, equation 5: the average of l_s^t weighted with its own softmax."""
-    terms = damping_losses(steps, step_loss, epsilon)
+    terms = damping_losses(steps, **options)
     return float(np.sum(_softmax(terms) * terms))
 
 
@@ -323,6 +330,7 @@ def frozen_meta_losses(
     max_update_ratio: float | None,
     step_loss: str = "difference",
     epsilon: float = 1e-6,
+    same_batch_weight: float = 1.0,
     cut_carries: bool = False,
 ) -> tuple[float, float]:
     """l_p and l_s as functions of the meta-parameters, with all that the paper cuts held constant.
@@ -346,21 +354,23 @@ def frozen_meta_losses(
         w_next = step.w + _bounded(-learning_rate * d, step.w, max_update_ratio)
         l_p.append(-(d @ g) / np.sqrt(d @ matrix @ d))
         next_loss, same_loss = model.loss(w_next, batches[t + 1]), model.loss(w_next, batches[t])
-        l_s.append(_gain(step, next_loss, same_loss, step_loss, epsilon))
+        l_s.append(_gain(step, next_loss, same_loss, step_loss, epsilon, same_batch_weight))
         d0, r0 = step.direction, step.residual
         if cut_carries:
             s_carry, p_carry = step.damping_carry, step.preconditioner_carry
-    weights = _softmax(damping_losses(steps, step_loss, epsilon))
+    weights = _softmax(damping_losses(steps, step_loss, epsilon, same_batch_weight))
     return float(np.mean(l_p)), float(weights @ np.array(l_s))
 
 
-def _gain(step: Step, next_loss, same_loss, step_loss, epsilon):
+def _gain(step: Step, next_loss, same_loss, step_loss, epsilon, same_batch_weight):
     if step_loss == "difference":
-        return next_loss + same_loss - 2.0 * step.loss
-    pairs = (next_loss, step.loss_next_before), (same_loss, step.loss)
-    if step_loss == "relative":
-        return sum((after - before) / (before + epsilon) for after, before in pairs)
-    return sum(math.log((after + epsilon) / (before + epsilon)) for after, before in pairs)
+        gains = [next_loss - step.loss, same_loss - step.loss]
+    else:
+        pairs = (next_loss, step.loss_next_before), (same_loss, step.loss)
+        relative = lambda after, before: (after - before) / (before + epsilon)
+        log = lambda after, before: math.log((after + epsilon) / (before + epsilon))
+        gains = [(relative if step_loss == "relative" else log)(*pair) for pair in pairs]
+    return gains[0] + same_batch_weight * gains[1]
 
 
 def _softmax(x):

@@ -66,6 +66,19 @@ def test_the_gain_of_a_step_and_its_derivatives(x64, scale, expected):
     np.testing.assert_allclose([by_next, by_same], [slopes.next_after, slopes.same_after], rtol=1e-12)
 
 
+@pytest.mark.parametrize("scale", ["difference", "relative", "log"])
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_the_gain_on_the_own_mini_batch_can_count_less(x64, scale, weight):
+    losses = jax.tree.map(jnp.asarray, LOSSES)
+    gain = lambda x, w: step_gain(x, scale, 0.1, w)[0]
+    of_next_alone, of_both = gain(losses, 0.0), gain(losses, 1.0)
+    np.testing.assert_allclose(gain(losses, weight), of_next_alone + weight * (of_both - of_next_alone))
+    _, by_next, by_same = step_gain(losses, scale, 0.1, weight)
+    slopes = jax.grad(lambda x: gain(x, weight))(losses)
+    np.testing.assert_allclose([by_next, by_same], [slopes.next_after, slopes.same_after], rtol=1e-12)
+    assert weight or float(by_same) == 0.0
+
+
 def test_halving_a_loss_is_worth_the_same_early_and_late_but_for_equation_4():
     gain = lambda size, scale: float(step_gain(StepLosses(*(size * x for x in LOSSES)), scale, 1e-9)[0])
     for scale in ("relative", "log"):

@@ -83,8 +83,9 @@ CASES = {
         ),
         references.LinearModel(),
         (3,),
-        {"step_loss": "log", "step_loss_epsilon": 1e-2, "max_update_ratio": 0.5},
+        {"step_loss": "log", "step_loss_epsilon": 1e-2, "max_update_ratio": 0.5, "same_batch_weight": 0.3},
     ),
+    "next batch": Case(Settings(), references.LinearModel(), (2,), {"same_batch_weight": 0.0}),
 }
 
 
@@ -104,6 +105,7 @@ class Unroll:
         return {
             "step_loss": options.get("step_loss", "relative"),
             "epsilon": options.get("step_loss_epsilon", 1e-6),
+            "same_batch_weight": options.get("same_batch_weight", 1.0),
         }
 
     def frozen_losses(self, meta_params, **kwargs):

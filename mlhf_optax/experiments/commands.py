@@ -207,6 +207,15 @@ def meta_train(
         float,
         _option("Chance that a healthy inner training goes on after an unroll.", min=0, max=1, metavar="X"),
     ] = 0.95,
+    same_batch_weight: Annotated[
+        float,
+        _option(
+            "Weight in l_s of the gain on the step's own mini-batch; 0 counts the gain on the next one "
+            "alone, which is right where mini-batches are far from telling the whole loss.",
+            min=0,
+            metavar="X",
+        ),
+    ] = 1.0,
 ) -> None:
     """Meta-train MLHF on a task, on the part of its data that `mlhf-optax train` never uses.
 
@@ -238,6 +247,7 @@ def meta_train(
         settings=settings.value,
         starts=starts,
         keep_probability=keep_probability,
+        same_batch_weight=same_batch_weight,
     )
 
 

@@ -39,6 +39,7 @@ _FAITHFUL = {
 }
 _VALIDATION_STEPS = (10, 30, 100, 300)
 _NUM_CG_STEPS = 4
+_ABOUT = ("settings", "iterations", "seed", "same_batch_weight", "config")  # told by the record
 
 
 def run_meta_training(
@@ -59,6 +60,7 @@ def run_meta_training(
     task_options: Mapping[str, Any] | None = None,
     learning_rate: float = 1.0,
     keep_probability: float = 0.95,
+    same_batch_weight: float = 1.0,
     validation_steps: tuple[int, ...] = _VALIDATION_STEPS,
     console: Console | None = None,
 ) -> Path:
@@ -82,6 +84,7 @@ def run_meta_training(
       task_options: arguments of the function that makes the task, such as ``data_dir``.
       learning_rate: inner learning rate.
       keep_probability: chance that an inner training goes on after an unroll.
+      same_batch_weight: weight in ``l_s`` of the gain on the step's own mini-batch.
       validation_steps: when the loss is recorded in a validation run.
       console: where to print.
 
@@ -107,7 +110,12 @@ def run_meta_training(
         decay_iterations=iterations,
         keep_probability=keep_probability,
     )
-    learned = mt.mlhf_optimizer(learning_rate, num_cg_steps=_NUM_CG_STEPS, **_FAITHFUL[settings])
+    learned = mt.mlhf_optimizer(
+        learning_rate,
+        num_cg_steps=_NUM_CG_STEPS,
+        same_batch_weight=same_batch_weight,
+        **_FAITHFUL[settings],
+    )
     types = layer_types(jax.eval_shape(problem.init_fn, jax.random.key(0)))
     meta_params = init_meta_params(
         jax.random.key(seed),
@@ -116,6 +124,7 @@ def run_meta_training(
     )
     about = {"task": problem.name, "iterations": iterations, "batch_size": batch_size}
     about |= {"settings": settings, "learning_rate": learning_rate}
+    about |= {"same_batch_weight": same_batch_weight}
     about |= dataclasses.asdict(meta_params.settings)
     examples = jax.tree.map(jnp.asarray, problem.data.meta_train)
     shape = (num_tasks, unroll_length + 1, batch_size)
@@ -196,7 +205,7 @@ def _record(problem: Task, output: Path, done, about: dict, options: dict) -> di
         "num_cg_steps": _NUM_CG_STEPS,
         "max_update_ratio": options["max_update_ratio"],
         "step_loss": options["step_loss"],
-        "meta_training": {key: about[key] for key in ("settings", "iterations", "seed", "config")},
+        "meta_training": {key: about[key] for key in _ABOUT},
         "best_iteration": int(done.best_iteration),
         "seconds": round(float(np.sum([line["seconds"] for line in metrics])), 1),
         "totals": {name: int(value) for name, value in done.state.counts.items()},

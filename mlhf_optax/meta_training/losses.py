@@ -59,7 +59,10 @@ class StepLosses(NamedTuple):
 
 
 def step_gain(
-    losses: StepLosses, scale: StepLoss = "difference", epsilon: float = 1e-6
+    losses: StepLosses,
+    scale: StepLoss = "difference",
+    epsilon: float = 1e-6,
+    same_batch_weight: float = 1.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns ``l_s^t`` of one step and its derivatives by the two losses after the step.
 
@@ -75,6 +78,9 @@ def step_gain(
         which punishes a loss that grows in proportion; ``"log"`` the difference of
         ``log(loss + epsilon)``, which punishes it less.
       epsilon: loss below which nothing more is to be gained, in the units of the loss.
+      same_batch_weight: weight of the gain on mini-batch t, on which the step was computed. The paper's 1
+        rewards steps that fit that mini-batch alone; with 0 only the gain on the next one counts, which
+        is what helps the training where mini-batches are small and losses far from zero.
 
     Returns:
       The value, its derivative by ``next_after``, its derivative by ``same_after``.
@@ -88,18 +94,19 @@ def step_gain(
       >>> [float(x) for x in step_gain(losses)]
       [-1.25, 1.0, 1.0]
     """
-    next_after, same_after = losses.next_after, losses.same_after
+    next_after, same_after, weight = losses.next_after, losses.same_after, same_batch_weight
     if scale == "difference":
         one = jnp.ones_like(next_after)
-        return next_after + same_after - 2 * losses.same_before, one, one
+        gains = next_after - losses.same_before, same_after - losses.same_before
+        return gains[0] + weight * gains[1], one, weight * one
     if scale == "relative":
-        by_next, by_same = 1.0 / (losses.next_before + epsilon), 1.0 / (losses.same_before + epsilon)
+        by_next, by_same = 1.0 / (losses.next_before + epsilon), weight / (losses.same_before + epsilon)
         value = by_next * (next_after - losses.next_before) + by_same * (same_after - losses.same_before)
         return value, by_next, by_same
     if scale == "log":
         gain = lambda after, before: jnp.log((after + epsilon) / (before + epsilon))
-        value = gain(next_after, losses.next_before) + gain(same_after, losses.same_before)
-        return value, 1.0 / (next_after + epsilon), 1.0 / (same_after + epsilon)
+        value = gain(next_after, losses.next_before) + weight * gain(same_after, losses.same_before)
+        return value, 1.0 / (next_after + epsilon), weight / (same_after + epsilon)
     raise ValueError(f"`step_loss` must be 'difference', 'relative' or 'log', got {scale!r}")
 
 

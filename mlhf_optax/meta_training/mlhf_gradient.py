@@ -41,6 +41,7 @@ def mlhf_optimizer(
     update_noise: float = 0.02,
     step_loss: StepLoss = "relative",
     step_loss_epsilon: float = 1e-6,
+    same_batch_weight: float = 1.0,
     damping_loss_scale: float = 10.0,
     layer_types_fn: LayerTypesFn = layer_types,
     unroll: bool | int = True,
@@ -58,6 +59,7 @@ def mlhf_optimizer(
       step_loss: scale of ``l_s^t`` (:func:`mlhf_optax.meta_training.losses.step_gain`);
         ``"difference"`` is the paper's.
       step_loss_epsilon: its epsilon, in units of the loss.
+      same_batch_weight: weight in it of the gain on the mini-batch of the step itself (paper: 1).
       damping_loss_scale: factor on the gradient of ``l_s`` (authors' code: 10, paper: 1).
       layer_types_fn: layer types of the parameters.
       unroll: unroll the CG loop.
@@ -79,6 +81,7 @@ def mlhf_optimizer(
         update_noise,
         step_loss,
         step_loss_epsilon,
+        same_batch_weight,
         damping_loss_scale,
         layer_types_fn,
         unroll,

@@ -27,6 +27,7 @@ class Options(NamedTuple):
     update_noise: float
     step_loss: StepLoss
     step_loss_epsilon: float
+    same_batch_weight: float
     damping_loss_scale: float
     layer_types_fn: LayerTypesFn
     unroll: bool | int
@@ -146,12 +147,17 @@ def _judge(options: Options, task, inner: Inner, params, batch, next_batch) -> _
     """Returns l_s^t, and the loss and gradient on the next mini-batch, which the next step needs anyway."""
     value_and_grad = jax.value_and_grad(functools.partial(task_loss, task))
     next_loss, next_gradient = value_and_grad(params, next_batch)
-    same_loss, same_gradient = value_and_grad(params, batch)
+    if options.same_batch_weight:
+        same_loss, same_gradient = value_and_grad(params, batch)
+    else:  # not needed, and it costs as much as a step of SGD
+        same_loss, same_gradient = inner.loss, jax.tree.map(jnp.zeros_like, next_gradient)
     next_before = inner.loss
     if options.step_loss != "difference":
         next_before = task_loss(task, inner.params, next_batch)
     losses = StepLosses(inner.loss, next_before, next_loss, same_loss)
-    l_s, by_next, by_same = step_gain(losses, options.step_loss, options.step_loss_epsilon)
+    l_s, by_next, by_same = step_gain(
+        losses, options.step_loss, options.step_loss_epsilon, options.same_batch_weight
+    )
     of_update = jax.tree.map(lambda a, b: by_next * a + by_same * b, next_gradient, same_gradient)
     return _Judged(l_s, of_update, next_loss, next_gradient)
 

@@ -40,7 +40,7 @@ from mlhf_optax.image_tasks import cifar10_convnet
 from mlhf_optax.meta_params import MetaParams, Settings, init_meta_params
 from mlhf_optax.meta_params_io import write_atomically
 from mlhf_optax.meta_training.losses import preconditioner_loss
-from mlhf_optax.mlhf import mlhf_step, solve, start_vector
+from mlhf_optax.mlhf_step import mlhf_step, solve, start_vector
 from mlhf_optax.task import Task
 
 UNROLL = 10

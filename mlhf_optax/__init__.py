@@ -20,10 +20,10 @@ from mlhf_optax.meta_params import init_meta_params as init_meta_params
 from mlhf_optax.meta_params_io import Pretrained as Pretrained
 from mlhf_optax.meta_params_io import load_meta_params as load_meta_params
 from mlhf_optax.meta_params_io import save_meta_params as save_meta_params
-from mlhf_optax.mlhf import MLHFInfo as MLHFInfo
-from mlhf_optax.mlhf import ScaleByMLHFState as ScaleByMLHFState
 from mlhf_optax.mlhf import mlhf as mlhf
 from mlhf_optax.mlhf import scale_by_mlhf as scale_by_mlhf
+from mlhf_optax.mlhf_step import MLHFInfo as MLHFInfo
+from mlhf_optax.mlhf_step import ScaleByMLHFState as ScaleByMLHFState
 from mlhf_optax.pcg import pcg as pcg
 from mlhf_optax.pretrained import list_pretrained as list_pretrained
 from mlhf_optax.pretrained import load_pretrained as load_pretrained

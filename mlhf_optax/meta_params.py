@@ -233,7 +233,7 @@ def run_network(
       The outputs before the output map, at least float32 and shaped like the parameters, and the carry.
 
     Example:
-      See :func:`mlhf_optax.mlhf.scale_by_mlhf`, which calls it twice a step.
+      See :func:`mlhf_optax.scale_by_mlhf`, which calls it twice a step.
     """
     features = _features(settings, inputs)
     names, treedef = jax.tree.flatten(types)

@@ -17,7 +17,7 @@ from mlhf_optax import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, layer_types
 from mlhf_optax.curvature import ggn_matvec
 from mlhf_optax.meta_training import mlhf_optimizer
 from mlhf_optax.meta_training.losses import preconditioner_loss
-from mlhf_optax.mlhf import mlhf_step
+from mlhf_optax.mlhf_step import mlhf_step
 
 LEARNING_RATE = 0.7
 

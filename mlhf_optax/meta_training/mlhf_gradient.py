@@ -28,7 +28,8 @@ from mlhf_optax.meta_params import Inputs, MetaParams, run_network
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, MetaGradient, task_loss
 from mlhf_optax.meta_training.losses import StepLoss
 from mlhf_optax.meta_training.mlhf_unroll import Inner, Options, Record, inner_step
-from mlhf_optax.mlhf import Controls, ScaleByMLHFState, mlhf
+from mlhf_optax.mlhf import mlhf
+from mlhf_optax.mlhf_step import Controls, ScaleByMLHFState
 from mlhf_optax.safeguards import select_tree
 
 

@@ -13,7 +13,7 @@ from mlhf_optax.layer_types import LayerTypesFn
 from mlhf_optax.meta_params import Inputs, MetaParams, damping_values, run_network
 from mlhf_optax.meta_training.learned_optimizer import task_loss
 from mlhf_optax.meta_training.losses import StepLoss, StepLosses, preconditioner_loss, step_gain
-from mlhf_optax.mlhf import Controls, ScaleByMLHFState, Solution, damped, solve, start_vector
+from mlhf_optax.mlhf_step import Controls, ScaleByMLHFState, Solution, damped, solve, start_vector
 from mlhf_optax.safeguards import limit_update_ratio, select_tree, tree_is_finite
 
 
@@ -39,7 +39,7 @@ class Inner(NamedTuple):
 
     Attributes:
       params: w[t].
-      state: state of :func:`mlhf_optax.mlhf.scale_by_mlhf`.
+      state: state of :func:`mlhf_optax.scale_by_mlhf`.
       after_state: states of what follows it: learning rate, bound.
       loss: l(x[t], w[t]).
       gradient: its gradient, g.

@@ -2,12 +2,22 @@
 
 import json
 import time
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from mlhf_optax.experiments import benchmarking
-from mlhf_optax.experiments.benchmarking import Timing, command_line, interleaved, report, write_json
+from mlhf_optax.experiments.benchmarking import (
+    Timing,
+    command_line,
+    free_memory,
+    interleaved,
+    needed_memory,
+    report,
+    write_json,
+)
 
 
 @pytest.fixture
@@ -112,6 +122,25 @@ def test_bad_arguments_are_refused_by_name(thunks, options, message):
 def test_rounds_that_do_not_pair_are_refused():
     with pytest.raises(ValueError, match="got 1 and 2 of them; time both"):
         Timing((1.0,)).over(Timing((1.0, 1.0)))
+
+
+def test_memory_counts_donated_arrays_once():
+    shape = jax.ShapeDtypeStruct((1000,), jnp.float32)
+    program = lambda **options: jax.jit(lambda x: x + 1, **options).lower(shape).compile()
+    assert needed_memory(program()) >= 8000
+    assert 4000 <= needed_memory(program(donate_argnums=0)) < 8000
+
+
+def test_free_memory_is_that_of_the_device_else_of_the_system(monkeypatch):
+    class Device:
+        def memory_stats(self):
+            return {"bytes_limit": 10, "bytes_in_use": 3}
+
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file() and jax.default_backend() == "cpu":
+        assert 2**20 < free_memory() < 2**50
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    assert free_memory() == 7
 
 
 def test_the_command_is_the_one_to_type(monkeypatch):

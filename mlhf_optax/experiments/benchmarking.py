@@ -18,7 +18,6 @@ import jax
 from mlhf_optax.experiments.machine import machine_info, versions
 from mlhf_optax.meta_params_io import write_atomically
 
-STRETCH_SECONDS = 0.02
 Thunk = Callable[[], object]
 
 
@@ -86,7 +85,7 @@ def interleaved(
     *,
     repeats: int = 9,
     inner: Mapping[str, int] | int | None = None,
-    stretch_seconds: float = STRETCH_SECONDS,
+    stretch_seconds: float = 0.02,
     on_round: Callable[[int], None] | None = None,
 ) -> dict[str, Timing]:
     """Times functions in turns, so that a busy moment of the machine meets all of them.
@@ -132,6 +131,38 @@ def interleaved(
         if on_round is not None:
             on_round(done + 1)
     return {name: Timing(tuple(values)) for name, values in rounds.items()}
+
+
+def needed_memory(program: Any) -> int:
+    """Returns the bytes that a program takes when it runs: arguments, results and what lies between.
+
+    Args:
+      program: a compiled function, ``jax.jit(f).lower(...).compile()``.
+
+    Example:
+      >>> needed_memory(jax.jit(lambda x: x + 1).lower(jax.numpy.ones(1000)).compile()) >= 8000
+      True
+    """
+    sizes = program.memory_analysis()
+    arrays = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return arrays + sizes.temp_size_in_bytes
+
+
+def free_memory() -> float:
+    """Returns the bytes that may be used on the device that computes, infinite where they cannot be told.
+
+    Example:
+      >>> free_memory() > 0
+      True
+    """
+    statistics, meminfo = jax.devices()[0].memory_stats(), Path("/proc/meminfo")
+    if statistics:
+        return statistics["bytes_limit"] - statistics["bytes_in_use"]
+    if not meminfo.is_file():
+        return math.inf
+    sizes = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    # A system that runs out of memory ends the process, and with it the measurement.
+    return 0.8 * 1024 * int(sizes["MemAvailable"].split()[0])
 
 
 def command_line(script: str, arguments: Sequence[str] | None = None) -> str:
@@ -228,4 +259,4 @@ def _quantile(values: Sequence[float], fraction: float) -> float:
     return ordered[round(fraction * (len(ordered) - 1))]
 
 
-__all__ = ["STRETCH_SECONDS", "Timing", "command_line", "interleaved", "report", "write_json"]
+__all__ = ["Timing", "command_line", "free_memory", "interleaved", "needed_memory", "report", "write_json"]

@@ -1,0 +1,160 @@
+"""The benchmarks of GGN products in loops and of the LSTMs run, and write what they promise."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmarks/ is not installed")
+
+
+def load(name):
+    pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def loops():
+    return load("ggn_in_loops")
+
+
+@pytest.fixture(scope="module")
+def lstms():
+    return load("lstm_throughput")
+
+
+def run(module, tmp_path, *arguments):
+    """Runs a script; returns its report."""
+    figure, path = tmp_path / "figure.png", tmp_path / "report.json"
+    arguments = [*arguments, "--json", str(path), "--figure", str(figure)]
+    module.main(arguments)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    report = json.loads(path.read_text())
+    assert report.keys() >= {"machine", "versions", "command", "date"}
+    assert report["command"].startswith(f"python benchmarks/{module.__name__}.py {arguments[0]}")
+    return report
+
+
+# GGN products in loops.
+
+
+def test_every_layer_gets_a_row_for_each_kind_of_loop(loops, tmp_path, capsys):
+    layers = ["dense", "pooling 2x2", "conv 3x3 stride 2 (lax)", "conv 1x1 stride 1"]
+    small = ["--batch-size", "2", "--products", "2", "--repeats", "1"]
+    report = run(loops, tmp_path, "--layers", *layers, *small)
+    found = [(row["layer"], row["loop"]) for row in report["rows"]]
+    assert found == [(layer, loop) for layer in layers for loop in ("fori_loop", "scan")]
+    for row in report["rows"]:
+        assert min(row["inside"], row["outside"], row["ratio"]) > 0
+        assert row["inside_spread"][0] <= row["inside"] <= row["inside_spread"][1]
+    shown = capsys.readouterr().out
+    assert all(layer in shown for layer in layers)
+    assert "target of 1.2" in shown
+
+
+@pytest.mark.parametrize("kind", ["fori_loop", "scan"])
+@pytest.mark.parametrize("name", ["conv 3x3 stride 1", "conv 5x5 of images", "batch norm", "attention"])
+def test_inside_and_outside_of_loops_the_chain_is_the_same(loops, name, kind):
+    predict_fn, params, batch = loops.problem(loops.LAYERS[name], 2)
+    inside, outside = (jax.jit(loops.make_chain(k, predict_fn, 3))(params, batch) for k in (kind, "outside"))
+    assert jax.tree.structure(inside) == jax.tree.structure(params)
+    gaps = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b), initial=0.0), inside, outside)
+    assert max(jax.tree.leaves(gaps)) < 1e-4
+
+
+def test_only_the_inputs_of_the_first_layer_have_no_tangents(loops):
+    for name in ("conv 5x5 of images", "conv 1x1 stride 1"):
+        assert ("gain" in loops.problem(loops.LAYERS[name], 1)[1]) == (name == "conv 1x1 stride 1")
+
+
+def test_the_verdict_names_the_convolutions_above_the_target(loops):
+    row = lambda layer, ratio, is_rival=False: {
+        "layer": layer,
+        "loop": "scan",
+        "ratio": ratio,
+        "is_rival": is_rival,
+    }
+    rows = [row("dense", 9.0), row("conv a", 1.1), row("conv b (lax)", 30.0, True)]
+    assert loops.verdict(rows) == "All convolutions of the library reach the target of 1.2."
+    assert "conv c in scan (1.30)." in loops.verdict([*rows, row("conv c", 1.3)])
+    assert "No convolution" in loops.verdict(rows[:1])
+
+
+# The LSTMs.
+
+
+def test_every_size_dtype_and_kind_of_features_gets_a_row(lstms, tmp_path, capsys):
+    report = run(lstms, tmp_path, "--coordinates", "50", "--repeats", "1")
+    found = [(row["coordinates"], row["carry_dtype"], row["features"]) for row in report["rows"]]
+    dtypes, features = ("float32", "bfloat16"), ("log-global", "tanh")
+    assert found == [(50, dtype, kind) for dtype in dtypes for kind in features]
+    for row in report["rows"]:
+        assert min(row[f"{name}_ns"] for name in ("forward", "gradient", "floor")) > 0
+        assert row["forward_ratio"] > 0
+    assert report["floor"] in ("evaluations", "copies")
+    assert "within 2 times the floor in" in capsys.readouterr().out
+
+
+def test_what_has_no_room_is_skipped_with_a_note(lstms, monkeypatch, tmp_path, capsys):
+    programs = []
+    monkeypatch.setattr(lstms, "needed_memory", lambda program: programs.append(program) or len(programs))
+    monkeypatch.setattr(lstms, "free_memory", lambda: 1)
+    monkeypatch.setattr(lstms, "SETTINGS", {"tanh": lstms.SETTINGS["tanh"]})
+    assert lstms.measure(10, "float32", "tanh", lstms.copies, 1) is None
+    assert "10 coordinates, float32, tanh: gradient needs" in capsys.readouterr().out
+
+
+def test_a_gradient_without_room_leaves_the_other_numbers(lstms, monkeypatch):
+    sizes = iter([1, 3, 1])
+    monkeypatch.setattr(lstms, "needed_memory", lambda program: next(sizes))
+    monkeypatch.setattr(lstms, "free_memory", lambda: 2)
+    row = lstms.measure(10, "float32", "tanh", lstms.copies, 1)
+    assert row["gradient_ns"] is None
+    assert row["forward_ns"] > 0
+    assert lstms.make_table([row]).row_count == 1
+
+
+def test_the_floor_keeps_the_carries_and_evaluates_as_many_functions_as_a_step(lstms):
+    carries, inputs = lstms._arrays(7, "bfloat16")
+    settings = lstms.SETTINGS["tanh"]
+    meta_params = lstms.init_meta_params(jax.random.key(0), settings, layer_types=["dense_kernel"])
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    for step in (lstms.forward, lstms.gradient, lstms.evaluations, lstms.copies):
+        assert shapes(step(meta_params, carries, inputs)[1]) == shapes(carries)
+    counts = [
+        count_evaluations(step, meta_params, carries, inputs) for step in (lstms.forward, lstms.evaluations)
+    ]
+    assert counts == [7 * (80 + 3 + 3 + 2), 7 * (80 + 3 + 2)]  # LSTM_p makes its 3 features anew
+
+
+def count_evaluations(function, *arguments):
+    """Number of elements that go through tanh, sigmoid, exp and log."""
+
+    def count(jaxpr):
+        total = 0
+        for equation in jaxpr.eqns:
+            if (
+                equation.primitive.name in ("tanh", "logistic", "exp", "log")
+                and equation.outvars[0].aval.shape
+            ):
+                total += equation.outvars[0].aval.size
+            for inner in equation.params.values():
+                if hasattr(inner, "jaxpr"):
+                    total += count(inner.jaxpr)
+        return total
+
+    return count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def test_quick_leaves_out_the_largest_size(lstms):
+    assert lstms._parse(["--quick"]).coordinates == [10**4, 10**5, 10**6]
+    assert lstms._parse([]).coordinates[-1] == 10**7

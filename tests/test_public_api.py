@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(mlhf_optax.__file__).parent
 
 # Modules that need nothing but arrays, and the optimizers that are made of them.
 KERNELS = {"curvature", "losses", "pcg", "coordinate_lstm", "layer_types", "safeguards"}
-OPTIMIZERS = {"meta_params", "mlhf", "levenberg_marquardt", "hessian_free", "train_state"}
+OPTIMIZERS = {"meta_params", "mlhf", "mlhf_step", "levenberg_marquardt", "hessian_free", "train_state"}
 CORE = KERNELS | OPTIMIZERS
 EXPERIMENTS = {"models", "datasets", "tasks"}
 

@@ -173,6 +173,10 @@ class Trainings:
         """Returns the loss on the training part (the sample in memory of a stream), in nats, shape (E, S)."""
         return self._mean(self._program.loss, self._train)
 
+    def loss_on(self, examples: Examples) -> np.ndarray:
+        """Returns the loss on examples, such as a sample of a part, in nats, shape (E, S)."""
+        return self._mean(self._program.loss, examples)
+
     def test_accuracy(self) -> np.ndarray:
         """Returns the accuracy on the test part, in [0, 1], shape (E, S)."""
         return self._mean(self._program.accuracy, self._test)

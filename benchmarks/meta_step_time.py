@@ -1,0 +1,240 @@
+"""Seconds and memory of meta-training an inner step, against a plain SGD step of the same task and batch.
+
+A meta-iteration (``meta_step`` of ``make_meta_step`` with ``mlhf_optimizer``: unroll, meta-gradient,
+meta-update, replay) takes ``num_tasks`` x ``unroll_length`` inner steps; its time is divided by that
+number. Unroll length T, CG steps K and the number of tasks grow one at a time from T = 10, K = 4 and one
+task. Every configuration has a process of its own, so that its peak of memory is its own:
+
+- ``peak_bytes``: on a GPU the peak of what jax had allocated, on a CPU the peak of the whole process, in
+  which Python, jax and the compiler are a large and constant part;
+- ``temp_bytes``: what the compiled meta-step needs beside its arguments and results, as XLA says;
+- ``state_bytes``: its arguments: the state of meta-training, mostly the replay buffer, and the batches;
+- ``compile_seconds``: tracing and compiling the meta-step.
+
+    python benchmarks/meta_step_time.py --json meta_step_time.json --figure meta_step_time.png
+
+``--quick``: two small configurations, few rounds. What was tried and did not pay: nothing so far.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from step_contenders import Runner, make_problem, training_step
+from step_time import judged, names_of, print_targets
+
+from mlhf_optax import init_meta_params
+from mlhf_optax.experiments.benchmarking import command_line, interleaved, report, write_json
+from mlhf_optax.experiments.figures import require_matplotlib
+from mlhf_optax.meta_training import MetaTrainingConfig, make_meta_step, mlhf_optimizer
+
+BATCH_SIZES = {"digits-mlp": 128, "cuda-convnet": 64}
+GROWING = {"unroll_length": (5, 20), "num_cg_steps": (2, 8), "num_tasks": (2, 4)}
+RATIO_LIMIT = 22.0
+
+
+class Configuration(NamedTuple):
+    """What is measured in one process."""
+
+    task: str
+    batch: int
+    unroll_length: int = 10
+    num_cg_steps: int = 4
+    num_tasks: int = 1
+
+
+def configurations(task: str) -> list[Configuration]:
+    """Returns the configuration that all else is compared with, then those that differ in one number."""
+    base = Configuration(task, BATCH_SIZES[task])
+    grown = (base._replace(**{name: value}) for name, values in GROWING.items() for value in values)
+    return [base, *grown]
+
+
+def measure(configuration: Configuration, repeats: int) -> dict[str, Any]:
+    """Measures a configuration in this process; its peak of memory is that of the process so far.
+
+    Args:
+      configuration: what to measure.
+      repeats: rounds.
+
+    Returns:
+      The configuration, seconds and bytes.
+    """
+    task, batch_size, unroll_length, num_cg_steps, num_tasks = configuration
+    problem = make_problem(task)
+    sgd = training_step(problem, jax.jit(problem.init_fn)(jax.random.key(0)), optax.sgd(0.01, momentum=0.9))
+    config = MetaTrainingConfig(num_tasks=num_tasks, unroll_length=unroll_length)
+    init, meta_step = make_meta_step(problem, mlhf_optimizer(num_cg_steps=num_cg_steps), config)
+    state = init(jax.random.key(0), init_meta_params(jax.random.key(1)))
+    batches = problem.draw_batch(num_tasks, unroll_length + 1, batch_size)
+    start = time.perf_counter()
+    # A jit of its own around the one inside, as only the outermost one says what it needs.
+    compiled = jax.jit(meta_step, donate_argnums=0).lower(state, batches).compile()
+    compile_seconds = time.perf_counter() - start
+
+    def meta_iteration():
+        nonlocal state
+        state, metrics = compiled(state, batches)
+        return state, metrics
+
+    thunks = {"sgd": Runner(sgd, problem.draw_batch(batch_size)), "meta": meta_iteration}
+    times = interleaved(thunks, repeats=repeats)
+    inner_steps = num_tasks * unroll_length
+    memory = compiled.memory_analysis()  # None where the backend does not tell
+    return configuration._asdict() | {
+        "seconds_per_inner_step": times["meta"].median / inner_steps,
+        "low": times["meta"].low / inner_steps,
+        "high": times["meta"].high / inner_steps,
+        "sgd_seconds": times["sgd"].median,
+        "ratio": times["meta"].over(times["sgd"]) / inner_steps,
+        "compile_seconds": compile_seconds,
+        "peak_bytes": peak_bytes(),
+        "temp_bytes": memory and memory.temp_size_in_bytes,
+        "state_bytes": memory and memory.argument_size_in_bytes,
+    }
+
+
+def peak_bytes() -> int:
+    """Returns the most memory that jax had allocated on a GPU or, on a CPU, that this process had."""
+    statistics = jax.devices()[0].memory_stats()
+    if statistics:
+        return statistics["peak_bytes_in_use"]
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Linux counts for `ru_maxrss` also what the process that started this one had by then.
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(peak.split()[1])
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def measure_in_process(configuration: Configuration, repeats: int) -> dict[str, Any]:
+    """Returns what :func:`measure` does, from a fresh process.
+
+    Raises:
+      RuntimeError: if that process fails, with the end of what it said.
+    """
+    worker = ["--worker", json.dumps(configuration), "--repeats", str(repeats)]
+    done = subprocess.run([sys.executable, __file__, *worker], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"measuring {configuration} ended with status {done.returncode} (a negative one is a signal, -9 "
+            f"mostly want of memory); take smaller configurations out with --tasks:\n{done.stderr[-2000:]}"
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the target for the convolutional network, if it was measured."""
+    base = Configuration("cuda-convnet", BATCH_SIZES["cuda-convnet"])._asdict()
+    text = f"an inner step / sgd, cuda-convnet, batch {base['batch']}"
+    return [judged(text, RATIO_LIMIT, row["ratio"]) for row in rows if base.items() <= row.items()]
+
+
+def table_of(rows: Sequence[dict[str, Any]]) -> Table:
+    """Returns the table of all configurations."""
+    table = Table(title="meta-training: milliseconds an inner step", box=box.SIMPLE, pad_edge=False)
+    for column in ("task", "T", "K", "tasks", "ms", "/ sgd", "compile s", "peak MiB", "temp MiB"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for row in rows:
+        cells = [row["task"], *(str(row[name]) for name in GROWING)]
+        cells += [f"{1e3 * row['seconds_per_inner_step']:.3g}", f"{row['ratio']:.1f}"]
+        sizes = [row[name] for name in ("peak_bytes", "temp_bytes")]
+        sizes = ("-" if size is None else f"{size / 2**20:.1f}" for size in sizes)
+        table.add_row(*cells, f"{row['compile_seconds']:.1f}", *sizes)
+    return table
+
+
+def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws the ratio to SGD and the memory of the compiled meta-step as each number grows."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    all_axes = figure.subplots(2, len(GROWING), sharex="col", sharey="row", squeeze=False)
+    for column, name in enumerate(GROWING):
+        for task in dict.fromkeys(row["task"] for row in rows):
+            own = [row for row in rows if row["task"] == task]
+            # The first one is what the others are compared with.
+            others = [key for key in GROWING if key != name]
+            line = [row for row in own if all(row[key] == own[0][key] for key in others)]
+            line.sort(key=lambda row: row[name])
+            values = [row[name] for row in line]
+            label = f"{task}, batch {own[0]['batch']}"
+            all_axes[0][column].plot(values, [row["ratio"] for row in line], marker="o", label=label)
+            if all(row["temp_bytes"] for row in line):
+                memory = [row["temp_bytes"] / 2**20 for row in line]
+                all_axes[1][column].plot(values, memory, marker="o", label=label)
+        all_axes[1][column].set(xlabel=name.replace("_", " "), yscale="log")
+    all_axes[0][0].set_ylabel("inner step / step of SGD")
+    all_axes[1][0].set_ylabel("MiB of temporaries")
+    all_axes[0][0].legend(fontsize=8)
+    for axes in all_axes.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures every configuration, prints the table, writes JSON and figure."""
+    options = _parse(arguments)
+    # A program found in a cache would not show how long it takes to compile.
+    jax.config.update("jax_enable_compilation_cache", False)
+    if options.worker:
+        print(json.dumps(measure(Configuration(*json.loads(options.worker)), options.repeats)))
+        return
+    console, rows = Console(), []
+    todo = [item for task in options.tasks for item in configurations(task)]
+    if options.quick:
+        todo = [Configuration("digits-mlp", 128, length, 2, 1) for length in (2, 4)]
+    for number, configuration in enumerate(todo, 1):
+        with console.status(f"{number} of {len(todo)}: {configuration}"):
+            rows.append(measure_in_process(configuration, options.repeats))
+    console.print(table_of(rows))
+    found = targets(rows)
+    print_targets(console, found)
+    if options.json:
+        content = {"rows": rows, "targets": found}
+        write_json(options.json, report(command_line("meta_step_time.py", arguments), **content))
+    if options.figure:
+        save_figure(rows, options.figure)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--tasks",
+        type=names_of(BATCH_SIZES),
+        default=tuple(BATCH_SIZES),
+        help=f"by commas, of {', '.join(BATCH_SIZES)}",
+    )
+    add("--repeats", type=int, default=7, help="rounds")
+    add("--json", type=Path)
+    add("--figure", type=Path)
+    add("--quick", action="store_true", help="digits-mlp with T = 2 and 4, K = 2, 2 rounds")
+    add("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {options.repeats}")
+    if options.quick:
+        options.repeats = 2
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""What ``step_time.py`` and ``meta_step_time.py`` time: networks, steps of optimizers, and parts of them."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from mlhf_optax import SoftmaxCrossEntropy, ggn_matvec, hessian_free, init_meta_params, layer_types, mlhf
+from mlhf_optax.coordinate_lstm import init_carry
+from mlhf_optax.meta_params import Inputs, run_network
+from mlhf_optax.models import MLP, ConvNet
+from mlhf_optax.resnet import mini_resnet
+
+NUM_CG_STEPS = 4
+# Network, shape of an image, batch sizes.
+NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...], tuple[int, ...]]] = {
+    "digits-mlp": (MLP((32,)), (8, 8, 1), (128,)),
+    "mlp-784-512x3-10": (MLP((512, 512, 512)), (28, 28, 1), (128,)),
+    "cuda-convnet": (ConvNet(), (32, 32, 3), (64, 128, 512)),
+    "resnet9": (mini_resnet(), (32, 32, 3), (128,)),
+    "tiny-convnet": (ConvNet((4,), ()), (8, 8, 3), (16,)),
+}
+CURVATURE_BATCH_SIZES = {"mlhf": None, "mlhf-half": 0.5, "mlhf-quarter": 0.25}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is trained: a task as meta-training knows it, and batches of any size."""
+
+    init_fn: Callable[[Any], Any]
+    predict_fn: Callable[[Any, Any], Any]
+    loss_fn: SoftmaxCrossEntropy
+    draw_batch: Callable[..., Any]
+
+    def loss(self, params: Any, batch: Any) -> jax.Array:
+        """Returns the mean loss on a batch."""
+        return self.loss_fn(self.predict_fn(params, batch), batch)
+
+
+class Contender(NamedTuple):
+    """A function ``advance(state, batch) -> state`` and where it starts.
+
+    As every call needs the result of the one before, no machine can work on several at once, and calls
+    can be timed without waiting for each.
+    """
+
+    advance: Callable[[Any, Any], Any]
+    state: Any
+
+
+class Runner:
+    """Calls a contender again and again, each time on what it returned last."""
+
+    def __init__(self, contender: Contender, batch: Any):
+        self.jitted: Any = jax.jit(contender.advance, donate_argnums=0)
+        # Copies, as a donated buffer may not be used twice.
+        self.state = jax.tree.map(jnp.copy, contender.state)
+        self.batch = batch
+        start = time.perf_counter()
+        jax.block_until_ready(self())
+        self.first_seconds = time.perf_counter() - start
+
+    def __call__(self) -> Any:
+        """Takes one step; returns the new state without waiting for it."""
+        self.state = self.jitted(self.state, self.batch)
+        return self.state
+
+
+def make_problem(name: str) -> Problem:
+    """Returns the problem of a name in :data:`NETWORKS`."""
+    model, shape, _ = NETWORKS[name]
+
+    def predict_fn(params, batch):
+        # Batch normalisation by the batch itself; networks without it collect nothing.
+        return model.apply({"params": params}, batch["image"], mutable=["batch_stats"])[0]
+
+    def draw_batch(*leading: int):
+        keys = jax.random.split(jax.random.key(1))
+        image = jax.random.normal(keys[0], (*leading, *shape))
+        return {"image": image, "label": jax.random.randint(keys[1], leading, 0, 10)}
+
+    init_fn = lambda key: model.init(key, jnp.zeros((1, *shape)))["params"]
+    return Problem(init_fn, predict_fn, SoftmaxCrossEntropy(), draw_batch)
+
+
+def training_step(problem: Problem, params: Any, optimizer: optax.GradientTransformation) -> Contender:
+    """Returns a training step: gradient, update and its application."""
+    tx = optax.with_extra_args_support(optimizer)
+
+    def advance(state, batch):
+        params, opt_state = state
+        gradient = jax.grad(problem.loss)(params, batch)
+        updates, opt_state = tx.update(gradient, opt_state, params, batch=batch)
+        return optax.apply_updates(params, updates), opt_state
+
+    return Contender(advance, (params, tx.init(params)))
+
+
+def step_contenders(problem: Problem, params: Any) -> dict[str, Contender]:
+    """Returns a training step of every optimizer that is installed."""
+    model = (problem.predict_fn, problem.loss_fn)
+    meta_params = init_meta_params(jax.random.key(2))
+    optimizers = {
+        "sgd": optax.sgd(0.01, momentum=0.9),
+        "adam": optax.adam(1e-3),
+        # Unrolled as MLHF is, and all 20 steps whatever the tolerance.
+        "hessian-free-20": hessian_free(0.1, *model, damping=1.0, tolerance=0.0, early_exit=False),
+    }
+    for name, size in CURVATURE_BATCH_SIZES.items():
+        optimizers[name] = mlhf(1.0, meta_params, *model, curvature_batch_size=size)
+    contenders = {name: training_step(problem, params, optimizer) for name, optimizer in optimizers.items()}
+    somax = somax_step(problem, params)
+    return contenders if somax is None else {**contenders, f"somax-ggn-cg{NUM_CG_STEPS}": somax}
+
+
+def somax_step(problem: Problem, params: Any) -> Contender | None:
+    """Returns a step of python-somax's GGN method with as many CG steps as MLHF, if it is installed.
+
+    Constant damping, no preconditioner, no telemetry, no line search; a warm start as in MLHF, so K + 1
+    products too. With a tolerance of zero its loop never ends early.
+    """
+    try:
+        import somax
+    except ImportError:
+        return None
+    predict_fn = lambda p, image: problem.predict_fn(p, {"image": image})
+    keys = {"x_key": "image", "y_key": "label"}
+    cg = {"maxiter": NUM_CG_STEPS, "tol": 0.0, "warm_start": True, "record_cg_stats": False}
+    method = somax.sgn_ce(predict_fn=predict_fn, learning_rate=0.1, lam0=1.0, **keys, **cg)
+
+    def advance(state, batch):
+        params, method_state = state
+        # The key is for methods that draw random numbers; this one draws none.
+        return method.step(params, batch, method_state, jax.random.key(0))[:2]
+
+    return Contender(advance, (params, method.init(params)))
+
+
+def part_contenders(problem: Problem, params: Any) -> dict[str, Contender]:
+    """Returns the parts of MLHF's step; the one product of ``one_product`` makes a difference of K."""
+
+    def gradient(state, batch):
+        return state[0], jax.grad(problem.loss)(_after(*state), batch)
+
+    def multiply(times: int):
+        def advance(state, batch):
+            params = _after(*state)
+            vector, matvec = params, ggn_matvec(problem.predict_fn, problem.loss_fn, params, batch)
+            for _ in range(times):
+                # As with a damping of one: products alone would shrink to nothing.
+                vector = jax.tree.map(jnp.add, vector, matvec(vector))
+            return params, vector
+
+        return advance
+
+    meta_params = init_meta_params(jax.random.key(2))
+    types = layer_types(params)
+
+    def lstm(state, _):
+        (direction, residual, gradient), *carries = state
+        # Three distinct trees: what is made of equal ones would be computed only once.
+        inputs = Inputs(direction, residual, gradient)
+        networks = zip((meta_params.damping, meta_params.preconditioner), carries, strict=True)
+        run = lambda network, carry: run_network(network, meta_params.settings, types, carry, inputs)
+        (s_out, s_carry), (p_out, p_carry) = (run(network, carry) for network, carry in networks)
+        return (s_out, p_out, gradient), s_carry, p_carry
+
+    carry = init_carry(params, meta_params.units)
+    return {
+        "gradient": Contender(gradient, (params, params)),
+        "products": Contender(multiply(NUM_CG_STEPS + 1), (params, params)),
+        "one_product": Contender(multiply(1), (params, params)),
+        "lstm": Contender(lstm, ((params, params, params), carry, carry)),
+    }
+
+
+def _after(params: Any, previous: Any) -> Any:
+    """Returns ``params``, but not before ``previous`` is there."""
+    return jax.lax.optimization_barrier((params, previous))[0]

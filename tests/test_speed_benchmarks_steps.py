@@ -1,0 +1,171 @@
+"""The benchmarks of a training step and of a meta-training step, on a network of one layer."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from mlhf_optax.models import MLP
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+step_contenders = importlib.import_module("step_contenders")
+step_time = importlib.import_module("step_time")
+meta_step_time = importlib.import_module("meta_step_time")
+
+OPTIMIZERS = ["sgd", "adam", "hessian-free-20", "mlhf", "mlhf-half", "mlhf-quarter"]
+
+
+@pytest.fixture(autouse=True)
+def linear(monkeypatch):
+    """A network that compiles quickly; the cache of programs is as it was afterwards."""
+    monkeypatch.setitem(step_contenders.NETWORKS, "linear", (MLP(()), (2, 2, 1), (8,)))
+    before = jax.config.read("jax_enable_compilation_cache")
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
+@pytest.fixture
+def problem():
+    return step_contenders.make_problem("linear")
+
+
+@pytest.fixture
+def params(problem):
+    return problem.init_fn(jax.random.key(0))
+
+
+def test_every_optimizer_trains_and_compiles_once(problem, params):
+    batch = problem.draw_batch(8)
+    start = problem.loss(params, batch)
+    contenders = step_contenders.step_contenders(problem, params)
+    assert set(OPTIMIZERS) <= set(contenders)
+    for name, contender in contenders.items():
+        runner = step_contenders.Runner(contender, batch)
+        for _ in range(3):
+            runner()
+        assert problem.loss(runner.state[0], batch) < start, name
+        assert runner.jitted._cache_size() == 1, name
+        assert runner.first_seconds > 0
+
+
+def test_parts_do_what_their_names_say(problem, params):
+    batch = problem.draw_batch(8)
+    parts = step_contenders.part_contenders(problem, params)
+    gradient = parts["gradient"].advance(parts["gradient"].state, batch)[1]
+    np.testing.assert_allclose(
+        ravel_pytree(gradient)[0], ravel_pytree(jax.grad(problem.loss)(params, batch))[0]
+    )
+    one, many = (parts[name].advance(parts[name].state, batch)[1] for name in ("one_product", "products"))
+    # Of a model that is linear in its parameters the GGN is the Hessian.
+    flat, unravel = ravel_pytree(params)
+    matrix = jnp.eye(flat.size) + jax.hessian(lambda x: problem.loss(unravel(x), batch))(flat)
+    for result, power in ((one, 1), (many, step_contenders.NUM_CG_STEPS + 1)):
+        expected = np.linalg.matrix_power(np.asarray(matrix), power) @ flat
+        np.testing.assert_allclose(ravel_pytree(result)[0], expected, rtol=1e-4, atol=1e-5)
+    outputs, s_carry, p_carry = parts["lstm"].advance(parts["lstm"].state, batch)
+    assert jax.tree.map(jnp.shape, (outputs, s_carry, p_carry)) == jax.tree.map(
+        jnp.shape, parts["lstm"].state
+    )
+
+
+def test_without_somax_its_row_is_left_out(monkeypatch, problem, params):
+    monkeypatch.setitem(sys.modules, "somax", None)
+    assert list(step_contenders.step_contenders(problem, params)) == OPTIMIZERS
+
+
+def test_step_time_writes_rows_parts_and_figure(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "somax", None)
+    files = ["--json", str(tmp_path / "step.json"), "--figure", str(tmp_path / "step.png")]
+    step_time.main(["--tasks", "linear", "--batches", "4", "--repeats", "1", *files])
+    report = json.loads((tmp_path / "step.json").read_text())
+    assert {"machine", "versions", "date", "rows", "parts", "targets", "notes"} <= set(report)
+    assert report["command"].startswith("python benchmarks/step_time.py --tasks linear")
+    assert [row["optimizer"] for row in report["rows"]] == OPTIMIZERS
+    for row in report["rows"]:
+        assert (row["task"], row["batch"], row["compilations"], row["finite"]) == ("linear", 4, 1, True)
+        assert 0 < row["low"] <= row["seconds"] <= row["high"]
+        assert row["compile_seconds"] > 0
+    assert report["rows"][0]["ratio_to_sgd"] == 1.0
+    (part,) = report["parts"]
+    assert set(part) == {"task", "batch", "gradient", "ggn_product", "products", "lstm", "mlhf_over_parts"}
+    assert report["notes"] == ["python-somax is not installed"]
+    assert (tmp_path / "step.png").stat().st_size > 0
+    printed = capsys.readouterr().out
+    assert "compiled more than once: none" in printed
+    assert "python-somax is not installed" in printed
+
+
+def test_targets_are_judged_where_they_were_measured():
+    row = {"task": "cuda-convnet", "batch": 128, "seconds": 1.0, "compile_seconds": 8.0}
+    rows = [
+        row | {"optimizer": "sgd", "ratio_to_sgd": 1.0},
+        row | {"optimizer": "mlhf", "ratio_to_sgd": 6.5},
+        row | {"optimizer": "mlhf-quarter", "ratio_to_sgd": 2.4, "compile_seconds": 9.5},
+    ]
+    parts = [{"task": "cuda-convnet", "batch": 128, "mlhf_over_parts": 1.1}]
+    found = {target["target"]: target["met"] for target in step_time.targets(rows, parts)}
+    assert found == {
+        "mlhf / sgd, cuda-convnet, batch 128": False,
+        "seconds of the first call of mlhf, cuda-convnet, batch 128": True,
+        "mlhf-quarter / sgd, cuda-convnet, batch 128": True,
+        "seconds of the first call of mlhf-quarter, cuda-convnet, batch 128": False,
+        "mlhf / (gradient + products), cuda-convnet, batch 128": True,
+    }
+    assert step_time.targets([rows[1] | {"task": "linear"}], [parts[0] | {"task": "linear"}]) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (step_time, ["--tasks", "digits-mlp,cnn"], "no task cnn; there are digits-mlp"),
+        (step_time, ["--batches", "64,0"], "wanted numbers of examples such as 64,128, got '64,0'"),
+        (step_time, ["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (meta_step_time, ["--tasks", "resnet9"], "no task resnet9; there are digits-mlp"),
+        (meta_step_time, ["--repeats", "0"], "--repeats must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_refused_with_what_is_wanted(script, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        script.main(arguments)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_configurations_grow_one_number_at_a_time():
+    base, *others = meta_step_time.configurations("cuda-convnet")
+    assert base == ("cuda-convnet", 64, 10, 4, 1)
+    assert len(others) == 6
+    assert all(sum(a != b for a, b in zip(base, other, strict=True)) == 1 for other in others)
+
+
+def test_meta_step_time_measures_and_writes(monkeypatch, tmp_path, capsys):
+    configuration = ("linear", 4, 2, 1, 2)
+    meta_step_time.main(["--worker", json.dumps(configuration), "--repeats", "1"])
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert tuple(measured[name] for name in meta_step_time.Configuration._fields) == configuration
+    for name in ("seconds_per_inner_step", "sgd_seconds", "ratio", "compile_seconds", "peak_bytes"):
+        assert measured[name] > 0
+
+    def fake(configuration, repeats):
+        return measured | configuration._asdict()
+
+    monkeypatch.setattr(meta_step_time, "measure_in_process", fake)
+    files = ["--json", str(tmp_path / "meta.json"), "--figure", str(tmp_path / "meta.png")]
+    meta_step_time.main(files)
+    report = json.loads((tmp_path / "meta.json").read_text())
+    assert {"machine", "versions", "command", "date", "rows", "targets"} <= set(report)
+    assert len(report["rows"]) == 14
+    (target,) = report["targets"]
+    assert (target["value"], target["limit"]) == (measured["ratio"], 22.0)
+    assert (tmp_path / "meta.png").stat().st_size > 0
+
+
+def test_a_process_that_fails_is_reported_with_what_it_said():
+    unknown = meta_step_time.Configuration("unknown", 4)
+    with pytest.raises(RuntimeError, match=r"(?s)task='unknown'.*KeyError"):
+        meta_step_time.measure_in_process(unknown, repeats=1)

@@ -25,7 +25,7 @@ OPTIMIZERS = ["sgd", "adam", "hessian-free-20", "mlhf", "mlhf-half", "mlhf-quart
 def linear(monkeypatch):
     """A network that compiles quickly; the cache of programs is as it was afterwards."""
     monkeypatch.setitem(step_contenders.NETWORKS, "linear", (MLP(()), (2, 2, 1), (8,)))
-    before = jax.config.read("jax_enable_compilation_cache")
+    before = jax.config.values["jax_enable_compilation_cache"]
     yield
     jax.config.update("jax_enable_compilation_cache", before)
 

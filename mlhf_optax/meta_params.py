@@ -235,7 +235,7 @@ def run_network(
     Example:
       See :func:`mlhf_optax.scale_by_mlhf`, which calls it twice a step.
     """
-    features = _features(settings, inputs)
+    features, shared = _features(settings, inputs), _shared_features(settings, inputs)
     names, treedef = jax.tree.flatten(types)
     columns = [treedef.flatten_up_to(tree) for layer in carry for tree in layer]
     outputs, carries = [], []
@@ -244,7 +244,7 @@ def run_network(
             coordinate_lstm.LayerCarry(columns[2 * n][index], columns[2 * n + 1][index])
             for n in range(len(carry))
         )
-        output, leaf_carry = coordinate_lstm.apply(network[name], leaf_carry, feature)
+        output, leaf_carry = coordinate_lstm.apply(network[name], leaf_carry, feature, shared)
         outputs.append(output)
         carries.append(leaf_carry)
     next_carry = tuple(
@@ -292,12 +292,9 @@ def output_to_value(settings: Settings, outputs: chex.ArrayTree, initial: float)
 
 
 def _features(settings: Settings, inputs: Inputs) -> chex.ArrayTree:
-    """Stacks the features of every parameter to shape (F, *shape), in at least float32."""
+    """Stacks each parameter's own features to shape (F, *shape), in at least float32."""
     if settings.input_features == "tanh":
         return jax.tree.map(lambda *q: jnp.stack([jnp.tanh(_at_least_f32(x)) for x in q]), *inputs)
-    extra = ()
-    if settings.input_features == "log-global":
-        extra = tuple(_log_magnitude(_root_mean_square(q), settings.log_range) for q in inputs)
 
     def stack(*quantities):
         features = []
@@ -305,10 +302,16 @@ def _features(settings: Settings, inputs: Inputs) -> chex.ArrayTree:
             x = _at_least_f32(quantity)
             features += [_log_magnitude(jnp.abs(x), settings.log_range)]
             features += [jnp.clip(x * math.exp(settings.log_range), -1.0, 1.0)]
-        features += [jnp.broadcast_to(x, quantities[0].shape) for x in extra]
         return jnp.stack(features)
 
     return jax.tree.map(stack, *inputs)
+
+
+def _shared_features(settings: Settings, inputs: Inputs) -> jax.Array | None:
+    """Returns the features that are the same for all coordinates, shape (G,), if there are any."""
+    if settings.input_features != "log-global":
+        return None
+    return jnp.stack([_log_magnitude(_root_mean_square(tree), settings.log_range) for tree in inputs])
 
 
 def _log_magnitude(magnitude: jax.Array, log_range: float) -> jax.Array:

@@ -39,6 +39,20 @@ def test_several_steps_agree_with_one_coordinate_at_a_time(units, shape):
             np.testing.assert_allclose(layer.hidden[(slice(None), *index)], hidden, rtol=1e-10)
 
 
+def test_shared_features_act_like_features_of_every_coordinate():
+    weights, shared = random_weights(5), jnp.array([0.7, -1.3])
+    own = np.random.default_rng(1).normal(size=(3, 4, 2))
+    carry = jax.tree.map(lambda x: x + 0.1, coordinate_lstm.init_carry(jnp.zeros((4, 2)), dtype=jnp.float64))
+    everywhere = jnp.concatenate([own, jnp.broadcast_to(shared[:, None, None], (2, 4, 2))])
+
+    def run(weights, *features):
+        output, new = coordinate_lstm.apply(weights, carry, *features)
+        return jnp.sum(output**2), (output, new)
+
+    got, want = (jax.grad(run, has_aux=True)(weights, *x) for x in ((own, shared), (everywhere,)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), got, want)
+
+
 def test_fresh_weights_give_zero_whatever_is_seen_and_remember():
     weights = coordinate_lstm.init_weights(jax.random.key(0), 3, (4, 2))
     assert [layer.kernel.shape for layer in weights.layers] == [(16, 7), (8, 6)]

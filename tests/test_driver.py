@@ -199,6 +199,19 @@ def test_resuming_a_run_that_has_ended_changes_nothing_and_a_longer_one_goes_on(
     assert outcome(tmp_path) == undisturbed[1]
 
 
+def test_a_run_that_stops_early_is_whole_and_can_go_on(tmp_path, undisturbed):
+    short = Schedule(iterations=9, checkpoint_every=4, validate_every=4, stop_after=3)
+    done = run(tmp_path, short)
+    assert int(done.state.iteration) == int(done.best_iteration) == 3  # validated and saved at the end
+    assert [path.stem for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")] == [
+        "checkpoint-00000003"
+    ]
+    done = run(tmp_path, resume=True)
+    assert int(done.state.iteration) == int(undisturbed[0].state.iteration)
+    jax.tree.map(np.testing.assert_array_equal, done.state, undisturbed[0].state)
+    assert Schedule(iterations=9, stop_after=20).last == 9
+
+
 def test_resuming_where_there_is_nothing_starts_anew(tmp_path, undisturbed):
     done = run(tmp_path / "new", resume=True)
     jax.tree.map(np.testing.assert_array_equal, done, undisturbed[0])

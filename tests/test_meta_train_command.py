@@ -102,6 +102,7 @@ def test_the_record_says_how_it_was_made_and_how_to_use_it(trained):
     assert "the part for meta-training only" in record["trained_on"]
     made = record["meta_training"]
     assert (made["settings"], made["iterations"], made["seed"]) == ("default", ITERATIONS, 3)
+    assert (made["stopped_after"], made["same_batch_weight"]) == (ITERATIONS, 1.0)
     assert (made["config"]["num_tasks"], made["config"]["decay_iterations"]) == (2, ITERATIONS)
     assert set(record["totals"]) == {"diverged", "stuck", "replayed", "fresh", "dropped_gradients"}
     assert [line["iteration"] for line in record["curves"]] == [1, 2, 3, 4]

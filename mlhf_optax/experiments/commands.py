@@ -169,6 +169,10 @@ def meta_train(
         _option("Folder for checkpoints, metrics and the result, by default runs/TASK.", metavar="DIR"),
     ] = None,
     iterations: Annotated[int, _option("Meta-iterations, each one unroll of every task.", min=1)] = 1000,
+    stop_after: Annotated[
+        int | None,
+        _option("Write the result after so many of them; --resume with a larger number goes on.", min=1),
+    ] = None,
     num_tasks: Annotated[int, _option("Networks in training side by side.", min=1)] = 8,
     unroll_length: Annotated[int, _option("Steps of an unroll.", min=1)] = 10,
     batch_size: BatchSize = None,
@@ -248,6 +252,7 @@ def meta_train(
         starts=starts,
         keep_probability=keep_probability,
         same_batch_weight=same_batch_weight,
+        stop_after=stop_after,
     )
 
 

@@ -39,7 +39,14 @@ _FAITHFUL = {
 }
 _VALIDATION_STEPS = (10, 30, 100, 300)
 _NUM_CG_STEPS = 4
-_ABOUT = ("settings", "iterations", "seed", "same_batch_weight", "config")  # told by the record
+_ABOUT = (
+    "settings",
+    "iterations",
+    "stopped_after",
+    "seed",
+    "same_batch_weight",
+    "config",
+)  # told by the record
 
 
 def run_meta_training(
@@ -61,6 +68,7 @@ def run_meta_training(
     learning_rate: float = 1.0,
     keep_probability: float = 0.95,
     same_batch_weight: float = 1.0,
+    stop_after: int | None = None,
     validation_steps: tuple[int, ...] = _VALIDATION_STEPS,
     console: Console | None = None,
 ) -> Path:
@@ -85,6 +93,7 @@ def run_meta_training(
       learning_rate: inner learning rate.
       keep_probability: chance that an inner training goes on after an unroll.
       same_batch_weight: weight in ``l_s`` of the gain on the step's own mini-batch.
+      stop_after: write the result after so many meta-iterations of the schedule; None for all of them.
       validation_steps: when the loss is recorded in a validation run.
       console: where to print.
 
@@ -128,7 +137,7 @@ def run_meta_training(
     about |= dataclasses.asdict(meta_params.settings)
     examples = jax.tree.map(jnp.asarray, problem.data.meta_train)
     shape = (num_tasks, unroll_length + 1, batch_size)
-    schedule = mt.Schedule(iterations, checkpoint_every, validate_every)
+    schedule = mt.Schedule(iterations, checkpoint_every, validate_every, stop_after=stop_after)
     with _progress_bar(console) as bar:
         done = mt.meta_train(
             problem,
@@ -142,13 +151,13 @@ def run_meta_training(
             seed=seed,
             resume=resume,
             about=about,
-            progress=_reporter(bar, iterations),
+            progress=_reporter(bar, schedule.last),
         )
-    about |= {"seed": seed, "config": dataclasses.asdict(config)}
+    about |= {"seed": seed, "stopped_after": schedule.last, "config": dataclasses.asdict(config)}
     record = _record(problem, output, done, about, learned_options(settings))
     path = save_meta_params(output / "meta_params.npz", done.best_meta_params, record)
     best = int(done.best_iteration)
-    console.print(f"best meta-parameters by validation: iteration {best} of {iterations}, in {path}")
+    console.print(f"best meta-parameters by validation: iteration {best} of {schedule.last}, in {path}")
     console.print(f"try them: mlhf-optax train {task} --meta-params {path}", soft_wrap=True)
     return path
 

@@ -38,6 +38,7 @@ class Schedule:
       checkpoint_every: meta-iterations between checkpoints.
       validate_every: meta-iterations between validations; one more is done at the end.
       report_every: meta-iterations between two looks at the metrics (each waits for the device).
+      stop_after: stop early, after so many of the iterations, as if it were the end; None for not.
 
     Raises:
       ValueError: if one of them is below 1.
@@ -51,15 +52,21 @@ class Schedule:
     checkpoint_every: int = 50
     validate_every: int = 100
     report_every: int = 5
+    stop_after: int | None = None
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
+
+    @property
+    def last(self) -> int:
+        """The last meta-iteration."""
+        return self.iterations if self.stop_after is None else min(self.stop_after, self.iterations)
 
     def is_due(self, iteration: int, every: int) -> bool:
         """Returns whether something is due after this many iterations."""
-        return iteration % every == 0 or iteration == self.iterations
+        return iteration % every == 0 or iteration == self.last
 
 
 class Progressed(NamedTuple):
@@ -145,7 +152,7 @@ def meta_train(
     with log("metrics") as metrics_log, log("validation") as validation_log:
         pending, clock = [], time.perf_counter()
         sample = jax.jit(sample_fn)
-        for iteration in range(start + 1, schedule.iterations + 1):
+        for iteration in range(start + 1, schedule.last + 1):
             state, metrics = meta_step(now.state, sample(jax.random.fold_in(data_key, iteration)))
             now = now._replace(state=state)
             pending.append((iteration, metrics))

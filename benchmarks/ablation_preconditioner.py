@@ -33,7 +33,7 @@ import optax
 from mlhf_optax import layer_types, meta_training
 from mlhf_optax.curvature import ggn_matvec
 from mlhf_optax.datasets import num_examples, sample_batches
-from mlhf_optax.experiments.experiment import join_examples
+from mlhf_optax.experiments.experiment_options import add_network_options, join_examples, network_options
 from mlhf_optax.experiments.machine import machine_info, versions
 from mlhf_optax.experiments.meta_train_command import SETTINGS, learned_options
 from mlhf_optax.image_tasks import cifar10_convnet
@@ -110,17 +110,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs/ablation_preconditioner"))
     add("--resume", action="store_true", help="go on from what lies in the folder")
     add("--quick", action="store_true", help="a narrow network and 10 meta-iterations")
+    add_network_options(parser)
     options = parser.parse_args(arguments)
     if options.quick:
         # 10 unrolls of 10 steps of 32 examples are a sixteenth of an epoch of 50,000.
         options.epochs, options.seeds, options.batch_size, options.solver_steps = 1 / 16, 1, 32, 10
+        options.channels, options.hidden = [8, 16], [16]
     return options
 
 
 def make_task(options: argparse.Namespace) -> Task:
     """Returns the task; its part for meta-training is the whole training set, as in the paper."""
-    narrow = {"channels": (8, 16), "hidden": (16,)} if options.quick else {}
-    task = cifar10_convnet(data_dir=options.data_dir, cache_dir=options.cache_dir, **narrow)
+    network = network_options(options)
+    task = cifar10_convnet(data_dir=options.data_dir, cache_dir=options.cache_dir, **network)
 
     def load():
         whole = join_examples(task.data.meta_train, task.data.train)

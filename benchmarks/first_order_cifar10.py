@@ -14,12 +14,13 @@ import sys
 from collections.abc import Sequence
 
 from mlhf_optax.experiments.comparison import grid_contenders
-from mlhf_optax.experiments.experiment import (
+from mlhf_optax.experiments.experiment import mlhf_contenders, run_experiment
+from mlhf_optax.experiments.experiment_options import (
+    add_network_options,
     apply_quick,
     experiment_parser,
     limit_data,
-    mlhf_contenders,
-    run_experiment,
+    network_options,
 )
 from mlhf_optax.image_tasks import cifar10_convnet
 
@@ -27,11 +28,14 @@ from mlhf_optax.image_tasks import cifar10_convnet
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the experiment."""
     parser = experiment_parser(__doc__, "first_order_cifar10", batch_size=128)
+    add_network_options(parser)
     options = parser.parse_args(arguments)
     apply_quick(options)
-    narrow = {"channels": (8, 16), "hidden": (16,)} if options.quick else {}
     task = cifar10_convnet(
-        batch_size=options.batch_size, data_dir=options.data_dir, cache_dir=options.cache_dir, **narrow
+        batch_size=options.batch_size,
+        data_dir=options.data_dir,
+        cache_dir=options.cache_dir,
+        **network_options(options),
     )
     if options.quick:
         task = limit_data(task, 2000, 2000, 500)

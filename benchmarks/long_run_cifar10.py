@@ -22,7 +22,8 @@ from rich.progress import track
 
 from mlhf_optax.datasets import take
 from mlhf_optax.experiments.benchmarking import command_line, report, write_json
-from mlhf_optax.experiments.experiment import find_meta_params, limit_data
+from mlhf_optax.experiments.experiment import find_meta_params
+from mlhf_optax.experiments.experiment_options import add_network_options, limit_data, network_options
 from mlhf_optax.experiments.trainings import Program, Trainings
 from mlhf_optax.image_tasks import cifar10_convnet
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
@@ -77,8 +78,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=10_000)
     add("--record-every", type=int, default=100, help="steps between records and checkpoints")
     add("--batch-size", type=int, default=128)
-    add("--channels", type=int, nargs="+", default=[32, 64], help="of the convolutions; 8 16 is narrow")
-    add("--hidden", type=int, nargs="+", default=[32], help="widths of the dense layers")
+    add_network_options(parser)
     add("--curvature-share", type=float, default=0.25, help="share of the batch for GGN products; 0 for all")
     add("--meta-params", help="shipped name or path; by default those for the task")
     add("--learning-rate", type=float, help="by default what the record says")
@@ -107,8 +107,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def make_task(options: argparse.Namespace) -> Task:
     """Returns the task that the options ask for."""
     task = cifar10_convnet(
-        channels=options.channels,
-        hidden=options.hidden,
+        **network_options(options),
         batch_size=options.batch_size,
         data_dir=options.data_dir,
         cache_dir=options.cache_dir,

@@ -13,7 +13,10 @@ task. Every configuration has a process of its own, so that its peak of memory i
 
     python benchmarks/meta_step_time.py --json meta_step_time.json --figure meta_step_time.png
 
-``--quick``: two small configurations, few rounds. What was tried and did not pay: nothing so far.
+``--quick``: two small configurations, few rounds.
+
+What did not pay, on a CPU: ``vmap`` over tasks with convolutions (gradients of four take 2.8 times as long as
+one after the other). Rematerialisation has nothing to save: no pass over the model is kept for a later one.
 """
 
 import argparse
@@ -88,7 +91,8 @@ def measure(configuration: Configuration, repeats: int) -> dict[str, Any]:
         return state, metrics
 
     thunks = {"sgd": Runner(sgd, problem.draw_batch(batch_size)), "meta": meta_iteration}
-    times = interleaved(thunks, repeats=repeats)
+    # A single step of SGD would find the memory that a meta-iteration left cold, and take twice its time.
+    times = interleaved(thunks, repeats=repeats, stretch_seconds=1.0)
     inner_steps = num_tasks * unroll_length
     memory = compiled.memory_analysis()  # None where the backend does not tell
     return configuration._asdict() | {

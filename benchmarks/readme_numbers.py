@@ -1,10 +1,11 @@
 """Writes the numbers of the README from the results in benchmarks/results.
 
-    python benchmarks/readme_numbers.py            rewrites the section in README.md
-    python benchmarks/readme_numbers.py --check    fails if the section is not up to date
+    python benchmarks/readme_numbers.py            rewrites its sections in README.md
+    python benchmarks/readme_numbers.py --check    fails if a section is not up to date
 
-``digits-mlp.json`` is what ``mlhf-optax train --json`` writes, ``transfer_digits.json`` what
-``benchmarks/transfer_digits.py --json`` writes.
+``digits-mlp.json`` is what ``mlhf-optax train --json`` writes; every other file is what the benchmark of
+its name writes. A section lies between two comments, ``<!-- NAME written by ... -->`` and
+``<!-- end of NAME -->``.
 """
 
 import json
@@ -14,20 +15,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from readme_markdown import origin, ratio, table
+from readme_speed import speed_section
+
 from mlhf_optax.experiments.results import Result, best_of, table_steps
 from mlhf_optax.experiments.tables import format_loss
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN = "<!-- numbers written by benchmarks/readme_numbers.py -->"
-END = "<!-- end of numbers -->"
 
 
-def section(results: Path) -> str:
-    """Returns the Markdown between the two marks, for a folder of results."""
+def numbers_section(results: Path) -> list[str]:
+    """Returns the Markdown lines of the losses on digits, for a folder of results."""
     comparison = json.loads((results / "digits-mlp.json").read_text())
     transfer = json.loads((results / "transfer_digits.json").read_text())
-    lines = [*comparison_table(comparison), "", *transfer_table(transfer)]
-    return "\n".join([BEGIN, "", *lines, "", END])
+    return [*comparison_table(comparison), "", *transfer_table(transfer)]
+
+
+SECTIONS = {"numbers": numbers_section, "speed": speed_section}
 
 
 def comparison_table(report: dict[str, Any]) -> list[str]:
@@ -85,40 +89,26 @@ def read_results(report: dict[str, Any]) -> tuple[Result, list[Result]]:
     return learned, [result for result in results if result.name != "mlhf"]
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns a Markdown table; the first row is its head."""
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
-
-
 def cells(result: Result, steps: Sequence[int]) -> list[str]:
     """Returns losses, accuracy and milliseconds of one optimizer."""
     losses = [format_loss(result.loss_at(step)) for step in steps]
     return [*losses, f"{result.test_accuracy:.1%}", f"{1e3 * result.seconds_per_step:.2f}"]
 
 
-def ratio(own: float, best: float) -> str:
-    """Returns one loss as a multiple of another, bold where it is the lower one."""
-    text = f"{own / best:.2g}" if math.isfinite(own) else "diverged"
-    return f"**{text}**" if own < best else text
-
-
-def origin(report: dict[str, Any]) -> str:
-    """Says by which command, where and when the numbers were measured."""
-    machine, versions = report["machine"], report["versions"]
-    device = machine["cpu"] if machine["backend"] == "cpu" else machine["device"]
-    return (
-        f"`{report['command']}`; {device}, {machine['cores']} cores; jax {versions['jax']}, Python "
-        f"{versions['python']}; {report['date'][:10]}."
-    )
+def rewritten(text: str, results: Path) -> str:
+    """Returns the README with its sections made anew from a folder of results."""
+    for name, section in SECTIONS.items():
+        begin, end = f"<!-- {name} written by benchmarks/readme_numbers.py -->", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = before + "\n".join([begin, "", *section(results), "", end]) + rest.split(end)[1]
+    return text
 
 
 def main() -> None:
     """Rewrites or checks the README."""
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    new = before + section(ROOT / "benchmarks" / "results") + rest.split(END)[1]
+    new = rewritten(text, ROOT / "benchmarks" / "results")
     if "--check" not in sys.argv[1:]:
         readme.write_text(new, encoding="utf-8")
     elif new != text:

@@ -28,12 +28,13 @@ from kfac import kfac_contender
 
 from mlhf_optax import LevenbergMarquardt, hessian_free
 from mlhf_optax.experiments.comparison import Contender
-from mlhf_optax.experiments.experiment import (
+from mlhf_optax.experiments.experiment import mlhf_contenders, run_experiment
+from mlhf_optax.experiments.experiment_options import (
+    add_network_options,
     apply_quick,
     experiment_parser,
     limit_data,
-    mlhf_contenders,
-    run_experiment,
+    network_options,
 )
 from mlhf_optax.image_tasks import cifar10_convnet
 from mlhf_optax.task import Task
@@ -86,9 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the experiment."""
     parser = experiment_parser(__doc__, "second_order_cifar10", batch_size=512)
     parser.add_argument("--kfac", action="store_true", help="compare with K-FAC, too")
+    add_network_options(parser)
     options = parser.parse_args(arguments)
     apply_quick(options)
-    narrow = {"channels": (8, 16), "hidden": (16,)} if options.quick else {}
     make_task = functools.partial(
         cifar10_convnet,
         batch_size=options.batch_size,
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cache_dir=options.cache_dir,
         # kfac-jax recognises layers by the operations of jax.
         convolution=jax.lax.conv_general_dilated if options.only == ["kfac"] else None,
-        **narrow,
+        **network_options(options),
     )
     task = limit_data(make_task(), 2048, 2048, 512) if options.quick else make_task()
     contenders = [

@@ -1,7 +1,8 @@
 """Shipped meta-parameters on networks and batch sizes that they never saw.
 
 Trains variants of ``digits-mlp`` (other widths, depths, activations, batch sizes) with MLHF, unchanged,
-and with every entry of the paper's first-order grid (Table 1), and says where MLHF wins and loses.
+and with every entry of the paper's first-order grid (Table 1), and says where MLHF wins and loses. One more
+variant keeps the LSTMs' states in bfloat16, half the memory, to show what that costs in quality.
 
     python benchmarks/transfer_digits.py --json transfer_digits.json --figure transfer_digits.png
 
@@ -34,7 +35,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sigmoid": {"activation": "sigmoid"},
     "batch 32": {"batch_size": 32},
     "batch 256": {"batch_size": 256},
+    "bfloat16 states": {},
 }
+OPTIONS: dict[str, dict[str, Any]] = {"bfloat16 states": {"carry_dtype": "bfloat16"}}
 STEPS = (10, 30, 100, 200, 500)
 
 
@@ -66,7 +69,8 @@ def run_variant(variant: str, options: argparse.Namespace, steps: Sequence[int])
     pretrained = load_pretrained(options.meta_params)
     rate = pretrained.learning_rate if options.learning_rate is None else options.learning_rate
     limits = {name: pretrained.record[name] for name in ("num_cg_steps", "max_update_ratio")}
-    mlhf = mlhf_contender(task, pretrained.meta_params, learning_rate=rate, **limits)
+    given = limits | OPTIONS.get(variant, {})
+    mlhf = mlhf_contender(task, pretrained.meta_params, learning_rate=rate, **given)
     results = []
     for group in compare(
         task, [mlhf, *grid_contenders(task.batch_size)], num_seeds=options.seeds, num_steps=steps[-1]

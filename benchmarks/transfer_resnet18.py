@@ -15,13 +15,8 @@ What is finished is kept: ``--resume`` goes on after a stop. ``--quick`` takes m
 from collections.abc import Sequence
 
 from mlhf_optax.experiments.comparison import grid_contenders
-from mlhf_optax.experiments.experiment import (
-    apply_quick,
-    experiment_parser,
-    limit_data,
-    mlhf_contenders,
-    run_experiment,
-)
+from mlhf_optax.experiments.experiment import mlhf_contenders, run_experiment
+from mlhf_optax.experiments.experiment_options import apply_quick, experiment_parser, limit_data
 from mlhf_optax.tasks import get_task
 
 BASELINE_BATCH_SIZE = 256  # that of which the grid's learning rates are (Table 1)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-from mlhf_optax.curvature import LossFn, PredictFn
+from mlhf_optax.curvature import LossFn, PredictFn, check_curvature_batch
 from mlhf_optax.meta_params import MetaParams
 from mlhf_optax.meta_params_archive import RESTORE, decode, encode
 from mlhf_optax.mlhf import mlhf
@@ -49,7 +49,8 @@ class Pretrained(NamedTuple):
           predict_fn: ``predict_fn(params, batch) -> outputs``.
           loss_fn: ``loss_fn(outputs, batch) -> scalar``.
           **changes: arguments of :func:`mlhf_optax.mlhf`; they take the place of the record's
-            ``learning_rate``, ``num_cg_steps`` and ``max_update_ratio``, or come on top.
+            ``learning_rate``, ``num_cg_steps``, ``max_update_ratio`` and, where it has one,
+            ``curvature_batch_size`` (None: the whole batch), or come on top.
 
         Returns:
           The optimizer; call ``update(grads, state, params, batch=batch)``.
@@ -63,7 +64,9 @@ class Pretrained(NamedTuple):
           Array(0, dtype=int32)
         """
         names = ("learning_rate", "num_cg_steps", "max_update_ratio")
-        arguments = {name: self.record[name] for name in names} | changes
+        recommended = {name: self.record[name] for name in names}
+        recommended["curvature_batch_size"] = self.record.get("curvature_batch_size")
+        arguments = recommended | changes
         return mlhf(meta_params=self.meta_params, predict_fn=predict_fn, loss_fn=loss_fn, **arguments)
 
 
@@ -76,7 +79,8 @@ def save_meta_params(path: str | os.PathLike, meta_params: MetaParams, record: M
       path: where to write, with or without the ending ``.npz``.
       meta_params: the meta-parameters, float32.
       record: plain JSON values, at least ``task`` (str), ``learning_rate`` and ``batch_size``
-        (numbers > 0), ``num_cg_steps`` (int) and ``max_update_ratio`` (number, or None for no bound).
+        (numbers > 0), ``num_cg_steps`` (int) and ``max_update_ratio`` (number, or None for no bound);
+        more may follow, such as ``curvature_batch_size``.
 
     Returns:
       The path of the ``.npz`` file.
@@ -184,6 +188,10 @@ def _record_problem(record: Mapping[str, Any]) -> str | None:
             return f"'{key}' must be a positive number, got {value!r}"
     if not isinstance(record["num_cg_steps"], int):
         return f"'num_cg_steps' must be an int, got {record['num_cg_steps']!r}"
+    try:
+        check_curvature_batch(record.get("curvature_batch_size"))
+    except (TypeError, ValueError) as error:
+        return str(error)
     return None
 
 

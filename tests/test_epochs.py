@@ -5,6 +5,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -107,6 +108,9 @@ def test_results_of_other_settings_are_refused(tmp_path):
     train_epochs(TASK, SGD, Plan(1, [0], tmp_path))
     with pytest.raises(ValueError, match="has results of other settings"):
         train_epochs(TASK, SGD, Plan(1, [1], tmp_path, resume=True))
+    without_bias = dataclasses.replace(TASK, init_fn=lambda key: {"kernel": jnp.zeros((3, 3))})
+    with pytest.raises(ValueError, match=r"'num_parameters': 12.*there.*'num_parameters': 9.*now"):
+        train_epochs(without_bias, SGD, Plan(1, [0], tmp_path, resume=True))
 
 
 def test_settings_advance_in_groups(tmp_path):

@@ -11,11 +11,12 @@ from mlhf_optax.experiments import experiment
 from mlhf_optax.experiments.comparison import grid_contenders
 from mlhf_optax.experiments.epoch_figures import save_epoch_comparison
 from mlhf_optax.experiments.epochs import EpochResult
-from mlhf_optax.experiments.experiment import (
-    ForeignContender,
+from mlhf_optax.experiments.experiment import ForeignContender, mlhf_contenders, run_experiment
+from mlhf_optax.experiments.experiment_options import (
+    add_network_options,
+    apply_quick,
     experiment_parser,
-    mlhf_contenders,
-    run_experiment,
+    network_options,
 )
 from mlhf_optax.experiments.trainings import Program
 
@@ -119,8 +120,24 @@ def test_contenders_may_bring_their_own_steps_and_clock(tmp_path, short_clock):
 
 def test_quick_is_short():
     options = experiment_parser(None, "x", 128).parse_args(["--quick", "--epochs", "9"])
-    experiment.apply_quick(options)
+    apply_quick(options)
     assert (options.epochs, options.seeds) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "channels", "hidden"),
+    [
+        ([], (32, 64), (32,)),
+        (["--channels", "8", "16", "--hidden", "16"], (8, 16), (16,)),
+        (["--quick"], (8, 16), (16,)),
+    ],
+)
+def test_networks_can_be_narrow(arguments, channels, hidden):
+    parser = experiment_parser(None, "x", 128)
+    add_network_options(parser)
+    options = parser.parse_args(arguments)
+    apply_quick(options)
+    assert network_options(options) == {"channels": channels, "hidden": hidden}
 
 
 def result(name, losses, accuracies):

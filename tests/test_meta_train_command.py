@@ -176,7 +176,8 @@ def prepared(monkeypatch, tmp_path, **kwargs):
 
     def meta_train(task, learned, meta_params, sample_fn, validate_fn, output, schedule, config, **others):
         seen.update(options=learned.meta_gradient.args[0], meta_params=meta_params, config=config)
-        seen.update(others, schedule=schedule, batches=jax.eval_shape(sample_fn, jax.random.key(0)))
+        seen.update(others, schedule=schedule, functions=(sample_fn, validate_fn))
+        seen.update(batches=jax.eval_shape(sample_fn, jax.random.key(0)))
         raise Stopped
 
     monkeypatch.setattr(mt, "meta_train", meta_train)
@@ -214,8 +215,16 @@ def test_arguments_reach_the_meta_training(monkeypatch, tmp_path):
         learning_rate=0.5,
         keep_probability=0.25,
         unroll_length=7,
+        same_batch_weight=0.5,
+        curvature_batch_size=0.25,
     )
-    assert seen["options"].learning_rate == 0.5
+    options = seen["options"]
+    assert (options.learning_rate, options.same_batch_weight, options.curvature_batch_size) == (
+        0.5,
+        0.5,
+        0.25,
+    )
+    assert seen["about"]["curvature_batch_size"] == 0.25
     config = seen["config"]
     assert (config.unroll_length, config.keep_probability, config.meta_learning_rate) == (7, 0.25, 0.1)
     schedule = seen["schedule"]
@@ -224,6 +233,21 @@ def test_arguments_reach_the_meta_training(monkeypatch, tmp_path):
     own_size = tasks.get_task("digits-mlp").meta_batch_size
     assert seen["batches"]["image"].shape[:3] == (2, 8, own_size)
     assert seen["about"]["task"] == "digits-mlp-5"
+
+
+def test_batches_are_augmented_as_in_training(monkeypatch, tmp_path):
+    def blank(key, batch):
+        return {**batch, "image": jnp.zeros_like(batch["image"])}
+
+    monkeypatch.setitem(tasks.TASKS, "blank", lambda: dataclasses.replace(linear_digits(), augment_fn=blank))
+    draw_batches, validate = prepared(monkeypatch, tmp_path, task="blank")["functions"]
+    drawn = draw_batches(jax.random.key(0))
+    assert drawn["image"].shape[:3] == (2, 3, 8)
+    assert not drawn["image"].any()
+    assert np.unique(drawn["label"]).size > 1
+    batches, examples = validate.args[1:]
+    assert not batches["image"].any()
+    assert examples["image"].any()  # what the loss is taken on is never augmented
 
 
 def test_unknown_names_are_errors(tmp_path):

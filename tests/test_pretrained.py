@@ -148,6 +148,22 @@ def test_the_optimizer_is_the_recorded_one_unless_changed(tmp_path):
     assert not np.allclose(changed, recommended)
 
 
+def test_the_optimizer_takes_the_recorded_part_of_the_batch_for_its_curvature(tmp_path):
+    fresh = init_meta_params(jax.random.key(0), layer_types=["dense_kernel"])
+    loaded = load_meta_params(save_meta_params(tmp_path / "x", fresh, RECORD | {"curvature_batch_size": 0.5}))
+    functions = (lambda p, b: b["x"] @ p["kernel"], mlhf_optax.SquaredError(targets="y"))
+    batch = {"x": jnp.diag(jnp.arange(1.0, 5.0)), "y": jnp.arange(4.0)[:, None]}
+    params = {"kernel": jnp.full((4, 1), 0.5)}
+    grads = jax.grad(lambda p: functions[1](functions[0](p, batch), batch))(params)
+
+    def update(**changes):
+        tx = loaded.optimizer(*functions, **changes)
+        return tx.update(grads, tx.init(params), params, batch=batch)[0]["kernel"]
+
+    np.testing.assert_array_equal(update(), update(curvature_batch_size=2))
+    assert not np.allclose(update(), update(curvature_batch_size=None))
+
+
 # Refused on loading -----------------------------------------------------------------------------
 
 
@@ -357,6 +373,7 @@ def test_unusable_arrays_are_not_saved(tmp_path, meta_params, function, words):
         ({"learning_rate": 0.0}, "'learning_rate' must be a positive number, got 0.0"),
         ({"num_cg_steps": True}, "'num_cg_steps' must be a positive number, got True"),
         ({"num_cg_steps": 2.5}, "'num_cg_steps' must be an int, got 2.5"),
+        ({"curvature_batch_size": 1.5}, "`curvature_batch_size`.*1.5"),
         ({"max_update_ratio": math.inf}, "'max_update_ratio' must be a positive number, got inf"),
         ({"curves": [math.nan]}, "plain JSON without NaN"),
         ({"curves": np.ones(2)}, "plain JSON without NaN"),

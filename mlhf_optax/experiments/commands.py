@@ -64,6 +64,16 @@ Hidden = Annotated[
 ]
 
 
+CurvatureBatchSize = Annotated[
+    str | None,
+    _option(
+        "Examples of the batch for MLHF's curvature, or a share of it, like 0.25; by default all while "
+        "meta-training, and after it as meta-trained.",
+        metavar="N|X",
+    ),
+]
+
+
 class StartingSettings(enum.StrEnum):
     """Names of the settings that a meta-training can start from."""
 
@@ -111,13 +121,7 @@ def train(
         float | None, _option("Learning rate of MLHF; its meta-parameters know a good one.", metavar="X")
     ] = None,
     cg_steps: Annotated[int | None, _option("CG steps of MLHF, by default as meta-trained.", min=1)] = None,
-    curvature_batch_size: Annotated[
-        str | None,
-        _option(
-            "Examples of the batch for MLHF's curvature, by default all; or a share, like 0.25.",
-            metavar="N|X",
-        ),
-    ] = None,
+    curvature_batch_size: CurvatureBatchSize = None,
     data_dir: DataDir = None,
     channels: Channels = None,
     hidden: Hidden = None,
@@ -220,6 +224,7 @@ def meta_train(
             metavar="X",
         ),
     ] = 1.0,
+    curvature_batch_size: CurvatureBatchSize = None,
 ) -> None:
     """Meta-train MLHF on a task, on the part of its data that `mlhf-optax train` never uses.
 
@@ -235,6 +240,7 @@ def meta_train(
         get_task(task, **options).data  # noqa: B018  what is wrong with them is said at once
         starts = _given(initial_damping=initial_damping, initial_preconditioner=initial_preconditioner)
         Settings(**starts)
+        part = _parse_part(curvature_batch_size)
     run_meta_training(
         task=task,
         task_options=options,
@@ -252,6 +258,7 @@ def meta_train(
         starts=starts,
         keep_probability=keep_probability,
         same_batch_weight=same_batch_weight,
+        curvature_batch_size=part,
         stop_after=stop_after,
     )
 

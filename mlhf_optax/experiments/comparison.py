@@ -50,6 +50,7 @@ def mlhf_contender(
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
     max_update_ratio: float | None = 0.25,
+    carry_dtype: str = "float32",
     source: str = "",
 ) -> Contender:
     """Returns MLHF as a contender.
@@ -62,6 +63,7 @@ def mlhf_contender(
       num_cg_steps: CG steps.
       curvature_batch_size: part of the batch for GGN products.
       max_update_ratio: bound on the update.
+      carry_dtype: type of the LSTMs' states, such as ``"bfloat16"``.
       source: where the meta-parameters came from, for the record.
 
     Returns:
@@ -77,6 +79,7 @@ def mlhf_contender(
         "num_cg_steps": num_cg_steps,
         "curvature_batch_size": curvature_batch_size,
         "max_update_ratio": max_update_ratio,
+        "carry_dtype": carry_dtype,
     }
 
     optimizer = mlhf(learning_rate, meta_params, task.predict_fn, task.loss_fn, **limits)

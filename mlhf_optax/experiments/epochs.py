@@ -146,6 +146,18 @@ def train_epochs(
     return results
 
 
+def num_parameters(task: Task) -> int:
+    """Returns how many parameters the network of a task has.
+
+    Example:
+      >>> from mlhf_optax.tasks import digits_mlp
+      >>> num_parameters(digits_mlp(hidden=(32,)))
+      2410
+    """
+    shapes = jax.eval_shape(task.init_fn, jax.random.key(0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
 class _Group:
     """Settings that advance together, and their files."""
 
@@ -156,6 +168,7 @@ class _Group:
         self.steps_per_epoch = part_size(task.data.train) // task.batch_size
         self.about = {
             "task": task.name,
+            "num_parameters": num_parameters(task),
             "batch_size": task.batch_size,
             "num_train": part_size(task.data.train),
             "num_epochs": plan.num_epochs,

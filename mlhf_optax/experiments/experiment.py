@@ -1,4 +1,4 @@
-"""What the comparisons on image tasks share: options, the contenders, running and reporting."""
+"""What the comparisons on image tasks share: the contenders, running and reporting."""
 
 import argparse
 import dataclasses
@@ -16,10 +16,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlhf_optax.datasets import Dataset, Examples, part_size
+from mlhf_optax.datasets import part_size
 from mlhf_optax.experiments.comparison import Contender, mlhf_contender
 from mlhf_optax.experiments.epoch_figures import save_epoch_comparison
-from mlhf_optax.experiments.epochs import EpochResult, Plan, train_epochs
+from mlhf_optax.experiments.epochs import EpochResult, Plan, num_parameters, train_epochs
+from mlhf_optax.experiments.experiment_options import UNTRAINED
 from mlhf_optax.experiments.figures import require_matplotlib
 from mlhf_optax.experiments.machine import machine_info
 from mlhf_optax.experiments.results import report
@@ -31,8 +32,6 @@ from mlhf_optax.meta_params import init_meta_params
 from mlhf_optax.meta_params_io import Pretrained, write_atomically
 from mlhf_optax.pretrained import load_pretrained
 from mlhf_optax.task import Task
-
-UNTRAINED = "untrained"
 
 
 class ForeignContender(Contender):
@@ -49,80 +48,6 @@ class ForeignContender(Contender):
 
 _UNTRAINED_RECORD = {"learning_rate": 1.0, "num_cg_steps": 4, "max_update_ratio": 0.25, "batch_size": 128}
 _TABLE_EPOCHS = (1, 2, 5, 10, 20, 50, 100, 250)
-
-
-def experiment_parser(description: str | None, name: str, batch_size: int) -> argparse.ArgumentParser:
-    """Returns a parser with the options that all comparisons for epochs have.
-
-    Args:
-      description: what the experiment is about.
-      name: name of the experiment; results go to ``runs/NAME`` by default.
-      batch_size: default batch size.
-
-    Returns:
-      The parser; more options can be added.
-
-    Example:
-      >>> experiment_parser("About.", "first_order", 128).parse_args(["--epochs", "3"]).epochs
-      3
-    """
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
-    add = parser.add_argument
-    add("--epochs", type=int, default=250, help="length of every training; the paper's is 250")
-    add("--seeds", type=int, default=3, help="trainings of every optimizer")
-    add("--batch-size", type=int, default=batch_size)
-    add("--data-dir", type=Path, help="where the data lie; by default $TFDS_DATA_DIR")
-    add("--cache-dir", type=Path, help="where decoded data are kept")
-    add("--meta-params", help=f"shipped name or path, or {UNTRAINED!r}; by default those for the task")
-    add("--learning-rate", type=float, help="of MLHF; by default what its record says")
-    add(
-        "--curvature-share",
-        type=float,
-        default=0.25,
-        help="also train MLHF with this share of the batch for its curvature; 0 for not",
-    )
-    add("--only", nargs="+", metavar="FAMILY", help="families of optimizers to train, such as mlhf adam")
-    add("--group-size", type=int, help="settings that advance together; chosen by the device by default")
-    add("--output", type=Path, default=Path("runs") / name, help="folder for all that is written")
-    add("--resume", action="store_true", help="go on from what lies in the folder")
-    add("--quick", action="store_true", help="a narrow network, few examples, 2 epochs and 1 seed")
-    return parser
-
-
-def apply_quick(options: argparse.Namespace) -> None:
-    """Shortens the experiment to minutes on two cores if ``--quick`` is given."""
-    if options.quick:
-        options.epochs, options.seeds = 2, 1
-
-
-def limit_data(task: Task, num_meta_train: int, num_train: int, num_test: int) -> Task:
-    """Returns the task with the first examples of every part of its data only.
-
-    Example:
-      >>> from mlhf_optax.tasks import get_task
-      >>> part_size(limit_data(get_task("digits-mlp"), 10, 20, 30).data.train)
-      20
-    """
-
-    def load() -> Dataset:
-        first = lambda part, count: jax.tree.map(lambda leaf: leaf[:count], part)
-        data = task.data
-        return Dataset(
-            first(data.meta_train, num_meta_train), first(data.train, num_train), first(data.test, num_test)
-        )
-
-    return dataclasses.replace(task, load_data=load)
-
-
-def join_examples(*parts: Examples) -> Examples:
-    """Joins parts of a dataset.
-
-    Example:
-      >>> join_examples({"label": np.array([1])}, {"label": np.array([2, 3])})
-      {'label': array([1, 2, 3])}
-    """
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def find_meta_params(task: Task, name_or_path: str | None) -> tuple[str, Pretrained]:
@@ -236,6 +161,7 @@ def run_experiment(
     content = report(task, results, command) | {
         "num_epochs": options.epochs,
         "num_train": part_size(task.data.train),
+        "num_parameters": num_parameters(task),
         "batch_size": task.batch_size,
         **(about or {}),
     }
@@ -317,12 +243,7 @@ def _print(results: Sequence[EpochResult], title: str) -> None:
 
 
 __all__ = [
-    "UNTRAINED",
-    "apply_quick",
-    "experiment_parser",
     "find_meta_params",
-    "join_examples",
-    "limit_data",
     "mlhf_contenders",
     "run_experiment",
 ]

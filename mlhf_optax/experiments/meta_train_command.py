@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlhf_optax import meta_training as mt
+from mlhf_optax.curvature import CurvatureBatch
 from mlhf_optax.datasets import epoch_indices, num_examples, sample_batches, take
 from mlhf_optax.experiments.machine import machine_info, versions
 from mlhf_optax.layer_types import layer_types
@@ -38,6 +39,7 @@ _FAITHFUL = {
     "authors": {"step_loss": "difference"},
 }
 _VALIDATION_STEPS = (10, 30, 100, 300)
+_VALIDATION_EXAMPLES = 4096  # on which the loss is taken; all at once, so their number is bounded
 _NUM_CG_STEPS = 4
 _ABOUT = (
     "settings",
@@ -45,6 +47,7 @@ _ABOUT = (
     "stopped_after",
     "seed",
     "same_batch_weight",
+    "curvature_batch_size",
     "config",
 )  # told by the record
 
@@ -68,6 +71,7 @@ def run_meta_training(
     learning_rate: float = 1.0,
     keep_probability: float = 0.95,
     same_batch_weight: float = 1.0,
+    curvature_batch_size: CurvatureBatch = None,
     stop_after: int | None = None,
     validation_steps: tuple[int, ...] = _VALIDATION_STEPS,
     console: Console | None = None,
@@ -93,6 +97,7 @@ def run_meta_training(
       learning_rate: inner learning rate.
       keep_probability: chance that an inner training goes on after an unroll.
       same_batch_weight: weight in ``l_s`` of the gain on the step's own mini-batch.
+      curvature_batch_size: part of a mini-batch for GGN products, while meta-training and in the record.
       stop_after: write the result after so many meta-iterations of the schedule; None for all of them.
       validation_steps: when the loss is recorded in a validation run.
       console: where to print.
@@ -122,6 +127,7 @@ def run_meta_training(
     learned = mt.mlhf_optimizer(
         learning_rate,
         num_cg_steps=_NUM_CG_STEPS,
+        curvature_batch_size=curvature_batch_size,
         same_batch_weight=same_batch_weight,
         **_FAITHFUL[settings],
     )
@@ -133,7 +139,7 @@ def run_meta_training(
     )
     about = {"task": problem.name, "iterations": iterations, "batch_size": batch_size}
     about |= {"settings": settings, "learning_rate": learning_rate}
-    about |= {"same_batch_weight": same_batch_weight}
+    about |= {"same_batch_weight": same_batch_weight, "curvature_batch_size": curvature_batch_size}
     about |= dataclasses.asdict(meta_params.settings)
     examples = jax.tree.map(jnp.asarray, problem.data.meta_train)
     shape = (num_tasks, unroll_length + 1, batch_size)
@@ -143,7 +149,7 @@ def run_meta_training(
             problem,
             learned,
             meta_params,
-            lambda key: sample_batches(examples, key, shape),
+            functools.partial(_draw_batches, problem, examples, shape),
             _validator(problem, learned, examples, validation_steps),
             output,
             schedule,
@@ -167,11 +173,18 @@ def learned_options(settings: str) -> dict[str, Any]:
     return {"max_update_ratio": 0.25, "step_loss": "relative"} | _FAITHFUL[settings]
 
 
+def _draw_batches(problem: Task, examples, shape: tuple[int, ...], key):
+    """Returns random mini-batches, augmented as those that networks are trained on."""
+    draw_key, augment_key = jax.random.split(key)
+    return problem.augment_fn(augment_key, sample_batches(examples, draw_key, shape))
+
+
 def _validator(problem: Task, learned, examples, steps: tuple[int, ...]):
     """Returns ``validate(meta_params)``: fixed fresh starts on the part for meta-training."""
     size = min(problem.batch_size, num_examples(examples))
     indices = epoch_indices(jax.random.key(1), num_examples(examples), size, steps[-1])
-    batches = take(examples, indices)
+    batches = problem.augment_fn(jax.random.key(3), take(examples, indices))
+    examples = jax.tree.map(lambda leaf: leaf[:_VALIDATION_EXAMPLES], examples)
     validate = mt.make_validation(problem, learned, steps)
     return functools.partial(_call_validation, validate, batches, examples)
 
@@ -213,6 +226,7 @@ def _record(problem: Task, output: Path, done, about: dict, options: dict) -> di
         "batch_size": about["batch_size"],
         "num_cg_steps": _NUM_CG_STEPS,
         "max_update_ratio": options["max_update_ratio"],
+        "curvature_batch_size": about["curvature_batch_size"],
         "step_loss": options["step_loss"],
         "meta_training": {key: about[key] for key in _ABOUT},
         "best_iteration": int(done.best_iteration),

@@ -68,7 +68,7 @@ def make_plan(
       meta_params: name or path of meta-parameters; those recommended for the task if None.
       learning_rate: of MLHF; what the record of the meta-parameters says if None.
       num_cg_steps: of MLHF; what the record says if None.
-      curvature_batch_size: of MLHF.
+      curvature_batch_size: of MLHF; what the record says if None, 1.0 for the whole batch.
       num_seeds: trainings an optimizer.
       num_steps: length of every training.
       figure: where the figure goes; a name made of the task's in the current folder if None.
@@ -98,6 +98,8 @@ def make_plan(
     if "mlhf" in families:
         source = meta_params or task.pretrained
         loaded, record = load_pretrained(source)
+        if curvature_batch_size is None:
+            curvature_batch_size = record.get("curvature_batch_size")
         learned = mlhf_contender(
             task,
             loaded,

@@ -1,0 +1,66 @@
+"""The CIFAR-10 section of the README, from the results of ``first_order_cifar10.py`` and the long run."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from readme_markdown import origin, ratio, table
+
+from mlhf_optax.experiments.tables import format_loss
+
+
+def cifar10_section(results: Path) -> list[str]:
+    """Returns the Markdown lines for a folder of results."""
+    first_order = json.loads((results / "first_order_cifar10.json").read_text())
+    long_run = json.loads((results / "long_run_cifar10.json").read_text())
+    return [*epochs_table(first_order), "", *long_run_table(long_run)]
+
+
+def epochs_table(report: dict[str, Any]) -> list[str]:
+    """Returns a row for each MLHF and one for the best of the grid, by epochs."""
+    results = report["results"]
+    own = [result for result in results if result["name"].startswith("mlhf")]
+    others = [result for result in results if not result["name"].startswith("mlhf")]
+    epochs = [step // own[0]["steps_per_epoch"] for step in own[0]["steps"]]
+    losses = lambda result: [math.inf if x is None else x for x in result["train_loss"]]
+    best = [min(column) for column in zip(*map(losses, others), strict=True)]
+    accuracy = max(result["test_accuracy"] for result in others)
+    rows = [["training loss after epoch", *map(str, epochs), "test accuracy", "ms a step"]]
+    for result in own:
+        values = [f"{format_loss(x)} ({ratio(x, y)})" for x, y in zip(losses(result), best, strict=True)]
+        milliseconds = f"{1e3 * result['seconds_per_step']:.0f}"
+        rows.append([result["name"], *values, f"{result['test_accuracy']:.1%}", milliseconds])
+    milliseconds = f"{1e3 * min(result['seconds_per_step'] for result in others):.0f}"
+    last = [f"best of {len(others)} in that column", *map(format_loss, best), f"{accuracy:.1%}", milliseconds]
+    note = (
+        f"`{report['task']}`, {report['num_epochs']} epochs of {report['num_train']} images, batch "
+        f"{report['batch_size']}, seeds: {own[0]['seeds']} for MLHF, {others[0]['seeds']} for the grid; in "
+        f"brackets MLHF's loss over the best of the grid. {origin(report)}"
+    )
+    return [*table([*rows, last]), "", note]
+
+
+def long_run_table(report: dict[str, Any]) -> list[str]:
+    """Returns loss, accuracy, damping and preconditioner at some steps of the long run."""
+    records = report["records"]
+    count = len(records["step"])
+    chosen = sorted({round(count ** (i / 5)) - 1 for i in range(6)})
+    head = ["long run, after step", *(f"{records['step'][i]:.0f}" for i in chosen)]
+    rows = [head]
+    formats = {
+        "train_loss": ".3f",
+        "test_accuracy": ".1%",
+        "damping_mean": ".2g",
+        "preconditioner_mean": ".2g",
+    }
+    for name, form in formats.items():
+        rows.append([name.replace("_", " "), *(format(records[name][i], form) for i in chosen)])
+    skipped = f"{records['skipped_steps'][-1]:.0f} of {report['num_steps']} steps skipped"
+    verdict = "no loss above the first record" if report["is_stable"] else "NOT stable"
+    share = report["curvature_share"] or 1
+    note = (
+        f"`{report['task']}`, batch {report['batch_size']}, curvature on {share:g} of it, learning rate "
+        f"{report['learning_rate']:g}: {skipped}, {verdict}. {origin(report)}"
+    )
+    return [*table(rows), "", note]

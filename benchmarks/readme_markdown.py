@@ -1,0 +1,27 @@
+"""What the sections of the README that are written from results share."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns a Markdown table; the first row is its head."""
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
+
+
+def ratio(own: float, best: float) -> str:
+    """Returns one loss as a multiple of another, bold where it is the lower one."""
+    text = f"{own / best:.2g}" if math.isfinite(own) else "diverged"
+    return f"**{text}**" if own < best else text
+
+
+def origin(report: dict[str, Any]) -> str:
+    """Says by which command, where and when the numbers were measured."""
+    machine, versions = report["machine"], report["versions"]
+    device = machine["cpu"] if machine["backend"] == "cpu" else machine["device"]
+    return (
+        f"`{report['command']}`; {device}, {machine['cores']} cores; jax {versions['jax']}, Python "
+        f"{versions['python']}; {report['date'][:10]}."
+    )

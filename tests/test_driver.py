@@ -1,5 +1,6 @@
 """The driver: what it writes, what it keeps, and that a run that was stopped ends as one that was not."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -10,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlhf_optax.meta_training import MetaTrainingConfig, Schedule, Validation, checkpoints, driver, meta_train
+from mlhf_optax.meta_training import (
+    MetaTrainingConfig,
+    Schedule,
+    Validation,
+    checkpoints,
+    driver,
+    json_log,
+    meta_train,
+)
 
 SCHEDULE = Schedule(iterations=9, checkpoint_every=2, validate_every=3, report_every=5)
 
@@ -136,7 +145,10 @@ def test_meta_parameters_that_are_not_finite_end_the_run_before_they_are_saved(t
 class Moments:
     """Interrupts a run at its n-th line of code in the driver and what it writes with."""
 
-    FILES = (driver.__file__, checkpoints.__file__, sys.modules["mlhf_optax.meta_params_io"].__file__)
+    FILES = (
+        *(module.__file__ for module in (driver, json_log, checkpoints)),
+        sys.modules["mlhf_optax.meta_params_io"].__file__,
+    )
 
     def __init__(self, stop_at=None):
         self.stop_at, self.passed = stop_at, 0
@@ -210,6 +222,36 @@ def test_a_run_that_stops_early_is_whole_and_can_go_on(tmp_path, undisturbed):
     assert int(done.state.iteration) == int(undisturbed[0].state.iteration)
     jax.tree.map(np.testing.assert_array_equal, done.state, undisturbed[0].state)
     assert Schedule(iterations=9, stop_after=20).last == 9
+
+
+def test_ending_at_the_last_checkpoint_of_a_killed_run_judges_it(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def fatal_step(state, batch):
+        if int(state.iteration) == 4:
+            raise Killed
+        return step(state, batch)
+
+    schedule = Schedule(iterations=9, checkpoint_every=2, validate_every=9)
+    four = dataclasses.replace(schedule, stop_after=4)
+    run(tmp_path / "whole", four)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", schedule, step_fn=fatal_step)
+    assert not lines(tmp_path / "killed", "validation")
+    for _ in range(2):  # judged once, whoever asks again
+        done = run(tmp_path / "killed", four, resume=True)
+        assert int(done.best_iteration) == 4
+        assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def test_a_run_cannot_end_before_its_last_checkpoint(tmp_path):
+    schedule = Schedule(iterations=9, checkpoint_every=2, validate_every=9, stop_after=4)
+    run(tmp_path, schedule)
+    before = outcome(tmp_path)
+    with pytest.raises(ValueError, match=r"of meta-iteration 4, and the run is to end at 2.*--stop-after"):
+        run(tmp_path, dataclasses.replace(schedule, stop_after=2), resume=True)
+    assert outcome(tmp_path) == before
 
 
 def test_resuming_where_there_is_nothing_starts_anew(tmp_path, undisturbed):

@@ -6,7 +6,6 @@ resumed ends with the same meta-parameters, bit for bit on a CPU, as one that wa
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlhf_optax.meta_params_io import write_atomically
 from mlhf_optax.meta_training.checkpoints import list_checkpoints, load_last_checkpoint, save_checkpoint
 from mlhf_optax.meta_training.config import MetaTrainingConfig
 from mlhf_optax.meta_training.evolution import EvolutionState
+from mlhf_optax.meta_training.json_log import JsonLog
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, Task
 from mlhf_optax.meta_training.meta_step import MetaState, make_meta_step
 from mlhf_optax.meta_training.validation import Validation
@@ -127,7 +126,7 @@ def meta_train(
 
     Raises:
       ValueError: if ``output`` has checkpoints and ``resume`` is not set, or they belong to a run
-        with other settings.
+        with other settings or are of later meta-iterations than the last one asked for.
       FloatingPointError: if the meta-parameters are no longer finite.
 
     Example:
@@ -147,8 +146,9 @@ def meta_train(
     found = load_last_checkpoint(folder / "checkpoints", now, about) if resume else None
     if found is not None:
         start, now = found
+        _require_before(schedule.last, start, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    log = lambda name: _Log(folder / f"{name}.jsonl", start)
+    log = lambda name: JsonLog(folder / f"{name}.jsonl", start)
     with log("metrics") as metrics_log, log("validation") as validation_log:
         pending, clock = [], time.perf_counter()
         sample = jax.jit(sample_fn)
@@ -170,6 +170,10 @@ def meta_train(
             if must_save:
                 _require_finite(now.state.meta_params, iteration, folder)
                 save_checkpoint(folder / "checkpoints", iteration, now, about)
+        # A run that was killed, and is now to end where its last checkpoint is, has not been judged there.
+        if start == schedule.last and not _is_validated(folder, start):
+            now = _validated(now, start, validate_fn, validation_log)
+            save_checkpoint(folder / "checkpoints", start, now, about)
     return now
 
 
@@ -178,7 +182,20 @@ def _start(state: MetaState | EvolutionState) -> Progressed:
     return Progressed(state, best, jnp.asarray(jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
 
 
-def _validated(now: Progressed, iteration: int, validate_fn, log: "_Log") -> Progressed:
+def _require_before(last: int, start: int, folder: Path) -> None:
+    if start > last:
+        raise ValueError(
+            f"the last checkpoint in {folder} is of meta-iteration {start}, and the run is to end at {last}; "
+            f"let it end at {start} or later (--stop-after, --iterations), or use another folder"
+        )
+
+
+def _is_validated(folder: Path, iteration: int) -> bool:
+    lines = (folder / "validation.jsonl").read_text().splitlines()
+    return any(json.loads(line)["iteration"] == iteration for line in lines)
+
+
+def _validated(now: Progressed, iteration: int, validate_fn, log: "JsonLog") -> Progressed:
     result = jax.device_get(validate_fn(now.state.meta_params))
     score = float(result.score)
     log.write(
@@ -199,7 +216,7 @@ def _validated(now: Progressed, iteration: int, validate_fn, log: "_Log") -> Pro
     )
 
 
-def _write_metrics(log: "_Log", pending: list, seconds: float) -> dict[str, float]:
+def _write_metrics(log: "JsonLog", pending: list, seconds: float) -> dict[str, float]:
     line: dict[str, float] = {}
     for iteration, metrics in pending:
         values = {name: float(np.asarray(value)) for name, value in metrics.items()}
@@ -215,42 +232,6 @@ def _require_finite(meta_params: chex.ArrayTree, iteration: int, folder: Path) -
             "`meta_learning_rate` or set `meta_gradient_clip`, and resume from the last checkpoint in "
             f"{folder / 'checkpoints'}"
         )
-
-
-class _Log:
-    """A file of JSON lines; what it holds past a resumed iteration is removed first."""
-
-    def __init__(self, path: Path, iteration: int):
-        lines = path.read_text().splitlines(keepends=True) if iteration and path.exists() else []
-        kept = [line for line in lines if _iteration_of(line) <= iteration]
-        # At once: killed between emptying the file and writing it again, a run would lose its past.
-        write_atomically(path, "".join(kept).encode())
-        self._file = path.open("a")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._file.close()
-
-    def write(self, values: dict) -> None:
-        self._file.write(json.dumps({name: _json_value(value) for name, value in values.items()}) + "\n")
-        self._file.flush()
-
-
-def _json_value(value: Any) -> Any:
-    """The value, with null in the place of numbers that are not finite: JSON has none of them."""
-    if isinstance(value, list):
-        return [_json_value(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _iteration_of(line: str) -> float:
-    """Number of a line; a line that was cut off belongs to no iteration that is kept."""
-    try:
-        return json.loads(line)["iteration"]
-    except (ValueError, KeyError):
-        return float("inf")
 
 
 __all__ = ["Progressed", "Schedule", "meta_train"]

@@ -31,14 +31,29 @@ def epochs_table(report: dict[str, Any]) -> list[str]:
         values = [f"{format_loss(x)} ({ratio(x, y)})" for x, y in zip(losses(result), best, strict=True)]
         milliseconds = f"{1e3 * result['seconds_per_step']:.0f}"
         rows.append([result["name"], *values, f"{result['test_accuracy']:.1%}", milliseconds])
-    milliseconds = f"{1e3 * min(result['seconds_per_step'] for result in others):.0f}"
-    last = [f"best of {len(others)} in that column", *map(format_loss, best), f"{accuracy:.1%}", milliseconds]
+    seconds = min(result["seconds_per_step"] for result in others)
+    last = [f"best of {len(others)} in that column", *map(format_loss, best), f"{accuracy:.1%}"]
+    rows.append([*last, f"{1e3 * seconds:.0f}"])
+    for result in own:
+        by_then = best_by_time(best, epochs, result["seconds_per_step"] / seconds)
+        if set(by_then) != {"-"}:
+            rows.append([f"best of {len(others)} by the time of {result['name']}", *by_then, "", ""])
     note = (
         f"`{report['task']}`, {report['num_epochs']} epochs of {report['num_train']} images, batch "
         f"{report['batch_size']}, seeds: {own[0]['seeds']} for MLHF, {others[0]['seeds']} for the grid; in "
         f"brackets MLHF's loss over the best of the grid. {origin(report)}"
     )
-    return [*table([*rows, last]), "", note]
+    return [*table(rows), "", note]
+
+
+def best_by_time(best: list[float], epochs: list[int], factor: float) -> list[str]:
+    """Returns the best losses at the time of each epoch of steps that take ``factor`` times as long.
+
+    The nearest whole epoch of the grid counts; "-" where its trainings were over by then.
+    """
+    known = dict(zip(epochs, best, strict=True))
+    reached = [round(epoch * factor) for epoch in epochs]
+    return [format_loss(known[epoch]) if epoch in known else "-" for epoch in reached]
 
 
 def long_run_table(report: dict[str, Any]) -> list[str]:

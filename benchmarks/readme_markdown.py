@@ -21,7 +21,8 @@ def origin(report: dict[str, Any]) -> str:
     """Says by which command, where and when the numbers were measured."""
     machine, versions = report["machine"], report["versions"]
     device = machine["cpu"] if machine["backend"] == "cpu" else machine["device"]
+    cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
     return (
-        f"`{report['command']}`; {device}, {machine['cores']} cores; jax {versions['jax']}, Python "
+        f"`{report['command']}`; {device}, {cores}; jax {versions['jax']}, Python "
         f"{versions['python']}; {report['date'][:10]}."
     )

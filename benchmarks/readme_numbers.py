@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from readme_cifar10 import cifar10_section
 from readme_markdown import origin, ratio, table
 from readme_speed import speed_section
 
@@ -31,7 +32,7 @@ def numbers_section(results: Path) -> list[str]:
     return [*comparison_table(comparison), "", *transfer_table(transfer)]
 
 
-SECTIONS = {"numbers": numbers_section, "speed": speed_section}
+SECTIONS = {"numbers": numbers_section, "cifar10": cifar10_section, "speed": speed_section}
 
 
 def comparison_table(report: dict[str, Any]) -> list[str]:

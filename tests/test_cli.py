@@ -62,6 +62,7 @@ def test_train_prints_a_table_and_writes_results_and_figure(capsys, folder, meta
         "num_cg_steps": 1,
         "curvature_batch_size": None,
         "max_update_ratio": 0.1,
+        "carry_dtype": "float32",
         "meta_params": meta_params,
     }
     assert data["results"][1]["steps"] == [1, 2, 3]
@@ -213,6 +214,7 @@ def test_meta_train_has_defaults(driver_calls):
         "starts": {},
         "keep_probability": 0.95,
         "same_batch_weight": 1.0,
+        "curvature_batch_size": None,
         "stop_after": None,
         "task_options": {},
     }
@@ -223,13 +225,13 @@ def test_meta_train_hands_on_its_arguments(driver_calls):
         "meta-train digits-convnet --output there --iterations 7 --num-tasks 3 --unroll-length 5 "
         "--batch-size 16 --meta-learning-rate 0.1 --seed 4 --resume --checkpoint-every 2 "
         "--validate-every 3 --settings authors --initial-damping 100 --initial-preconditioner 0.5 "
-        "--keep-probability 0.5 --same-batch-weight 0.25 --stop-after 6"
+        "--keep-probability 0.5 --same-batch-weight 0.25 --curvature-batch-size 8 --stop-after 6"
     )
     assert run(*arguments.split()) == 0
     (options,) = driver_calls
     assert options.pop("output").as_posix() == "there"
     assert options.pop("starts") == {"initial_damping": 100.0, "initial_preconditioner": 0.5}
-    values = ["digits-convnet", {}, 7, 3, 5, 16, 0.1, 4, True, 2, 3, "authors", 0.5, 0.25, 6]
+    values = ["digits-convnet", {}, 7, 3, 5, 16, 0.1, 4, True, 2, 3, "authors", 0.5, 0.25, 8, 6]
     assert list(options.values()) == values
 
 

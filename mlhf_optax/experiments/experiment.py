@@ -82,7 +82,7 @@ def mlhf_contenders(task: Task, options: argparse.Namespace) -> list[Contender]:
 
     Args:
       task: the task.
-      options: parsed by :func:`experiment_parser`.
+      options: parsed by :func:`mlhf_optax.experiments.experiment_options.experiment_parser`.
 
     Returns:
       One or two contenders; none if ``options.only`` leaves MLHF out.
@@ -91,6 +91,7 @@ def mlhf_contenders(task: Task, options: argparse.Namespace) -> list[Contender]:
       FileNotFoundError: if there are no such meta-parameters.
 
     Example:
+      >>> from mlhf_optax.experiments.experiment_options import experiment_parser
       >>> from mlhf_optax.tasks import get_task
       >>> options = experiment_parser(None, "x", 128).parse_args(["--meta-params", "untrained"])
       >>> [contender.names[0] for contender in mlhf_contenders(get_task("digits-mlp"), options)]

@@ -83,6 +83,7 @@ def limit_data(task: Task, num_meta_train: int, num_train: int, num_test: int) -
     """Returns the task with the first examples of every part of its data only.
 
     Example:
+      >>> from mlhf_optax.datasets import part_size
       >>> from mlhf_optax.tasks import get_task
       >>> part_size(limit_data(get_task("digits-mlp"), 10, 20, 30).data.train)
       20

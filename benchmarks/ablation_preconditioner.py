@@ -16,11 +16,9 @@ What is done is kept: ``--resume`` goes on after a stop. ``--quick`` takes minut
 
 import argparse
 import dataclasses
-import datetime
+import functools
 import itertools
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,13 +30,17 @@ import optax
 
 from mlhf_optax import layer_types, meta_training
 from mlhf_optax.curvature import ggn_matvec
-from mlhf_optax.datasets import num_examples, sample_batches
-from mlhf_optax.experiments.experiment_options import add_network_options, join_examples, network_options
-from mlhf_optax.experiments.machine import machine_info, versions
-from mlhf_optax.experiments.meta_train_command import SETTINGS, learned_options
+from mlhf_optax.datasets import num_examples
+from mlhf_optax.experiments.benchmarking import command_line, report, write_json
+from mlhf_optax.experiments.experiment_options import (
+    add_network_options,
+    join_examples,
+    narrow,
+    network_options,
+)
+from mlhf_optax.experiments.meta_train_command import SETTINGS, draw_batches, learned_options
 from mlhf_optax.image_tasks import cifar10_convnet
 from mlhf_optax.meta_params import MetaParams, Settings, init_meta_params
-from mlhf_optax.meta_params_io import write_atomically
 from mlhf_optax.meta_training.losses import preconditioner_loss
 from mlhf_optax.mlhf_step import mlhf_step, solve, start_vector
 from mlhf_optax.task import Task
@@ -75,20 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     on_same_systems = compare_solvers(task, meta_params, options.solver_steps, options.batch_size)
     for result in results:
         result["on_same_systems"] = on_same_systems[result["name"]]
-    report = {
-        "task": task.name,
-        "machine": machine_info(),
-        "versions": versions(),
-        "command": shlex.join(["python", "benchmarks/ablation_preconditioner.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "settings": options.settings,
-        "iterations": iterations(task, options),
-        "num_epochs": options.epochs,
-        "seeds": options.seeds,
-        "batch_size": options.batch_size,
-        "results": results,
-    }
-    write_atomically(options.output / "results.json", json.dumps(report, indent=1).encode() + b"\n")
+    content = report(
+        command_line("ablation_preconditioner.py"),
+        task=task.name,
+        settings=options.settings,
+        iterations=iterations(task, options),
+        num_epochs=options.epochs,
+        seeds=options.seeds,
+        batch_size=options.batch_size,
+        results=results,
+    )
+    write_json(options.output / "results.json", content)
     save_figure(results, options.output / "figure.png")
     print_table(results)
 
@@ -115,7 +114,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.quick:
         # 10 unrolls of 10 steps of 32 examples are a sixteenth of an epoch of 50,000.
         options.epochs, options.seeds, options.batch_size, options.solver_steps = 1 / 16, 1, 32, 10
-        options.channels, options.hidden = [8, 16], [16]
+        narrow(options)
     return options
 
 
@@ -169,11 +168,7 @@ def meta_train(task: Task, configuration: Configuration, seed: int, options: arg
         optimizer = optax.chain(optimizer, optax.freeze(only_lstm_p(meta_params)))
     examples = jax.tree.map(jnp.asarray, task.data.meta_train)
     shape = (options.num_tasks, UNROLL + 1, options.batch_size)
-
-    def sample(key):
-        draw_key, augment_key = jax.random.split(key)
-        return task.augment_fn(augment_key, sample_batches(examples, draw_key, shape))
-
+    sample = functools.partial(draw_batches, task, examples, shape)
     total = iterations(task, options)
     folder = options.output / f"{CONFIGURATIONS.index(configuration) + 1}-seed-{seed}"
     done = meta_training.meta_train(
@@ -274,8 +269,7 @@ def compare_solvers(
 
     @jax.jit
     def step(params, opt_state, key):
-        draw_key, augment_key = jax.random.split(key)
-        batch = task.augment_fn(augment_key, sample_batches(examples, draw_key, (batch_size,)))
+        batch = draw_batches(task, examples, (batch_size,), key)
         gradient = jax.grad(lambda p: task.loss_fn(task.predict_fn(p, batch), batch))(params)
         measured = solve_in_every_way(task, meta_params, params, batch, gradient, opt_state[0])
         updates, opt_state = optimizer.update(gradient, opt_state, params, batch=batch)

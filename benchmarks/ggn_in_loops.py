@@ -33,7 +33,7 @@ from rich.table import Table
 
 from mlhf_optax.convolution import convolve
 from mlhf_optax.curvature import PredictFn, ggn_matvec
-from mlhf_optax.experiments.benchmarking import command_line, interleaved, report, write_json
+from mlhf_optax.experiments.benchmarking import command_line, interleaved, report, timing_parser, write_json
 from mlhf_optax.losses import SquaredError
 from mlhf_optax.models import max_pool
 
@@ -234,15 +234,10 @@ def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = timing_parser(__doc__, repeats=15, quick="few layers, batch 8, 3 rounds")
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS), metavar="LAYER")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--products", type=int, default=8, help="products a chain")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--figure", type=Path)
-    parser.add_argument("--quick", action="store_true", help="few layers, batch 8, 3 rounds")
     options = parser.parse_args(arguments)
     if options.quick:
         options.layers, options.batch_size, options.repeats = list(QUICK), 8, 3

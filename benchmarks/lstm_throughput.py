@@ -36,12 +36,12 @@ from mlhf_optax.coordinate_lstm import LayerCarry, init_carry
 from mlhf_optax.experiments.benchmarking import (
     Timing,
     command_line,
-    free_memory,
     interleaved,
-    needed_memory,
     report,
+    timing_parser,
     write_json,
 )
+from mlhf_optax.experiments.machine import free_memory, needed_memory
 from mlhf_optax.meta_params import (
     Inputs,
     MetaParams,
@@ -232,14 +232,9 @@ def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = timing_parser(__doc__, repeats=9, quick="no more than a million coordinates, 3 rounds")
     parser.add_argument("--coordinates", nargs="+", type=int, default=list(SIZES))
     parser.add_argument("--carry-dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--repeats", type=int, default=9, help="rounds")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--figure", type=Path)
-    parser.add_argument("--quick", action="store_true", help="no more than a million coordinates, 3 rounds")
     options = parser.parse_args(arguments)
     if options.quick:
         options.coordinates = [size for size in options.coordinates if size <= 10**6]

@@ -37,7 +37,7 @@ from step_contenders import Runner, make_problem, training_step
 from step_time import judged, names_of, print_targets
 
 from mlhf_optax import init_meta_params
-from mlhf_optax.experiments.benchmarking import command_line, interleaved, report, write_json
+from mlhf_optax.experiments.benchmarking import command_line, interleaved, report, timing_parser, write_json
 from mlhf_optax.experiments.figures import require_matplotlib
 from mlhf_optax.meta_training import MetaTrainingConfig, make_meta_step, mlhf_optimizer
 
@@ -217,9 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = timing_parser(__doc__, repeats=7, quick="digits-mlp with T = 2 and 4, K = 2, 2 rounds")
     add = parser.add_argument
     add(
         "--tasks",
@@ -227,14 +225,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=tuple(BATCH_SIZES),
         help=f"by commas, of {', '.join(BATCH_SIZES)}",
     )
-    add("--repeats", type=int, default=7, help="rounds")
-    add("--json", type=Path)
-    add("--figure", type=Path)
-    add("--quick", action="store_true", help="digits-mlp with T = 2 and 4, K = 2, 2 rounds")
     add("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {options.repeats}")
     if options.quick:
         options.repeats = 2
     return options

@@ -1,12 +1,13 @@
 """The CIFAR-10 section of the README, from the results of ``first_order_cifar10.py`` and the long run."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from readme_markdown import origin, ratio, table
 
+from mlhf_optax.experiments.epochs import EpochResult
+from mlhf_optax.experiments.results import best_of
 from mlhf_optax.experiments.tables import format_loss
 
 
@@ -19,28 +20,28 @@ def cifar10_section(results: Path) -> list[str]:
 
 def epochs_table(report: dict[str, Any]) -> list[str]:
     """Returns a row for each MLHF and one for the best of the grid, by epochs."""
-    results = report["results"]
-    own = [result for result in results if result["name"].startswith("mlhf")]
-    others = [result for result in results if not result["name"].startswith("mlhf")]
-    epochs = [step // own[0]["steps_per_epoch"] for step in own[0]["steps"]]
-    losses = lambda result: [math.inf if x is None else x for x in result["train_loss"]]
-    best = [min(column) for column in zip(*map(losses, others), strict=True)]
-    accuracy = max(result["test_accuracy"] for result in others)
+    results = [EpochResult.from_json(entry, entry["name"].split()[0]) for entry in report["results"]]
+    own = [result for result in results if result.family == "mlhf"]
+    others = [result for result in results if result.family != "mlhf"]
+    steps = own[0].steps
+    epochs = [step // own[0].steps_per_epoch for step in steps]
+    best = [best_of(others, step).loss_at(step) for step in steps]
+    accuracy = max(result.test_accuracy for result in others)
     rows = [["training loss after epoch", *map(str, epochs), "test accuracy", "ms a step"]]
     for result in own:
-        values = [f"{format_loss(x)} ({ratio(x, y)})" for x, y in zip(losses(result), best, strict=True)]
-        milliseconds = f"{1e3 * result['seconds_per_step']:.0f}"
-        rows.append([result["name"], *values, f"{result['test_accuracy']:.1%}", milliseconds])
-    seconds = min(result["seconds_per_step"] for result in others)
+        values = [f"{format_loss(x)} ({ratio(x, y)})" for x, y in zip(result.train_loss, best, strict=True)]
+        milliseconds = f"{1e3 * result.seconds_per_step:.0f}"
+        rows.append([result.name, *values, f"{result.test_accuracy:.1%}", milliseconds])
+    seconds = min(result.seconds_per_step for result in others)
     last = [f"best of {len(others)} in that column", *map(format_loss, best), f"{accuracy:.1%}"]
     rows.append([*last, f"{1e3 * seconds:.0f}"])
     for result in own:
-        by_then = best_by_time(best, epochs, result["seconds_per_step"] / seconds)
+        by_then = best_by_time(best, epochs, result.seconds_per_step / seconds)
         if set(by_then) != {"-"}:
-            rows.append([f"best of {len(others)} by the time of {result['name']}", *by_then, "", ""])
+            rows.append([f"best of {len(others)} by the time of {result.name}", *by_then, "", ""])
     note = (
         f"`{report['task']}`, {report['num_epochs']} epochs of {report['num_train']} images, batch "
-        f"{report['batch_size']}, seeds: {own[0]['seeds']} for MLHF, {others[0]['seeds']} for the grid; in "
+        f"{report['batch_size']}, seeds: {own[0].seeds} for MLHF, {others[0].seeds} for the grid; in "
         f"brackets MLHF's loss over the best of the grid. {origin(report)}"
     )
     return [*table(rows), "", note]

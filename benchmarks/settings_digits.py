@@ -10,10 +10,7 @@ Runs that are interrupted go on where they were (``--output``). ``--quick``: two
 
 import argparse
 import dataclasses
-import datetime
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ import jax.numpy as jnp
 from mlhf_optax import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, init_meta_params
 from mlhf_optax import meta_training as mt
 from mlhf_optax.datasets import epoch_indices, num_examples, sample_batches, take
-from mlhf_optax.experiments.machine import machine_info, versions
+from mlhf_optax.experiments.benchmarking import command_line, report, write_json
 from mlhf_optax.tasks import get_task
 
 FAITHFUL = {
@@ -66,17 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(run_case(name, options))
         losses = "".join(f"{loss:11.1e}" for loss in rows[-1]["losses"])
         print(f"{name:27s}{losses}{rows[-1]['score']:10.2f}  {rows[-1]['iteration']}", flush=True)
-    report = {
-        "task": "digits-mlp",
-        "machine": machine_info(),
-        "versions": versions(),
-        "command": shlex.join(["python", "benchmarks/settings_digits.py", *(arguments or sys.argv[1:])]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "steps": list(STEPS),
-        "rows": rows,
-    }
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(
+            options.json,
+            report(
+                command_line("settings_digits.py", arguments), task="digits-mlp", steps=list(STEPS), rows=rows
+            ),
+        )
     if options.figure:
         save_figure(rows, options.figure)
 

@@ -44,7 +44,14 @@ from step_contenders import (
     step_contenders,
 )
 
-from mlhf_optax.experiments.benchmarking import Timing, command_line, interleaved, report, write_json
+from mlhf_optax.experiments.benchmarking import (
+    Timing,
+    command_line,
+    interleaved,
+    report,
+    timing_parser,
+    write_json,
+)
 from mlhf_optax.experiments.figures import require_matplotlib
 
 TASKS = tuple(name for name in NETWORKS if name != "tiny-convnet")
@@ -204,9 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = timing_parser(__doc__, repeats=9, quick="digits-mlp and a tiny convnet, 3 rounds")
     add = parser.add_argument
     add(
         "--tasks",
@@ -215,13 +220,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"separated by commas, of {', '.join(NETWORKS)}",
     )
     add("--batches", type=_sizes, help="batch sizes, separated by commas; those of each task by default")
-    add("--repeats", type=int, default=9, help="rounds")
-    add("--json", type=Path)
-    add("--figure", type=Path)
-    add("--quick", action="store_true", help="digits-mlp and a tiny convnet, 3 rounds")
     options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {options.repeats}")
     if options.quick:
         options.tasks, options.batches, options.repeats = ("digits-mlp", "tiny-convnet"), None, 3
     return options

@@ -10,17 +10,13 @@ variant keeps the LSTMs' states in bfloat16, half the memory, to show what that 
 """
 
 import argparse
-import datetime
-import json
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlhf_optax.experiments.benchmarking import command_line, report, write_json
 from mlhf_optax.experiments.comparison import compare, grid_contenders, mlhf_contender
-from mlhf_optax.experiments.machine import machine_info, versions
 from mlhf_optax.experiments.results import best_of
 from mlhf_optax.pretrained import load_pretrained
 from mlhf_optax.tasks import digits_mlp
@@ -50,15 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for variant in options.variants:
         rows.append(run_variant(variant, options, steps))
         print(_line(rows[-1], steps), flush=True)
-    report = {
-        "machine": machine_info(),
-        "versions": versions(),
-        "command": shlex.join(["python", "benchmarks/transfer_digits.py", *(arguments or sys.argv[1:])]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "rows": rows,
-    }
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.json, report(command_line("transfer_digits.py", arguments), rows=rows))
     if options.figure:
         save_figure(rows, steps, options.figure)
 
@@ -68,9 +57,8 @@ def run_variant(variant: str, options: argparse.Namespace, steps: Sequence[int])
     task = digits_mlp(**VARIANTS[variant])
     pretrained = load_pretrained(options.meta_params)
     rate = pretrained.learning_rate if options.learning_rate is None else options.learning_rate
-    limits = {name: pretrained.record[name] for name in ("num_cg_steps", "max_update_ratio")}
-    given = limits | OPTIONS.get(variant, {})
-    mlhf = mlhf_contender(task, pretrained.meta_params, learning_rate=rate, **given)
+    given = pretrained.recommended | {"learning_rate": rate} | OPTIONS.get(variant, {})
+    mlhf = mlhf_contender(task, pretrained.meta_params, **given)
     results = []
     for group in compare(
         task, [mlhf, *grid_contenders(task.batch_size)], num_seeds=options.seeds, num_steps=steps[-1]

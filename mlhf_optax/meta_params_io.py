@@ -40,6 +40,13 @@ class Pretrained(NamedTuple):
         """The learning rate that the record recommends."""
         return float(self.record["learning_rate"])
 
+    @property
+    def recommended(self) -> dict[str, Any]:
+        """The arguments of :func:`mlhf_optax.mlhf` that the record recommends."""
+        names = ("learning_rate", "num_cg_steps", "max_update_ratio")
+        of_curvature = {"curvature_batch_size": self.record.get("curvature_batch_size")}
+        return {name: self.record[name] for name in names} | of_curvature
+
     def optimizer(
         self, predict_fn: PredictFn, loss_fn: LossFn, **changes: Any
     ) -> optax.GradientTransformationExtraArgs:
@@ -63,10 +70,7 @@ class Pretrained(NamedTuple):
           >>> tx.init({"kernel": jnp.ones((3, 1))})[0].count
           Array(0, dtype=int32)
         """
-        names = ("learning_rate", "num_cg_steps", "max_update_ratio")
-        recommended = {name: self.record[name] for name in names}
-        recommended["curvature_batch_size"] = self.record.get("curvature_batch_size")
-        arguments = recommended | changes
+        arguments = self.recommended | changes
         return mlhf(meta_params=self.meta_params, predict_fn=predict_fn, loss_fn=loss_fn, **arguments)
 
 

@@ -12,12 +12,11 @@ from mlhf_optax.experiments import benchmarking
 from mlhf_optax.experiments.benchmarking import (
     Timing,
     command_line,
-    free_memory,
     interleaved,
-    needed_memory,
     report,
     write_json,
 )
+from mlhf_optax.experiments.machine import free_memory, needed_memory
 
 
 @pytest.fixture

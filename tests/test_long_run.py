@@ -1,24 +1,17 @@
 """The benchmark of a long training records what it promises, resumes exactly, and tells stable from not."""
 
-import importlib.util
 import json
 import math
-import pathlib
 
+import long_run_cifar10
 import pytest
 from blobs import TASK
-
-SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "long_run_cifar10.py"
-pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks/ is not installed")
 
 
 @pytest.fixture
 def module(monkeypatch):
-    spec = importlib.util.spec_from_file_location("long_run_cifar10", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "make_task", lambda options: TASK)
-    return module
+    monkeypatch.setattr(long_run_cifar10, "make_task", lambda options: TASK)
+    return long_run_cifar10
 
 
 def arguments(folder, *more):

@@ -1,35 +1,22 @@
 """The benchmarks of GGN products in loops and of the LSTMs run, and write what they promise."""
 
-import importlib.util
 import json
-import pathlib
 
+import ggn_in_loops
 import jax
 import jax.numpy as jnp
+import lstm_throughput
 import pytest
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmarks/ is not installed")
-
-
-def load(name):
-    pytest.importorskip("matplotlib")
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def loops():
-    return load("ggn_in_loops")
+    return ggn_in_loops
 
 
 @pytest.fixture(scope="module")
 def lstms():
-    return load("lstm_throughput")
+    return lstm_throughput
 
 
 def run(module, tmp_path, *arguments):

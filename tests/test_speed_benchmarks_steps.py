@@ -1,22 +1,18 @@
 """The benchmarks of a training step and of a meta-training step, on a network of one layer."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import meta_step_time
 import numpy as np
 import pytest
+import step_contenders
+import step_time
 from jax.flatten_util import ravel_pytree
 
 from mlhf_optax.models import MLP
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-step_contenders = importlib.import_module("step_contenders")
-step_time = importlib.import_module("step_time")
-meta_step_time = importlib.import_module("meta_step_time")
 
 OPTIMIZERS = ["sgd", "adam", "hessian-free-20", "mlhf", "mlhf-half", "mlhf-quarter"]
 

@@ -1,5 +1,6 @@
 """Times functions against each other in one process, and records what was measured on what machine."""
 
+import argparse
 import dataclasses
 import datetime
 import json
@@ -133,36 +134,34 @@ def interleaved(
     return {name: Timing(tuple(values)) for name, values in rounds.items()}
 
 
-def needed_memory(program: Any) -> int:
-    """Returns the bytes that a program takes when it runs: arguments, results and what lies between.
+def timing_parser(description: str | None, *, repeats: int, quick: str) -> argparse.ArgumentParser:
+    """Returns a parser with the options that all benchmarks of speed have.
 
     Args:
-      program: a compiled function, ``jax.jit(f).lower(...).compile()``.
+      description: what the benchmark is about.
+      repeats: rounds by default.
+      quick: what ``--quick`` does.
+
+    Returns:
+      The parser; more options can be added.
 
     Example:
-      >>> needed_memory(jax.jit(lambda x: x + 1).lower(jax.numpy.ones(1000)).compile()) >= 8000
-      True
+      >>> timing_parser("About.", repeats=9, quick="3 rounds").parse_args(["--repeats", "2"]).repeats
+      2
     """
-    sizes = program.memory_analysis()
-    arrays = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return arrays + sizes.temp_size_in_bytes
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser.add_argument("--repeats", type=_rounds, default=repeats, help="rounds")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
 
 
-def free_memory() -> float:
-    """Returns the bytes that may be used on the device that computes, infinite where they cannot be told.
-
-    Example:
-      >>> free_memory() > 0
-      True
-    """
-    statistics, meminfo = jax.devices()[0].memory_stats(), Path("/proc/meminfo")
-    if statistics:
-        return statistics["bytes_limit"] - statistics["bytes_in_use"]
-    if not meminfo.is_file():
-        return math.inf
-    sizes = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    # A system that runs out of memory ends the process, and with it the measurement.
-    return 0.8 * 1024 * int(sizes["MemAvailable"].split()[0])
+def _rounds(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"--repeats must be at least 1, got {text}")
+    return int(text)
 
 
 def command_line(script: str, arguments: Sequence[str] | None = None) -> str:
@@ -259,4 +258,4 @@ def _quantile(values: Sequence[float], fraction: float) -> float:
     return ordered[round(fraction * (len(ordered) - 1))]
 
 
-__all__ = ["Timing", "command_line", "free_memory", "interleaved", "needed_memory", "report", "write_json"]
+__all__ = ["Timing", "command_line", "interleaved", "report", "timing_parser", "write_json"]

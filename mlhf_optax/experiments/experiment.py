@@ -99,15 +99,16 @@ def mlhf_contenders(task: Task, options: argparse.Namespace) -> list[Contender]:
     """
     if options.only and "mlhf" not in options.only:
         return []
-    source, (meta_params, record) = find_meta_params(task, options.meta_params)
-    settings: dict[str, Any] = {name: record[name] for name in ("num_cg_steps", "max_update_ratio")}
-    rate = record["learning_rate"] if options.learning_rate is None else options.learning_rate
-    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(meta_params)))
+    source, learned = find_meta_params(task, options.meta_params)
+    settings = learned.recommended
+    if options.learning_rate is not None:
+        settings["learning_rate"] = options.learning_rate
+    leaves = jax.tree.leaves(learned.meta_params)
+    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves))
     contenders = []
     for share in (None, *([options.curvature_share] if options.curvature_share else [])):
-        contender = mlhf_contender(
-            task, meta_params, learning_rate=rate, curvature_batch_size=share, source=source, **settings
-        )
+        settings["curvature_batch_size"] = share
+        contender = mlhf_contender(task, learned.meta_params, source=source, **settings)
         # Two files of one name may hold other numbers: what is kept must tell them apart.
         about = contender.hyperparameters[0] | {"meta_params_digest": digest.hexdigest()[:12]}
         name = "mlhf" if share is None else f"mlhf curvature {share:g}"
@@ -128,7 +129,7 @@ def run_experiment(
     Args:
       task: what to train.
       contenders: what to train it with.
-      options: parsed by :func:`experiment_parser`.
+      options: parsed by :func:`mlhf_optax.experiments.experiment_options.experiment_parser`.
       title: of table and figure.
       script: path of the script, for the record.
       about: more for the record.

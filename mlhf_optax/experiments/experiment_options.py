@@ -57,7 +57,7 @@ def apply_quick(options: argparse.Namespace) -> None:
     if options.quick:
         options.epochs, options.seeds = 2, 1
         if "hidden" in options:
-            options.channels, options.hidden = [8, 16], [16]
+            narrow(options)
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +72,11 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--channels", type=int, nargs="+", default=[32, 64], help="of the convolutions; 8 16 is narrow")
     add("--hidden", type=int, nargs="+", default=[32], help="widths of the dense layers")
+
+
+def narrow(options: argparse.Namespace) -> None:
+    """Makes the CUDA-convnet of the options the narrow one, that of the cheap road."""
+    options.channels, options.hidden = [8, 16], [16]
 
 
 def network_options(options: argparse.Namespace) -> dict[str, tuple[int, ...]]:
@@ -116,5 +121,6 @@ __all__ = [
     "experiment_parser",
     "join_examples",
     "limit_data",
+    "narrow",
     "network_options",
 ]

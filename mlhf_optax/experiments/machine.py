@@ -1,9 +1,11 @@
-"""What a measurement was made on: the machine and the versions, for records."""
+"""What a measurement is made on: the machine and the versions, for records, and the memory there is."""
 
+import math
 import os
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -49,6 +51,38 @@ def versions() -> dict[str, str]:
     return own | {package: metadata.version(package) for package in _PACKAGES}
 
 
+def needed_memory(program: Any) -> int:
+    """Returns the bytes that a program takes when it runs: arguments, results and what lies between.
+
+    Args:
+      program: a compiled function, ``jax.jit(f).lower(...).compile()``.
+
+    Example:
+      >>> needed_memory(jax.jit(lambda x: x + 1).lower(jax.numpy.ones(1000)).compile()) >= 8000
+      True
+    """
+    sizes = program.memory_analysis()
+    arrays = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return arrays + sizes.temp_size_in_bytes
+
+
+def free_memory() -> float:
+    """Returns the bytes that may be used on the device that computes, infinite where they cannot be told.
+
+    Example:
+      >>> free_memory() > 0
+      True
+    """
+    statistics, meminfo = jax.devices()[0].memory_stats(), Path("/proc/meminfo")
+    if statistics:
+        return statistics["bytes_limit"] - statistics["bytes_in_use"]
+    if not meminfo.is_file():
+        return math.inf
+    sizes = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    # A system that runs out of memory ends the process, and with it the measurement.
+    return 0.8 * 1024 * int(sizes["MemAvailable"].split()[0])
+
+
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -64,4 +98,4 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-__all__ = ["machine_info", "versions"]
+__all__ = ["free_memory", "machine_info", "needed_memory", "versions"]

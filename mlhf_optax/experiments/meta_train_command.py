@@ -149,7 +149,7 @@ def run_meta_training(
             problem,
             learned,
             meta_params,
-            functools.partial(_draw_batches, problem, examples, shape),
+            functools.partial(draw_batches, problem, examples, shape),
             _validator(problem, learned, examples, validation_steps),
             output,
             schedule,
@@ -173,10 +173,25 @@ def learned_options(settings: str) -> dict[str, Any]:
     return {"max_update_ratio": 0.25, "step_loss": "relative"} | _FAITHFUL[settings]
 
 
-def _draw_batches(problem: Task, examples, shape: tuple[int, ...], key):
-    """Returns random mini-batches, augmented as those that networks are trained on."""
+def draw_batches(task: Task, examples: Any, shape: tuple[int, ...], key: jax.Array) -> Any:
+    """Returns random mini-batches, augmented as those that networks are trained on.
+
+    Args:
+      task: the task.
+      examples: a part of its data, on the device.
+      shape: leading shape of the result, such as (num_tasks, T + 1, B).
+      key: random key.
+
+    Returns:
+      A pytree like ``examples`` with leaves of shape ``(*shape, ...)``; can be used under ``jit``.
+
+    Example:
+      >>> task = get_task("digits-mlp")
+      >>> draw_batches(task, task.data.meta_train, (3, 2), jax.random.key(0))["label"].shape
+      (3, 2)
+    """
     draw_key, augment_key = jax.random.split(key)
-    return problem.augment_fn(augment_key, sample_batches(examples, draw_key, shape))
+    return task.augment_fn(augment_key, sample_batches(examples, draw_key, shape))
 
 
 def _validator(problem: Task, learned, examples, steps: tuple[int, ...]):
@@ -257,4 +272,4 @@ def _commit() -> str | None:
     return found.stdout.strip()
 
 
-__all__ = ["SETTINGS", "learned_options", "run_meta_training"]
+__all__ = ["SETTINGS", "draw_batches", "learned_options", "run_meta_training"]

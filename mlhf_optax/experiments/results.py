@@ -1,12 +1,11 @@
 """What came out of a comparison of optimizers: records, the best of them, and their JSON form."""
 
 import dataclasses
-import datetime
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from mlhf_optax.experiments.machine import machine_info, versions
+from mlhf_optax.experiments import benchmarking
 from mlhf_optax.experiments.training import TABLE_STEPS
 from mlhf_optax.tasks import Task
 
@@ -93,14 +92,9 @@ def report(task: Task, results: Sequence[Result], command: str) -> dict[str, Any
       >>> sorted(report(get_task("digits-mlp"), [], "mlhf-optax train"))
       ['command', 'date', 'machine', 'results', 'task', 'versions']
     """
-    return {
-        "task": task.name,
-        "machine": machine_info(),
-        "versions": versions(),
-        "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "results": [result.to_json() for result in results],
-    }
+    return {"task": task.name} | benchmarking.report(
+        command, results=[result.to_json() for result in results]
+    )
 
 
 __all__ = ["Result", "best_of", "leaders", "report", "table_steps"]

@@ -97,19 +97,14 @@ def make_plan(
     contenders = grid_contenders(task.batch_size, [f for f in first_order.FAMILIES if f in families])
     if "mlhf" in families:
         source = meta_params or task.pretrained
-        loaded, record = load_pretrained(source)
-        if curvature_batch_size is None:
-            curvature_batch_size = record.get("curvature_batch_size")
-        learned = mlhf_contender(
-            task,
-            loaded,
-            learning_rate=record.get("learning_rate", 1.0) if learning_rate is None else learning_rate,
-            num_cg_steps=record.get("num_cg_steps", 4) if num_cg_steps is None else num_cg_steps,
-            curvature_batch_size=curvature_batch_size,
-            max_update_ratio=record.get("max_update_ratio", 0.25),
-            source=source,
-        )
-        contenders.insert(0, learned)
+        learned = load_pretrained(source)
+        asked = {
+            "learning_rate": learning_rate,
+            "num_cg_steps": num_cg_steps,
+            "curvature_batch_size": curvature_batch_size,
+        }
+        chosen = learned.recommended | {name: value for name, value in asked.items() if value is not None}
+        contenders.insert(0, mlhf_contender(task, learned.meta_params, source=source, **chosen))
     return Plan(task, contenders, num_seeds, num_steps, figure, json_file)
 
 

@@ -195,7 +195,7 @@ def _is_validated(folder: Path, iteration: int) -> bool:
     return any(json.loads(line)["iteration"] == iteration for line in lines)
 
 
-def _validated(now: Progressed, iteration: int, validate_fn, log: "JsonLog") -> Progressed:
+def _validated(now: Progressed, iteration: int, validate_fn, log: JsonLog) -> Progressed:
     result = jax.device_get(validate_fn(now.state.meta_params))
     score = float(result.score)
     log.write(
@@ -216,7 +216,7 @@ def _validated(now: Progressed, iteration: int, validate_fn, log: "JsonLog") -> 
     )
 
 
-def _write_metrics(log: "JsonLog", pending: list, seconds: float) -> dict[str, float]:
+def _write_metrics(log: JsonLog, pending: list, seconds: float) -> dict[str, float]:
     line: dict[str, float] = {}
     for iteration, metrics in pending:
         values = {name: float(np.asarray(value)) for name, value in metrics.items()}

@@ -32,6 +32,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mlhf_optax.controls import Inputs, control_unit, damping_values, preconditioner_values, run_network
 from mlhf_optax.coordinate_lstm import LayerCarry, init_carry
 from mlhf_optax.experiments.benchmarking import (
     Timing,
@@ -42,15 +43,7 @@ from mlhf_optax.experiments.benchmarking import (
     write_json,
 )
 from mlhf_optax.experiments.machine import free_memory, needed_memory
-from mlhf_optax.meta_params import (
-    Inputs,
-    MetaParams,
-    Settings,
-    damping_values,
-    init_meta_params,
-    preconditioner_values,
-    run_network,
-)
+from mlhf_optax.meta_params import MetaParams, Settings, init_meta_params
 
 TARGET = 2.0
 SIZES = (10**4, 10**5, 10**6, 10**7)
@@ -74,8 +67,10 @@ def forward(meta_params: MetaParams, carries: Carries, inputs: Inputs) -> tuple[
     settings = meta_params.settings
     s_out, s_carry = run_network(meta_params.damping, settings, TYPES, carries.damping, inputs)
     p_out, p_carry = run_network(meta_params.preconditioner, settings, TYPES, carries.preconditioner, inputs)
-    damping = damping_values(settings, s_out, inputs.gradient)
-    preconditioner = preconditioner_values(settings, p_out, inputs.gradient, damping)
+    # The direction stands in for the parameters, of which only the size counts.
+    unit = control_unit(settings, inputs.gradient, inputs.direction)
+    damping = damping_values(settings, s_out, unit)
+    preconditioner = preconditioner_values(settings, p_out, unit, damping)
     return (damping, preconditioner), Carries(s_carry, p_carry)
 
 

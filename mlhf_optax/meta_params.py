@@ -9,11 +9,10 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import chex
 import jax
-import jax.numpy as jnp
 
 from mlhf_optax import coordinate_lstm
 from mlhf_optax.layer_types import PAPER_LAYER_TYPES
@@ -54,6 +53,11 @@ class Settings:
         parameters to this power (paper: 0). Near a minimum of a cross-entropy the GGN shrinks with the
         loss, and a damping that shrinks with the gradient, as in regularised Newton methods (Fan
         and Yuan 2005), keeps its size relative to it; the LSTMs then only have to learn the ratio.
+      parameter_power: s and P are divided by the root mean square of the parameters to this power
+        (paper: 0). With both powers 1 they have the dimension of curvature, loss over parameter squared,
+        and ``1 / s`` bounds the length of the step relative to that of the parameters: the LSTMs' outputs
+        then mean the same on wide networks, whose parameters are smaller, as on narrow ones.
+      parameter_floor: root mean square below which the parameters count as this large there.
       gradient_floor: root mean square below which the gradient counts as this large there. Without
         it the steps of a training whose gradient is rounding noise stay long, and it jumps away.
 
@@ -76,6 +80,8 @@ class Settings:
     log_range: float = 16.0
     gradient_power: float = 1.0
     gradient_floor: float = 1e-5
+    parameter_power: float = 0.0
+    parameter_floor: float = 1e-3
 
     def __post_init__(self):
         choices = {
@@ -94,12 +100,13 @@ class Settings:
             "initial_preconditioner",
             "log_range",
             "gradient_floor",
+            "parameter_floor",
         )
         for name in positive:
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise ValueError(f"`{name}` must be a positive number, got {value!r}")
-        for name in ("damping_floor", "gradient_power"):
+        for name in ("damping_floor", "gradient_power", "parameter_power"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a number >= 0, got {getattr(self, name)!r}")
 
@@ -199,145 +206,10 @@ def init_meta_params(
     return MetaParams(network(damping_key), network(preconditioner_key), settings)
 
 
-class Inputs(NamedTuple):
-    """What the LSTMs look at, trees shaped like the parameters.
-
-    Attributes:
-      direction: d0, the previous direction.
-      residual: r0, the previous residual, or the current starting residual for LSTM_p.
-      gradient: g.
-    """
-
-    direction: chex.ArrayTree
-    residual: chex.ArrayTree
-    gradient: chex.ArrayTree
-
-
-def run_network(
-    network: dict[str, coordinate_lstm.LSTMWeights],
-    settings: Settings,
-    types: chex.ArrayTree,
-    carry: tuple[coordinate_lstm.LayerCarry, ...],
-    inputs: Inputs,
-) -> tuple[chex.ArrayTree, tuple[coordinate_lstm.LayerCarry, ...]]:
-    """Runs one LSTM on every coordinate of every parameter.
-
-    Args:
-      network: weights by layer type.
-      settings: which features are made of the inputs.
-      types: tree of layer type names, shaped like the parameters.
-      carry: carries of trees, one a layer.
-      inputs: d0, r0 and g.
-
-    Returns:
-      The outputs before the output map, at least float32 and shaped like the parameters, and the carry.
-
-    Example:
-      See :func:`mlhf_optax.scale_by_mlhf`, which calls it twice a step.
-    """
-    features, shared = _features(settings, inputs), _shared_features(settings, inputs)
-    names, treedef = jax.tree.flatten(types)
-    columns = [treedef.flatten_up_to(tree) for layer in carry for tree in layer]
-    outputs, carries = [], []
-    for index, (name, feature) in enumerate(zip(names, treedef.flatten_up_to(features), strict=True)):
-        leaf_carry = tuple(
-            coordinate_lstm.LayerCarry(columns[2 * n][index], columns[2 * n + 1][index])
-            for n in range(len(carry))
-        )
-        output, leaf_carry = coordinate_lstm.apply(network[name], leaf_carry, feature, shared)
-        outputs.append(output)
-        carries.append(leaf_carry)
-    next_carry = tuple(
-        coordinate_lstm.LayerCarry(*(treedef.unflatten(column) for column in zip(*layer, strict=True)))
-        for layer in zip(*carries, strict=True)
-    )
-    return treedef.unflatten(outputs), next_carry
-
-
-def damping_values(settings: Settings, outputs: chex.ArrayTree, gradient: chex.ArrayTree) -> chex.ArrayTree:
-    """Returns s, the damping that the outputs of LSTM_s stand for."""
-    values = _output_to_value(settings, outputs, gradient, settings.initial_damping)
-    return jax.tree.map(lambda s: s + settings.damping_floor, values)
-
-
-def preconditioner_values(
-    settings: Settings, outputs: chex.ArrayTree, gradient: chex.ArrayTree, damping: chex.ArrayTree
-) -> chex.ArrayTree:
-    """Returns P, the preconditioner that the outputs of LSTM_p stand for."""
-    values = _output_to_value(settings, outputs, gradient, settings.initial_preconditioner)
-    if settings.preconditioner_form == "jacobi":
-        return jax.tree.map(jnp.add, damping, values)
-    return values
-
-
-def _output_to_value(
-    settings: Settings, outputs: chex.ArrayTree, gradient: chex.ArrayTree, initial: float
-) -> chex.ArrayTree:
-    """Maps LSTM outputs to positive values in units of the gradient's magnitude."""
-    values = output_to_value(settings, outputs, initial)
-    if not settings.gradient_power:
-        return values
-    unit = jnp.maximum(_root_mean_square(gradient), settings.gradient_floor) ** settings.gradient_power
-    return jax.tree.map(lambda x: unit * x, values)
-
-
-def output_to_value(settings: Settings, outputs: chex.ArrayTree, initial: float) -> chex.ArrayTree:
-    """Maps LSTM outputs to positive values that are ``initial`` where the output is zero."""
-    if settings.output_map == "exp":
-        # exp(+-30) keeps every later product of such values inside float32.
-        bound = lambda x: jnp.clip(x, -30.0, 30.0)
-        return jax.tree.map(lambda x: jnp.exp(bound(settings.output_scale * x + math.log(initial))), outputs)
-    offset = initial + math.log(-math.expm1(-initial))  # softplus^-1
-    return jax.tree.map(lambda x: jax.nn.softplus(settings.output_scale * x + offset), outputs)
-
-
-def _features(settings: Settings, inputs: Inputs) -> chex.ArrayTree:
-    """Stacks each parameter's own features to shape (F, *shape), in at least float32."""
-    if settings.input_features == "tanh":
-        return jax.tree.map(lambda *q: jnp.stack([jnp.tanh(_at_least_f32(x)) for x in q]), *inputs)
-
-    def stack(*quantities):
-        features = []
-        for quantity in quantities:
-            x = _at_least_f32(quantity)
-            features += [_log_magnitude(jnp.abs(x), settings.log_range)]
-            features += [jnp.clip(x * math.exp(settings.log_range), -1.0, 1.0)]
-        return jnp.stack(features)
-
-    return jax.tree.map(stack, *inputs)
-
-
-def _shared_features(settings: Settings, inputs: Inputs) -> jax.Array | None:
-    """Returns the features that are the same for all coordinates, shape (G,), if there are any."""
-    if settings.input_features != "log-global":
-        return None
-    return jnp.stack([_log_magnitude(_root_mean_square(tree), settings.log_range) for tree in inputs])
-
-
-def _log_magnitude(magnitude: jax.Array, log_range: float) -> jax.Array:
-    """-1 at and below exp(-log_range), 0 at 1, at most 1 (Andrychowicz et al. 2016, appendix A)."""
-    return jnp.clip(jnp.log(jnp.maximum(magnitude, math.exp(-log_range))) / log_range, -1.0, 1.0)
-
-
-def _root_mean_square(tree: chex.ArrayTree) -> jax.Array:
-    leaves = jax.tree.leaves(tree)
-    total = sum(jnp.sum(jnp.square(_at_least_f32(leaf))) for leaf in leaves)
-    return jnp.sqrt(total / sum(leaf.size for leaf in leaves))
-
-
-def _at_least_f32(array: jax.Array) -> jax.Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
-
-
 __all__ = [
     "AUTHORS_SETTINGS",
     "PAPER_SETTINGS",
-    "Inputs",
     "MetaParams",
     "Settings",
-    "damping_values",
     "init_meta_params",
-    "output_to_value",
-    "preconditioner_values",
-    "run_network",
 ]

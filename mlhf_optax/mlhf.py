@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mlhf_optax import coordinate_lstm
+from mlhf_optax.controls import damping_values, preconditioner_values
 from mlhf_optax.curvature import (
     CurvatureBatch,
     LossFn,
@@ -17,7 +18,7 @@ from mlhf_optax.curvature import (
     ggn_matvec,
 )
 from mlhf_optax.layer_types import LayerTypesFn, check_whole_tree, layer_types
-from mlhf_optax.meta_params import MetaParams, Settings, damping_values, preconditioner_values
+from mlhf_optax.meta_params import MetaParams, Settings
 from mlhf_optax.mlhf_step import MLHFInfo, ScaleByMLHFState, Step, mlhf_step
 from mlhf_optax.pcg import check_num_steps
 from mlhf_optax.safeguards import (
@@ -113,7 +114,7 @@ def scale_by_mlhf(
         _check_types(meta_params, types)
         part = curvature_subset(predict_fn, params, batch, curvature_batch_size)
         ggn = ggn_matvec(predict_fn, loss_fn, params, part)
-        step = mlhf_step(meta_params, types, ggn, updates, state, num_cg_steps, unroll)
+        step = mlhf_step(meta_params, types, ggn, updates, params, state, num_cg_steps, unroll)
         return _guarded(meta_params.settings, step, updates, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -203,8 +204,8 @@ def _guarded(settings: Settings, step: Step, gradient: chex.ArrayTree, state: Sc
     old = (state.direction, state.residual, state.damping_carry, state.preconditioner_carry)
     direction, residual, s_carry, p_carry = select_tree(is_sound, new, old)
     update = jax.tree.map(lambda d: jnp.where(is_sound, d, jnp.zeros_like(d)), solution.direction)
-    damping = damping_values(settings, step.controls.damping, gradient)
-    preconditioner = preconditioner_values(settings, step.controls.preconditioner, gradient, damping)
+    damping = damping_values(settings, step.controls.damping, step.unit)
+    preconditioner = preconditioner_values(settings, step.controls.preconditioner, step.unit, damping)
     info = MLHFInfo(
         state.info.skipped_steps + jnp.logical_not(is_sound).astype(jnp.int32),
         descent,

@@ -13,15 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from mlhf_optax import coordinate_lstm
+from mlhf_optax.controls import Inputs, control_unit, damping_values, preconditioner_values, run_network
 from mlhf_optax.curvature import Matvec
-from mlhf_optax.meta_params import (
-    Inputs,
-    MetaParams,
-    Settings,
-    damping_values,
-    preconditioner_values,
-    run_network,
-)
+from mlhf_optax.meta_params import MetaParams, Settings
 from mlhf_optax.pcg import pcg
 
 
@@ -103,12 +97,14 @@ class Step(NamedTuple):
     Attributes:
       solution: direction and residual.
       controls: LSTM outputs.
+      unit: the unit of damping and preconditioner.
       damping_carry: next state of LSTM_s.
       preconditioner_carry: next state of LSTM_p.
     """
 
     solution: Solution
     controls: Controls
+    unit: jax.Array
     damping_carry: tuple[coordinate_lstm.LayerCarry, ...]
     preconditioner_carry: tuple[coordinate_lstm.LayerCarry, ...]
 
@@ -118,6 +114,7 @@ def mlhf_step(
     types: chex.ArrayTree,
     ggn: Matvec,
     gradient: chex.ArrayTree,
+    params: chex.ArrayTree,
     state: ScaleByMLHFState,
     num_cg_steps: int,
     unroll: bool | int = True,
@@ -129,6 +126,7 @@ def mlhf_step(
       types: tree of layer type names.
       ggn: product with the undamped GGN.
       gradient: g.
+      params: w, of which only the size is used.
       state: previous direction, residual and carries.
       num_cg_steps: K.
       unroll: unroll the CG loop.
@@ -140,11 +138,11 @@ def mlhf_step(
       See :func:`mlhf_optax.scale_by_mlhf`, which adds the safeguards.
     """
     settings = meta_params.settings
-    d0 = start_vector(state)
+    d0, unit = start_vector(state), control_unit(settings, gradient, params)
     inputs = Inputs(d0, state.residual, gradient)
     s_out, s_carry = run_network(meta_params.damping, settings, types, state.damping_carry, inputs)
     if settings.preconditioner_residual == "current":
-        a_d0 = damped(ggn, damping_values(settings, s_out, gradient))(d0)
+        a_d0 = damped(ggn, damping_values(settings, s_out, unit))(d0)
         start = jax.tree.map(jnp.subtract, gradient, a_d0)
         # This residual depends on s, but what an LSTM sees carries no meta-gradient (section 3.1).
         inputs = inputs._replace(residual=jax.lax.stop_gradient(start))
@@ -152,8 +150,8 @@ def mlhf_step(
         meta_params.preconditioner, settings, types, state.preconditioner_carry, inputs
     )
     controls = Controls(s_out, p_out)
-    solution = solve(settings, ggn, gradient, d0, controls, num_cg_steps, unroll)
-    return Step(solution, controls, s_carry, p_carry)
+    solution = solve(settings, ggn, gradient, d0, controls, unit, num_cg_steps, unroll)
+    return Step(solution, controls, unit, s_carry, p_carry)
 
 
 def solve(
@@ -162,17 +160,18 @@ def solve(
     gradient: chex.ArrayTree,
     start: chex.ArrayTree,
     controls: Controls,
+    unit: jax.Array,
     num_cg_steps: int,
     unroll: bool | int = True,
 ) -> Solution:
     """Solves ``(G + diag(s)) d = g`` by PCG from ``start``, with s and P from ``controls``."""
-    damping = damping_values(settings, controls.damping, gradient)
+    damping = damping_values(settings, controls.damping, unit)
     direction, residual, info = pcg(
         damped(ggn, damping),
         gradient,
         start,
         num_steps=num_cg_steps,
-        preconditioner=preconditioner_values(settings, controls.preconditioner, gradient, damping),
+        preconditioner=preconditioner_values(settings, controls.preconditioner, unit, damping),
         preconditioner_form="multiply" if settings.preconditioner_form == "multiply" else "divide",
         unroll=unroll,
     )

@@ -16,8 +16,8 @@ from mlhf_optax import (
     coordinate_lstm,
     init_meta_params,
 )
+from mlhf_optax.controls import Inputs, control_unit, output_to_value, run_network
 from mlhf_optax.layer_types import PAPER_LAYER_TYPES
-from mlhf_optax.meta_params import Inputs, output_to_value, run_network
 
 pytestmark = pytest.mark.usefixtures("x64", "strict_ranks")
 
@@ -130,10 +130,22 @@ def test_a_number_that_is_not_positive_is_an_error(name, value):
         Settings(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["damping_floor", "gradient_power", "parameter_power"])
 @pytest.mark.parametrize("value", [-1e-9, math.inf, math.nan])
-def test_a_negative_floor_is_an_error(value):
-    with pytest.raises(ValueError, match="`damping_floor` must be a number >= 0, got"):
-        Settings(damping_floor=value)
+def test_a_negative_floor_or_power_is_an_error(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be a number >= 0, got"):
+        Settings(**{name: value})
+
+
+def test_the_unit_is_made_of_the_sizes_of_gradient_and_parameters_and_of_floors():
+    gradient = {"a": jnp.array([3.0, 4.0]), "b": jnp.zeros(2)}
+    params = {"a": jnp.full(3, 0.25), "b": jnp.array(0.25)}
+    unit = lambda **settings: float(control_unit(Settings(**settings), gradient, params))
+    assert unit(gradient_power=0.0) == 1.0
+    assert unit(gradient_power=1.0) == pytest.approx(2.5)
+    assert unit(gradient_power=0.5, parameter_power=2.0) == pytest.approx(2.5**0.5 / 0.25**2)
+    assert unit(gradient_floor=10.0) == 10.0
+    assert unit(gradient_power=0.0, parameter_power=1.0, parameter_floor=0.5) == 2.0
 
 
 @pytest.mark.parametrize("names", [[], ["a", "a"]])

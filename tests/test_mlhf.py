@@ -32,6 +32,7 @@ SETTINGS = {
         initial_preconditioner=0.1,
         log_range=7.0,
         gradient_power=0.5,
+        parameter_power=0.7,
     ),
     "tanh-exp-current": Settings(
         input_features="tanh", initial_damping=10.0, output_scale=1.0, preconditioner_residual="current"
@@ -276,6 +277,23 @@ def test_the_layer_types_may_be_given():
     renamed = lambda tree: {"kernel": tree["table"]}
     want, _ = named.update(renamed(grads), named.init(renamed(params)), renamed(params), batch=batch)
     np.testing.assert_allclose(direction["table"], want["kernel"], rtol=1e-5)
+
+
+def test_damping_of_the_dimension_of_curvature_does_not_depend_on_the_scale_of_the_parameters(x64):
+    # Untrained LSTMs see nothing, so all that is left is the unit of s and P.
+    settings = Settings(gradient_power=1.0, parameter_power=1.0, initial_damping=4.0)
+    meta_params = init_meta_params(jax.random.key(0), settings)
+    params, batch = problems.mlp_params(dtype=jnp.float64), problems.batch()
+
+    def direction(scale):
+        predict_fn = lambda p, b: problems.mlp(jax.tree.map(lambda x: scale * x, p), b)
+        scaled = jax.tree.map(lambda x: x / scale, params)
+        grads = jax.grad(lambda p: problems.LOSS(predict_fn(p, batch), batch))(scaled)
+        tx = scale_by_mlhf(meta_params, predict_fn, problems.LOSS)
+        found, _ = tx.update(grads, tx.init(scaled), scaled, batch=batch)
+        return problems.flat(jax.tree.map(lambda x: scale * x, found))
+
+    np.testing.assert_allclose(direction(0.1), direction(1.0), rtol=1e-9)
 
 
 # Errors.

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from mlhf_optax.controls import Inputs, run_network
 from mlhf_optax.coordinate_lstm import LayerCarry
 from mlhf_optax.curvature import CurvatureBatch
 from mlhf_optax.layer_types import LayerTypesFn, layer_types
-from mlhf_optax.meta_params import Inputs, MetaParams, run_network
+from mlhf_optax.meta_params import MetaParams
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, MetaGradient, task_loss
 from mlhf_optax.meta_training.losses import StepLoss
 from mlhf_optax.meta_training.mlhf_unroll import Inner, Options, Record, inner_step

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mlhf_optax.controls import Inputs, control_unit, damping_values, run_network
 from mlhf_optax.curvature import CurvatureBatch, curvature_subset, ggn_matvec
 from mlhf_optax.layer_types import LayerTypesFn
-from mlhf_optax.meta_params import Inputs, MetaParams, damping_values, run_network
+from mlhf_optax.meta_params import MetaParams
 from mlhf_optax.meta_training.learned_optimizer import task_loss
 from mlhf_optax.meta_training.losses import StepLoss, StepLosses, preconditioner_loss, step_gain
 from mlhf_optax.mlhf_step import Controls, ScaleByMLHFState, Solution, damped, solve, start_vector
@@ -103,12 +104,14 @@ def inner_step(options: Options, meta_params: MetaParams, task, inner: Inner, in
     inner = inner._replace(state=before._replace(direction=start_vector(before)))
     part = curvature_subset(task.predict_fn, inner.params, batch, options.curvature_batch_size)
     ggn = ggn_matvec(task.predict_fn, task.loss_fn, inner.params, part)
-    controls, carries, seen = _run_step_networks(options, meta_params, ggn, inner)
+    settings = meta_params.settings
+    unit = control_unit(settings, inner.gradient, inner.params)
+    controls, carries, seen = _run_step_networks(options, meta_params, ggn, unit, inner)
     after, start = _after_solve(options, inner, key), inner.state.direction
 
     def outcome(controls: Controls):
         solution = solve(
-            meta_params.settings, ggn, inner.gradient, start, controls, options.num_cg_steps, options.unroll
+            settings, ggn, inner.gradient, start, controls, unit, options.num_cg_steps, options.unroll
         )
         update, after_state = after(solution.direction)
         l_p = preconditioner_loss(solution.direction, solution.residual, inner.gradient)
@@ -162,7 +165,7 @@ def _judge(options: Options, task, inner: Inner, params, batch, next_batch) -> _
     return _Judged(l_s, of_update, next_loss, next_gradient)
 
 
-def _run_step_networks(options: Options, meta_params: MetaParams, ggn, inner: Inner):
+def _run_step_networks(options: Options, meta_params: MetaParams, ggn, unit, inner: Inner):
     """Runs both LSTMs; returns their outputs, carries and what each has seen."""
     settings, state = meta_params.settings, inner.state
     types = options.layer_types_fn(inner.params)
@@ -170,7 +173,7 @@ def _run_step_networks(options: Options, meta_params: MetaParams, ggn, inner: In
     s_out, s_carry = run_network(meta_params.damping, settings, types, state.damping_carry, s_inputs)
     p_inputs = s_inputs
     if settings.preconditioner_residual == "current":
-        a_d0 = damped(ggn, damping_values(settings, s_out, inner.gradient))(state.direction)
+        a_d0 = damped(ggn, damping_values(settings, s_out, unit))(state.direction)
         p_inputs = s_inputs._replace(residual=jax.tree.map(jnp.subtract, inner.gradient, a_d0))
     p_out, p_carry = run_network(
         meta_params.preconditioner, settings, types, state.preconditioner_carry, p_inputs

@@ -251,7 +251,9 @@ def test_batches_are_augmented_as_in_training(monkeypatch, tmp_path):
 
 
 def test_unknown_names_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="`settings` must be one of 'default', 'paper', 'authors', got 'x'"):
+    with pytest.raises(
+        ValueError, match="`settings` must be one of 'default', 'relative', 'paper', 'authors', got 'x'"
+    ):
         run(tmp_path, settings="x")
     with pytest.raises(ValueError, match=r"must be one of .*'digits-mlp'.*, got 'nothing'"):
         run(tmp_path, task="nothing")

@@ -2,6 +2,7 @@
 
 import contextlib
 import enum
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,6 +79,7 @@ class StartingSettings(enum.StrEnum):
     """Names of the settings that a meta-training can start from."""
 
     DEFAULT = "default"
+    RELATIVE = "relative"
     PAPER = "paper"
     AUTHORS = "authors"
 
@@ -186,6 +188,14 @@ def meta_train(
     meta_learning_rate: Annotated[
         float, _option("Peak learning rate of the meta-optimizer.", metavar="X")
     ] = 1e-2,
+    learning_rate: Annotated[
+        float,
+        _option(
+            "Learning rate of the networks in training, kept in the record. Below 1 directions that the "
+            "curvature of one mini-batch gets wrong do less harm, which no damping can do as well.",
+            metavar="X",
+        ),
+    ] = 1.0,
     seed: Annotated[int, _option("Decides everything that is random.")] = 0,
     resume: Annotated[
         bool, _option("Go on from the last checkpoint in the folder.", "--resume", metavar="")
@@ -195,7 +205,8 @@ def meta_train(
     settings: Annotated[
         StartingSettings,
         _option(
-            "What the LSTMs see and mean: ours, the paper's or its authors' code's.",
+            "What the LSTMs see and mean: ours, ours with damping relative to the size of the parameters, "
+            "which carries over to wider networks, the paper's or its authors' code's.",
             metavar="|".join(StartingSettings),
         ),
     ] = StartingSettings.DEFAULT,
@@ -203,8 +214,8 @@ def meta_train(
         float | None,
         _option(
             "Damping of untrained LSTMs, with the default settings in units of the gradient's root mean "
-            "square and 30. It has to train the task before any meta-training: raise it where the inner "
-            "loss stays at chance.",
+            "square and 30, with 'relative' also over that of the parameters and 10. It has to train the "
+            "task before any meta-training: raise it where the inner loss stays at chance.",
             metavar="X",
         ),
     ] = None,
@@ -241,6 +252,9 @@ def meta_train(
         starts = _given(initial_damping=initial_damping, initial_preconditioner=initial_preconditioner)
         Settings(**starts)
         part = _parse_part(curvature_batch_size)
+        for name, rate in (("learning-rate", learning_rate), ("meta-learning-rate", meta_learning_rate)):
+            if not 0 < rate < math.inf:
+                raise ValueError(f"`--{name}` must be a positive number, got {rate}")
     run_meta_training(
         task=task,
         task_options=options,
@@ -250,6 +264,7 @@ def meta_train(
         unroll_length=unroll_length,
         batch_size=batch_size,
         meta_learning_rate=meta_learning_rate,
+        learning_rate=learning_rate,
         seed=seed,
         resume=resume,
         checkpoint_every=checkpoint_every,

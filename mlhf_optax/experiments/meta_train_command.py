@@ -26,10 +26,17 @@ from mlhf_optax.meta_params import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, i
 from mlhf_optax.meta_params_io import save_meta_params
 from mlhf_optax.tasks import Task, get_task
 
-SETTINGS = {"default": Settings(), "paper": PAPER_SETTINGS, "authors": AUTHORS_SETTINGS}
+SETTINGS = {
+    "default": Settings(),
+    # Keeps its meaning across widths; starts where convolutional networks neither jump nor crawl.
+    "relative": Settings(parameter_power=1.0, initial_damping=10.0, initial_preconditioner=10.0),
+    "paper": PAPER_SETTINGS,
+    "authors": AUTHORS_SETTINGS,
+}
 
 _FAITHFUL = {
     "default": {},
+    "relative": {},
     "paper": {
         "max_update_ratio": None,
         "update_noise": 0.0,
@@ -90,8 +97,8 @@ def run_meta_training(
       resume: go on from the last checkpoint.
       checkpoint_every: meta-iterations between checkpoints.
       validate_every: meta-iterations between validations.
-      settings: ``"default"``, ``"paper"`` or ``"authors"``: what the LSTMs see and mean, and the
-        losses and stabilisers that go with it.
+      settings: ``"default"``, ``"relative"`` (damping in the dimension of curvature), ``"paper"`` or
+        ``"authors"``: what the LSTMs see and mean, and the losses and stabilisers that go with it.
       starts: ``initial_damping`` and ``initial_preconditioner``, where they are not those of ``settings``.
       task_options: arguments of the function that makes the task, such as ``data_dir``.
       learning_rate: inner learning rate.

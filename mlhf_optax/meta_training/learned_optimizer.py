@@ -87,6 +87,16 @@ def task_loss(task: Task, params: Any, batch: Any) -> jax.Array:
     return task.loss_fn(task.predict_fn(params, batch), batch)
 
 
+def sequential_is_faster(task: Task) -> bool:
+    """Returns whether several trainings of the task run faster one after another than side by side.
+
+    So it is on CPUs for convolutions, which then fill the processor alone, and more of which at once
+    only need more memory.
+    """
+    params = jax.eval_shape(task.init_fn, jax.random.key(0))
+    return jax.default_backend() == "cpu" and any(leaf.ndim >= 4 for leaf in jax.tree.leaves(params))
+
+
 def unrolled_optimizer(
     build: Callable[[Any, Task], optax.GradientTransformationExtraArgs],
     meta_loss: Callable[[Trajectory], jax.Array],
@@ -146,4 +156,12 @@ def unrolled_optimizer(
     return LearnedOptimizer(build, meta_gradient)
 
 
-__all__ = ["LearnedOptimizer", "MetaGradient", "Task", "Trajectory", "task_loss", "unrolled_optimizer"]
+__all__ = [
+    "LearnedOptimizer",
+    "MetaGradient",
+    "Task",
+    "Trajectory",
+    "sequential_is_faster",
+    "task_loss",
+    "unrolled_optimizer",
+]

@@ -19,7 +19,12 @@ from mlhf_optax.meta_training.inner_trainings import (
     fresh_training,
     replace_ended,
 )
-from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, MetaGradient, Task
+from mlhf_optax.meta_training.learned_optimizer import (
+    LearnedOptimizer,
+    MetaGradient,
+    Task,
+    sequential_is_faster,
+)
 from mlhf_optax.safeguards import tree_is_finite
 
 Metrics = dict[str, jax.Array]
@@ -189,8 +194,7 @@ def _unroll_all(task, learned: LearnedOptimizer, config, state: MetaState, batch
     inputs = (state.trainings, batches, jax.random.split(key, config.num_tasks))
     axis = config.task_axis
     if axis == "auto":
-        has_convolutions = any(leaf.ndim > 4 for leaf in jax.tree.leaves(state.trainings.params))
-        axis = "sequential" if has_convolutions and jax.default_backend() == "cpu" else "vmap"
+        axis = "sequential" if sequential_is_faster(task) else "vmap"
     return jax.vmap(one)(inputs) if axis == "vmap" else jax.lax.map(one, inputs)
 
 

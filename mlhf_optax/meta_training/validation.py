@@ -14,7 +14,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, Task, task_loss
+from mlhf_optax.meta_training.learned_optimizer import (
+    LearnedOptimizer,
+    Task,
+    sequential_is_faster,
+    task_loss,
+)
 
 _WORST_LOSS = 1e3
 _LOSS_FLOOR = 1e-9
@@ -48,7 +53,7 @@ def make_validation(
       task: the task.
       learned: how meta-parameters become an optimizer.
       steps: after how many steps the loss is recorded, increasing; the last is the length.
-      num_starts: fresh starts, run side by side.
+      num_starts: fresh starts, run side by side, or one after another where that is faster.
 
     Returns:
       ``validate(meta_params, batches, examples, key) -> Validation``: ``batches`` has leaves
@@ -79,7 +84,8 @@ def make_validation(
     @jax.jit
     def validate(meta_params, batches, examples, key) -> Validation:
         run = lambda start_key: losses_of(meta_params, batches, examples, start_key)
-        losses = jax.vmap(run)(jax.random.split(key, num_starts))
+        keys = jax.random.split(key, num_starts)
+        losses = lax.map(run, keys) if sequential_is_faster(task) else jax.vmap(run)(keys)
         return Validation(score_of(losses), jnp.mean(losses, axis=0), jnp.max(_bounded(losses[:, -1])))
 
     return validate

@@ -44,8 +44,10 @@ class Pretrained(NamedTuple):
     def recommended(self) -> dict[str, Any]:
         """The arguments of :func:`mlhf_optax.mlhf` that the record recommends."""
         names = ("learning_rate", "num_cg_steps", "max_update_ratio")
-        of_curvature = {"curvature_batch_size": self.record.get("curvature_batch_size")}
-        return {name: self.record[name] for name in names} | of_curvature
+        others = {"curvature_batch_size": None, "momentum": 0.0}
+        return {name: self.record[name] for name in names} | {
+            name: self.record.get(name, usual) for name, usual in others.items()
+        }
 
     def optimizer(
         self, predict_fn: PredictFn, loss_fn: LossFn, **changes: Any
@@ -56,8 +58,8 @@ class Pretrained(NamedTuple):
           predict_fn: ``predict_fn(params, batch) -> outputs``.
           loss_fn: ``loss_fn(outputs, batch) -> scalar``.
           **changes: arguments of :func:`mlhf_optax.mlhf`; they take the place of the record's
-            ``learning_rate``, ``num_cg_steps``, ``max_update_ratio`` and, where it has one,
-            ``curvature_batch_size`` (None: the whole batch), or come on top.
+            ``learning_rate``, ``num_cg_steps``, ``max_update_ratio`` and, where it has them,
+            ``curvature_batch_size`` (None: the whole batch) and ``momentum`` (0: none), or come on top.
 
         Returns:
           The optimizer; call ``update(grads, state, params, batch=batch)``.
@@ -84,7 +86,7 @@ def save_meta_params(path: str | os.PathLike, meta_params: MetaParams, record: M
       meta_params: the meta-parameters, float32.
       record: plain JSON values, at least ``task`` (str), ``learning_rate`` and ``batch_size``
         (numbers > 0), ``num_cg_steps`` (int) and ``max_update_ratio`` (number, or None for no bound);
-        more may follow, such as ``curvature_batch_size``.
+        more may follow, such as ``curvature_batch_size`` and ``momentum``.
 
     Returns:
       The path of the ``.npz`` file.
@@ -192,6 +194,9 @@ def _record_problem(record: Mapping[str, Any]) -> str | None:
             return f"'{key}' must be a positive number, got {value!r}"
     if not isinstance(record["num_cg_steps"], int):
         return f"'num_cg_steps' must be an int, got {record['num_cg_steps']!r}"
+    momentum = record.get("momentum", 0.0)
+    if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 <= momentum < 1:
+        return f"'momentum' must be a number in [0, 1), got {momentum!r}"
     try:
         check_curvature_batch(record.get("curvature_batch_size"))
     except (TypeError, ValueError) as error:

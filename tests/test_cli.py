@@ -63,6 +63,7 @@ def test_train_prints_a_table_and_writes_results_and_figure(capsys, folder, meta
         "curvature_batch_size": None,
         "max_update_ratio": 0.1,
         "carry_dtype": "float32",
+        "momentum": 0.0,
         "meta_params": meta_params,
     }
     assert data["results"][1]["steps"] == [1, 2, 3]

@@ -33,6 +33,8 @@ def build(name, learning_rate=0.5, predict_fn=problems.linear, loss_fn=problems.
     match name:
         case "mlhf":
             return mlhf(learning_rate, META_PARAMS, *functions, **kwargs)
+        case "mlhf momentum":
+            return mlhf(learning_rate, META_PARAMS, *functions, momentum=0.5, **kwargs)
         case "scale_by_mlhf":
             return scaled(scale_by_mlhf(META_PARAMS, *functions, **kwargs), learning_rate)
         case "hessian_free":
@@ -41,7 +43,7 @@ def build(name, learning_rate=0.5, predict_fn=problems.linear, loss_fn=problems.
             return hessian_free(learning_rate, *functions, **{"damping": LM, **kwargs})
 
 
-@pytest.fixture(params=["mlhf", "scale_by_mlhf", "hessian_free", "hessian_free LM"])
+@pytest.fixture(params=["mlhf", "mlhf momentum", "scale_by_mlhf", "hessian_free", "hessian_free LM"])
 def name(request):
     return request.param
 
@@ -228,8 +230,9 @@ def test_optax_tree_finds_sets_and_maps_what_is_in_the_state(name, tx):
     mapped = optax.tree.map_params(tx, lambda x: shapes.append(x.shape) or 0 * x, state)
     assert kinds(mapped) == kinds(state)
     if "mlhf" in name:
-        # Direction, residual, and two carries with a cell and a hidden state of two units each.
-        assert sorted(shapes) == [(2, 3, 2)] * 4 + [(3, 2)] * 2
+        # Direction, residual, perhaps their average, and two carries with a cell and a hidden state of
+        # two units each.
+        assert sorted(shapes) == [(2, 3, 2)] * 4 + [(3, 2)] * (3 if "momentum" in name else 2)
         assert not optax.tree.get(mapped, "direction")["kernel"].any()
         assert int(optax.tree.get(mapped, "skipped_steps")) == 0
     else:

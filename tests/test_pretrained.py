@@ -128,7 +128,7 @@ def test_no_bound_on_the_update_can_be_recorded(tmp_path, meta_params):
 
 def test_the_optimizer_is_the_recorded_one_unless_changed(tmp_path):
     fresh = init_meta_params(jax.random.key(0), layer_types=["dense_kernel"])
-    record = {**RECORD, "num_cg_steps": 2, "max_update_ratio": 0.01}
+    record = {**RECORD, "num_cg_steps": 2, "max_update_ratio": 0.01, "momentum": 0.9}
     loaded = load_meta_params(save_meta_params(tmp_path / "fresh", fresh, record))
     functions = (lambda p, b: b["x"] @ p["kernel"], mlhf_optax.SquaredError(targets="y"))
     batch = {"x": jnp.eye(3), "y": jnp.arange(3.0)[:, None]}
@@ -136,12 +136,14 @@ def test_the_optimizer_is_the_recorded_one_unless_changed(tmp_path):
     grads = jax.grad(lambda p: functions[1](functions[0](p, batch), batch))(params)
 
     def update(tx):
-        return tx.update(grads, tx.init(params), params, batch=batch)[0]["kernel"]
+        first, state = tx.update(grads, tx.init(params), params, batch=batch)
+        return tx.update(first, state, params, batch=batch)[0]["kernel"]  # the second shows the momentum
 
-    same = mlhf_optax.mlhf(0.5, fresh, *functions, num_cg_steps=2, max_update_ratio=0.01)
+    settings = {"num_cg_steps": 2, "max_update_ratio": 0.01, "momentum": 0.9}
     recommended = update(loaded.optimizer(*functions))
-    np.testing.assert_array_equal(recommended, update(same))
+    np.testing.assert_array_equal(recommended, update(mlhf_optax.mlhf(0.5, fresh, *functions, **settings)))
     changes = {"learning_rate": lambda count: 0.25, "max_update_ratio": None, "weight_decay": 0.1}
+    changes["momentum"] = 0.0
     other = mlhf_optax.mlhf(0.25, fresh, *functions, num_cg_steps=2, max_update_ratio=None, weight_decay=0.1)
     changed = update(loaded.optimizer(*functions, **changes))
     np.testing.assert_array_equal(changed, update(other))
@@ -374,6 +376,8 @@ def test_unusable_arrays_are_not_saved(tmp_path, meta_params, function, words):
         ({"num_cg_steps": True}, "'num_cg_steps' must be a positive number, got True"),
         ({"num_cg_steps": 2.5}, "'num_cg_steps' must be an int, got 2.5"),
         ({"curvature_batch_size": 1.5}, "`curvature_batch_size`.*1.5"),
+        ({"momentum": 1.0}, r"'momentum' must be a number in \[0, 1\), got 1.0"),
+        ({"momentum": True}, r"'momentum' must be a number in \[0, 1\), got True"),
         ({"max_update_ratio": math.inf}, "'max_update_ratio' must be a positive number, got inf"),
         ({"curves": [math.nan]}, "plain JSON without NaN"),
         ({"curves": np.ones(2)}, "plain JSON without NaN"),

@@ -127,6 +127,7 @@ def test_mlhf_trains_a_task():
         "curvature_batch_size": None,
         "max_update_ratio": 0.25,
         "carry_dtype": "float32",
+        "momentum": 0.0,
         "meta_params": "fresh",
     }
     curves = training.train(TASK, contender.make_optimizer, contender.stacked, seeds=[0], num_steps=5)

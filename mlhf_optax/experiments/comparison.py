@@ -50,6 +50,7 @@ def mlhf_contender(
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
     max_update_ratio: float | None = 0.25,
+    momentum: float = 0.0,
     carry_dtype: str = "float32",
     source: str = "",
 ) -> Contender:
@@ -58,11 +59,12 @@ def mlhf_contender(
     Args:
       task: the task to be trained.
       meta_params: see :func:`mlhf_optax.mlhf`, as ``learning_rate``, ``num_cg_steps``,
-        ``curvature_batch_size`` and ``max_update_ratio``.
+        ``curvature_batch_size``, ``max_update_ratio`` and ``momentum``.
       learning_rate: the learning rate.
       num_cg_steps: CG steps.
       curvature_batch_size: part of the batch for GGN products.
       max_update_ratio: bound on the update.
+      momentum: decay of the average over directions.
       carry_dtype: type of the LSTMs' states, such as ``"bfloat16"``.
       source: where the meta-parameters came from, for the record.
 
@@ -79,6 +81,7 @@ def mlhf_contender(
         "num_cg_steps": num_cg_steps,
         "curvature_batch_size": curvature_batch_size,
         "max_update_ratio": max_update_ratio,
+        "momentum": momentum,
         "carry_dtype": carry_dtype,
     }
 

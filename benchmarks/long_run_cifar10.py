@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {
         "meta_params": source,
         "learning_rate": rate,
+        "momentum": learned.recommended["momentum"],
         "curvature_share": options.curvature_share,
         "batch_size": task.batch_size,
         "record_every": options.record_every,

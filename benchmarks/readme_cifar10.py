@@ -13,13 +13,13 @@ from mlhf_optax.experiments.tables import format_loss
 
 def cifar10_section(results: Path) -> list[str]:
     """Returns the Markdown lines for a folder of results."""
-    first_order = json.loads((results / "first_order_cifar10.json").read_text())
-    long_run = json.loads((results / "long_run_cifar10.json").read_text())
-    return [*epochs_table(first_order), "", *long_run_table(long_run)]
+    names = ("first_order_cifar10", "first_order_cifar10_narrow", "long_run_cifar10")
+    wide, narrow, long_run = (json.loads((results / f"{name}.json").read_text()) for name in names)
+    return [*epochs_table(wide), "", *epochs_table(narrow), "", *long_run_table(long_run)]
 
 
 def epochs_table(report: dict[str, Any]) -> list[str]:
-    """Returns a row for each MLHF and one for the best of the grid, by epochs."""
+    """Returns a row for each MLHF and some for the best of the grid, at up to seven epochs."""
     results = [EpochResult.from_json(entry, entry["name"].split()[0]) for entry in report["results"]]
     own = [result for result in results if result.family == "mlhf"]
     others = [result for result in results if result.family != "mlhf"]
@@ -27,24 +27,39 @@ def epochs_table(report: dict[str, Any]) -> list[str]:
     epochs = [step // own[0].steps_per_epoch for step in steps]
     best = [best_of(others, step).loss_at(step) for step in steps]
     accuracy = max(result.test_accuracy for result in others)
-    rows = [["training loss after epoch", *map(str, epochs), "test accuracy", "ms a step"]]
+    shown = _spread(len(epochs))
+    head = [f"{epochs[i]}" for i in shown]
+    rows = [["training loss after epoch", *head, "test accuracy", "ms a step"]]
     for result in own:
-        values = [f"{format_loss(x)} ({ratio(x, y)})" for x, y in zip(result.train_loss, best, strict=True)]
+        pairs = [(result.train_loss[i], best[i]) for i in shown]
+        values = [f"{format_loss(x)} ({ratio(x, y)})" for x, y in pairs]
         milliseconds = f"{1e3 * result.seconds_per_step:.0f}"
         rows.append([result.name, *values, f"{result.test_accuracy:.1%}", milliseconds])
     seconds = min(result.seconds_per_step for result in others)
-    last = [f"best of {len(others)} in that column", *map(format_loss, best), f"{accuracy:.1%}"]
+    last = [
+        f"best of {len(others)} in that column",
+        *(format_loss(best[i]) for i in shown),
+        f"{accuracy:.1%}",
+    ]
     rows.append([*last, f"{1e3 * seconds:.0f}"])
     for result in own:
         by_then = best_by_time(best, epochs, result.seconds_per_step / seconds)
         if set(by_then) != {"-"}:
-            rows.append([f"best of {len(others)} by the time of {result.name}", *by_then, "", ""])
+            name = f"best of {len(others)} by the time of {result.name}"
+            rows.append([name, *(by_then[i] for i in shown), "", ""])
     note = (
         f"`{report['task']}`, {report['num_epochs']} epochs of {report['num_train']} images, batch "
         f"{report['batch_size']}, seeds: {own[0].seeds} for MLHF, {others[0].seeds} for the grid; in "
         f"brackets MLHF's loss over the best of the grid. {origin(report)}"
     )
     return [*table(rows), "", note]
+
+
+def _spread(count: int, most: int = 7) -> list[int]:
+    """Returns the indices of all of ``count`` columns, or of ``most`` of them, first and last included."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round((count - 1) * i / (most - 1)) for i in range(most)})
 
 
 def best_by_time(best: list[float], epochs: list[int], factor: float) -> list[str]:
@@ -75,8 +90,9 @@ def long_run_table(report: dict[str, Any]) -> list[str]:
     skipped = f"{records['skipped_steps'][-1]:.0f} of {report['num_steps']} steps skipped"
     verdict = "no loss above the first record" if report["is_stable"] else "NOT stable"
     share = report["curvature_share"] or 1
+    momentum = f", momentum {report['momentum']:g}" if report.get("momentum") else ""
     note = (
         f"`{report['task']}`, batch {report['batch_size']}, curvature on {share:g} of it, learning rate "
-        f"{report['learning_rate']:g}: {skipped}, {verdict}. {origin(report)}"
+        f"{report['learning_rate']:g}{momentum}: {skipped}, {verdict}. {origin(report)}"
     )
     return [*table(rows), "", note]

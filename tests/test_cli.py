@@ -124,10 +124,10 @@ def test_arguments_of_train_reach_the_plan(monkeypatch, folder):
 
 @pytest.mark.parametrize(("text", "part"), [("32", 32), ("0.25", 0.25), (None, None)])
 def test_curvature_batch_is_a_number_or_a_share(text, part):
-    from mlhf_optax.experiments.commands import _parse_part
+    from mlhf_optax.experiments.arguments import parse_part
 
-    assert _parse_part(text) == part
-    assert type(_parse_part(text)) is type(part)
+    assert parse_part(text) == part
+    assert type(parse_part(text)) is type(part)
 
 
 @pytest.mark.parametrize(

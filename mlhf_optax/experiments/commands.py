@@ -1,19 +1,31 @@
 """The commands of ``mlhf-optax``: parsing and printing; the work is done elsewhere."""
 
-import contextlib
 import enum
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 import mlhf_optax
+from mlhf_optax.experiments.arguments import (
+    BatchSize,
+    Channels,
+    CurvatureBatchSize,
+    DataDir,
+    Hidden,
+    TaskName,
+    errors_explained,
+    given,
+    option,
+    parse_channels,
+    parse_names,
+    parse_part,
+    parse_widths,
+)
 from mlhf_optax.experiments.train_command import FAMILIES, make_plan, run_plan
 from mlhf_optax.meta_params import Settings
 from mlhf_optax.models import ACTIVATIONS
@@ -30,49 +42,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-TaskName = Annotated[str, typer.Argument(metavar="TASK", help=f"What to train: {', '.join(TASKS)}.")]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Examples a mini-batch; by default the task's own number."),
-]
-
-
-def _option(text: str, *names: str, metavar: str = "N", **options: Any) -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, **options)
-
-
-DataDir = Annotated[
-    Path | None,
-    _option(
-        "Where the data of cifar10 and imagenet tasks lie, by default $TFDS_DATA_DIR or "
-        "~/tensorflow_datasets.",
-        metavar="DIR",
-    ),
-]
-Channels = Annotated[
-    str | None,
-    _option(
-        "Channels of cifar10 networks: two numbers, like 8,16, for the convnet, one else.", metavar="N,N"
-    ),
-]
-Hidden = Annotated[
-    str | None,
-    _option(
-        "Widths of the hidden dense layers of digits-mlp and cifar10-convnet, like 16 or 32,32.",
-        metavar="N,N",
-    ),
-]
-
-
-CurvatureBatchSize = Annotated[
-    str | None,
-    _option(
-        "Examples of the batch for MLHF's curvature, or a share of it, like 0.25; by default all while "
-        "meta-training, and after it as meta-trained.",
-        metavar="N|X",
-    ),
-]
 
 
 class StartingSettings(enum.StrEnum):
@@ -94,7 +63,7 @@ def _print_version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        _option(
+        option(
             "Print the version and exit.", "--version", metavar="", callback=_print_version, is_eager=True
         ),
     ] = False,
@@ -106,36 +75,36 @@ def _options(
 def train(
     context: typer.Context,
     task: TaskName = "digits-mlp",
-    seeds: Annotated[int, _option("Trainings of each optimizer; their mean is shown.", min=1)] = 5,
-    steps: Annotated[int, _option("Length of each training, in mini-batches.", min=1)] = 500,
+    seeds: Annotated[int, option("Trainings of each optimizer; their mean is shown.", min=1)] = 5,
+    steps: Annotated[int, option("Length of each training, in mini-batches.", min=1)] = 500,
     batch_size: BatchSize = None,
-    optimizers: Annotated[str, _option("Which ones, separated by commas.", metavar="NAMES")] = ",".join(
+    optimizers: Annotated[str, option("Which ones, separated by commas.", metavar="NAMES")] = ",".join(
         FAMILIES
     ),
     meta_params: Annotated[
         str | None,
-        _option(
+        option(
             "Meta-parameters of MLHF, by default those for the task: see `mlhf-optax list`.",
             metavar="NAME|FILE",
         ),
     ] = None,
     learning_rate: Annotated[
-        float | None, _option("Learning rate of MLHF; its meta-parameters know a good one.", metavar="X")
+        float | None, option("Learning rate of MLHF; its meta-parameters know a good one.", metavar="X")
     ] = None,
-    cg_steps: Annotated[int | None, _option("CG steps of MLHF, by default as meta-trained.", min=1)] = None,
+    cg_steps: Annotated[int | None, option("CG steps of MLHF, by default as meta-trained.", min=1)] = None,
     curvature_batch_size: CurvatureBatchSize = None,
     data_dir: DataDir = None,
     channels: Channels = None,
     hidden: Hidden = None,
     activation: Annotated[
-        str | None, _option(f"Activation in digits-mlp: {', '.join(ACTIVATIONS)}.", metavar="NAME")
+        str | None, option(f"Activation in digits-mlp: {', '.join(ACTIVATIONS)}.", metavar="NAME")
     ] = None,
-    show_all: Annotated[bool, _option("Show every setting, not only the best.", "--all", metavar="")] = False,
+    show_all: Annotated[bool, option("Show every setting, not only the best.", "--all", metavar="")] = False,
     json_file: Annotated[
-        Path | None, _option("Write all results to a file.", "--json", metavar="FILE")
+        Path | None, option("Write all results to a file.", "--json", metavar="FILE")
     ] = None,
     figure: Annotated[
-        Path | None, _option("Where the figure goes, by default ./mlhf-optax-TASK.png.", metavar="FILE")
+        Path | None, option("Where the figure goes, by default ./mlhf-optax-TASK.png.", metavar="FILE")
     ] = None,
 ) -> None:
     """Train a task with MLHF and with a grid of first-order optimizers, and compare them.
@@ -143,21 +112,21 @@ def train(
     The grid is that of the MLHF paper: SGD with momentum, RMSprop and Adam, each with three learning rates
     and three values of every decay, 45 settings in all. Prints a table and draws a figure.
     """
-    with _errors_explained():
+    with errors_explained():
         plan = make_plan(
             task,
-            _given(
+            given(
                 batch_size=batch_size,
                 data_dir=data_dir,
-                channels=_parse_channels(channels),
-                hidden=_parse_widths(hidden, "hidden"),
+                channels=parse_channels(channels),
+                hidden=parse_widths(hidden, "hidden"),
                 activation=activation,
             ),
-            families=_parse_names(optimizers),
+            families=parse_names(optimizers),
             meta_params=meta_params,
             learning_rate=learning_rate,
             num_cg_steps=cg_steps,
-            curvature_batch_size=_parse_part(curvature_batch_size),
+            curvature_batch_size=parse_part(curvature_batch_size),
             num_seeds=seeds,
             num_steps=steps,
             figure=figure,
@@ -172,39 +141,39 @@ def meta_train(
     task: TaskName = "digits-mlp",
     output: Annotated[
         Path | None,
-        _option("Folder for checkpoints, metrics and the result, by default runs/TASK.", metavar="DIR"),
+        option("Folder for checkpoints, metrics and the result, by default runs/TASK.", metavar="DIR"),
     ] = None,
-    iterations: Annotated[int, _option("Meta-iterations, each one unroll of every task.", min=1)] = 1000,
+    iterations: Annotated[int, option("Meta-iterations, each one unroll of every task.", min=1)] = 1000,
     stop_after: Annotated[
         int | None,
-        _option("Write the result after so many of them; --resume with a larger number goes on.", min=1),
+        option("Write the result after so many of them; --resume with a larger number goes on.", min=1),
     ] = None,
-    num_tasks: Annotated[int, _option("Networks in training side by side.", min=1)] = 8,
-    unroll_length: Annotated[int, _option("Steps of an unroll.", min=1)] = 10,
+    num_tasks: Annotated[int, option("Networks in training side by side.", min=1)] = 8,
+    unroll_length: Annotated[int, option("Steps of an unroll.", min=1)] = 10,
     batch_size: BatchSize = None,
     data_dir: DataDir = None,
     channels: Channels = None,
     hidden: Hidden = None,
     meta_learning_rate: Annotated[
-        float, _option("Peak learning rate of the meta-optimizer.", metavar="X")
+        float, option("Peak learning rate of the meta-optimizer.", metavar="X")
     ] = 1e-2,
     learning_rate: Annotated[
         float,
-        _option(
+        option(
             "Learning rate of the networks in training, kept in the record. Below 1 directions that the "
             "curvature of one mini-batch gets wrong do less harm, which no damping can do as well.",
             metavar="X",
         ),
     ] = 1.0,
-    seed: Annotated[int, _option("Decides everything that is random.")] = 0,
+    seed: Annotated[int, option("Decides everything that is random.")] = 0,
     resume: Annotated[
-        bool, _option("Go on from the last checkpoint in the folder.", "--resume", metavar="")
+        bool, option("Go on from the last checkpoint in the folder.", "--resume", metavar="")
     ] = False,
-    checkpoint_every: Annotated[int, _option("Meta-iterations between checkpoints.", min=1)] = 50,
-    validate_every: Annotated[int, _option("Meta-iterations between validations.", min=1)] = 100,
+    checkpoint_every: Annotated[int, option("Meta-iterations between checkpoints.", min=1)] = 50,
+    validate_every: Annotated[int, option("Meta-iterations between validations.", min=1)] = 100,
     settings: Annotated[
         StartingSettings,
-        _option(
+        option(
             "What the LSTMs see and mean: ours, ours with damping relative to the size of the parameters, "
             "which carries over to wider networks, the paper's or its authors' code's.",
             metavar="|".join(StartingSettings),
@@ -212,7 +181,7 @@ def meta_train(
     ] = StartingSettings.DEFAULT,
     initial_damping: Annotated[
         float | None,
-        _option(
+        option(
             "Damping of untrained LSTMs, with the default settings in units of the gradient's root mean "
             "square and 30, with 'relative' also over that of the parameters and 10. It has to train the "
             "task before any meta-training: raise it where the inner loss stays at chance.",
@@ -220,15 +189,15 @@ def meta_train(
         ),
     ] = None,
     initial_preconditioner: Annotated[
-        float | None, _option("The same for the preconditioner.", metavar="X")
+        float | None, option("The same for the preconditioner.", metavar="X")
     ] = None,
     keep_probability: Annotated[
         float,
-        _option("Chance that a healthy inner training goes on after an unroll.", min=0, max=1, metavar="X"),
+        option("Chance that a healthy inner training goes on after an unroll.", min=0, max=1, metavar="X"),
     ] = 0.95,
     same_batch_weight: Annotated[
         float,
-        _option(
+        option(
             "Weight in l_s of the gain on the step's own mini-batch; 0 counts the gain on the next one "
             "alone, which is right where mini-batches are far from telling the whole loss.",
             min=0,
@@ -244,14 +213,14 @@ def meta_train(
     """
     from mlhf_optax.experiments.meta_train_command import run_meta_training
 
-    with _errors_explained():
-        options = _given(
-            data_dir=data_dir, channels=_parse_channels(channels), hidden=_parse_widths(hidden, "hidden")
+    with errors_explained():
+        options = given(
+            data_dir=data_dir, channels=parse_channels(channels), hidden=parse_widths(hidden, "hidden")
         )
         get_task(task, **options).data  # noqa: B018  what is wrong with them is said at once
-        starts = _given(initial_damping=initial_damping, initial_preconditioner=initial_preconditioner)
+        starts = given(initial_damping=initial_damping, initial_preconditioner=initial_preconditioner)
         Settings(**starts)
-        part = _parse_part(curvature_batch_size)
+        part = parse_part(curvature_batch_size)
         for name, rate in (("learning-rate", learning_rate), ("meta-learning-rate", meta_learning_rate)):
             if not 0 < rate < math.inf:
                 raise ValueError(f"`--{name}` must be a positive number, got {rate}")
@@ -292,52 +261,6 @@ def list_all() -> None:
         values = (record[key] for key in ("task", "learning_rate", "batch_size", "num_cg_steps"))
         table.add_row(name, *map(str, values))
     console.print(table)
-
-
-@contextlib.contextmanager
-def _errors_explained() -> Iterator[None]:
-    """Prints what is wrong with the arguments as one line; only for code that checks and loads."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        Console(stderr=True, highlight=False).print(Text(f"error: {error}", style="red"), soft_wrap=True)
-        raise typer.Exit(2) from error
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _parse_names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not set(names) <= set(FAMILIES):
-        raise ValueError(
-            f"--optimizers must be among {','.join(FAMILIES)}, separated by commas, got {text!r}"
-        )
-    return names
-
-
-def _parse_widths(text: str | None, option: str) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    widths = [width.strip() for width in text.split(",")]
-    if not all(width.isdecimal() for width in widths):
-        raise ValueError(f"--{option} must be widths separated by commas, like 32 or 32,32, got {text!r}")
-    return tuple(map(int, widths))
-
-
-def _parse_channels(text: str | None) -> tuple[int, ...] | int | None:
-    widths = _parse_widths(text, "channels")
-    return widths[0] if widths and len(widths) == 1 else widths
-
-
-def _parse_part(text: str | None) -> int | float | None:
-    if text is None:
-        return None
-    try:
-        return int(text) if text.isdecimal() else float(text)
-    except ValueError as error:
-        raise ValueError(f"--curvature-batch-size must be a number or a share, got {text!r}") from error
 
 
 __all__ = ["app"]

@@ -15,8 +15,16 @@ import mlhf_optax
 PACKAGE = pathlib.Path(mlhf_optax.__file__).parent
 
 # Modules that need nothing but arrays, and the optimizers that are made of them.
-KERNELS = {"curvature", "losses", "pcg", "coordinate_lstm", "layer_types", "safeguards"}
-OPTIMIZERS = {"meta_params", "mlhf", "mlhf_step", "levenberg_marquardt", "hessian_free", "train_state"}
+KERNELS = {"curvature", "losses", "pcg", "coordinate_lstm", "layer_types", "momentum", "safeguards"}
+OPTIMIZERS = {
+    "controls",
+    "meta_params",
+    "mlhf",
+    "mlhf_step",
+    "levenberg_marquardt",
+    "hessian_free",
+    "train_state",
+}
 CORE = KERNELS | OPTIMIZERS
 EXPERIMENTS = {"models", "datasets", "tasks"}
 

@@ -101,7 +101,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, default=1, help="meta-trainings of every configuration")
     add("--batch-size", type=int, default=64)
     add("--num-tasks", type=int, default=1, help="networks in training side by side")
-    add("--settings", choices=SETTINGS, default="default", help="what the LSTMs see and mean")
+    add("--settings", choices=SETTINGS, default="relative", help="what the LSTMs see and mean")
     add("--meta-learning-rate", type=float, default=3e-3)
     add("--solver-steps", type=int, default=200, help="systems on which the solvers are compared")
     add("--data-dir", type=Path, help="where the data lie; by default $TFDS_DATA_DIR")
@@ -161,6 +161,8 @@ def meta_train(task: Task, configuration: Configuration, seed: int, options: arg
         unroll_length=UNROLL,
         meta_learning_rate=options.meta_learning_rate,
         decay_iterations=iterations(task, options),
+        # One network alone would grow old, and the LSTMs forget how to start.
+        keep_probability=0.5,
     )
     optimizer = meta_training.meta_optimizer(config)
     if not configuration.has_lstm_p:

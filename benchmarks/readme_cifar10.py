@@ -13,9 +13,11 @@ from mlhf_optax.experiments.tables import format_loss
 
 def cifar10_section(results: Path) -> list[str]:
     """Returns the Markdown lines for a folder of results."""
-    names = ("first_order_cifar10", "first_order_cifar10_narrow", "long_run_cifar10")
-    wide, narrow, long_run = (json.loads((results / f"{name}.json").read_text()) for name in names)
-    return [*epochs_table(wide), "", *epochs_table(narrow), "", *long_run_table(long_run)]
+    # The comparison on a narrow network is there as soon as somebody has run it.
+    first_order = [results / f"first_order_cifar10{part}.json" for part in ("", "_narrow")]
+    tables = [epochs_table(json.loads(path.read_text())) for path in first_order if path.exists()]
+    long_run = json.loads((results / "long_run_cifar10.json").read_text())
+    return [line for lines in (*tables, long_run_table(long_run)) for line in (*lines, "")][:-1]
 
 
 def epochs_table(report: dict[str, Any]) -> list[str]:

@@ -190,6 +190,13 @@ FAITHFUL = {
     "paper": (PAPER_SETTINGS, None, 0.0, "difference", 1.0),
     "authors": (AUTHORS_SETTINGS, 0.25, 0.02, "difference", 10.0),
     "default": (Settings(), 0.25, 0.02, "relative", 10.0),
+    "relative": (
+        Settings(parameter_power=1.0, initial_damping=10.0, initial_preconditioner=10.0),
+        0.25,
+        0.02,
+        "relative",
+        10.0,
+    ),
 }
 
 

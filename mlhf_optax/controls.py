@@ -79,8 +79,8 @@ def control_unit(settings: Settings, gradient: chex.ArrayTree, params: chex.Arra
 
     Example:
       >>> import jax.numpy as jnp
-      >>> float(control_unit(Settings(), jnp.array([0.3, -0.3]), jnp.array([0.1, 0.1])))
-      3.0
+      >>> float(control_unit(Settings(parameter_power=1.0), jnp.array([0.5, -0.5]), jnp.array([0.25, 0.25])))
+      2.0
     """
     unit = jnp.ones(())
     if settings.gradient_power:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mlhf_optax.safeguards import is_any_nonzero, select_tree
+
 
 class AverageDirectionsState(NamedTuple):
     """State of :func:`average_directions`.
@@ -24,9 +26,9 @@ def average_directions(momentum: float | jax.Array) -> optax.GradientTransformat
     """Replaces each direction by the running average of all so far, with weights that decay.
 
     Every direction of MLHF solves the system of one mini-batch and carries its noise. The average has
-    the noise of about ``(1 + momentum) / (1 - momentum)`` mini-batches, follows a slowly changing
-    landscape as fast, and costs one more vector of state. It is not part of the paper's method.
-    A zero update, which is what a skipped step gives, is passed on and changes nothing.
+    the noise of about ``(1 + momentum) / (1 - momentum)`` mini-batches, lags behind by about
+    ``momentum / (1 - momentum)`` steps, and costs one more vector of state. It is not part of the
+    paper's method. A zero update, which is what a skipped step gives, is passed on and changes nothing.
 
     Args:
       momentum: decay of the weights, in [0, 1).
@@ -56,18 +58,13 @@ def average_directions(momentum: float | jax.Array) -> optax.GradientTransformat
 
     def update_fn(updates, state, params: Any = None):
         del params
-        is_step = jnp.any(jnp.stack([jnp.any(u != 0) for u in jax.tree.leaves(updates)]))
-        count = jnp.where(is_step, optax.safe_increment(state.num_averaged), state.num_averaged)
-
-        def next_average(average, update):
-            new = momentum * average + (1 - momentum) * update
-            return jnp.where(is_step, new, average).astype(average.dtype)
-
+        is_step = is_any_nonzero(updates)
+        next_average = lambda m, d: (momentum * m + (1 - momentum) * d).astype(m.dtype)
         average = jax.tree.map(next_average, state.average, updates)
-        # The sum of the weights; before the first step there is nothing to divide.
-        weights = jnp.where(is_step, 1 - jnp.asarray(momentum, jnp.result_type(float)) ** count, 1.0)
-        correct = lambda m, u: jnp.where(is_step, m / weights, 0.0).astype(u.dtype)
-        return jax.tree.map(correct, average, updates), AverageDirectionsState(count, average)
+        new = AverageDirectionsState(optax.safe_increment(state.num_averaged), average)
+        sum_of_weights = 1 - jnp.asarray(momentum, jnp.result_type(float)) ** new.num_averaged
+        correct = lambda m, d: jnp.where(is_step, m / sum_of_weights, 0.0).astype(d.dtype)
+        return jax.tree.map(correct, average, updates), select_tree(is_step, new, state)
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -69,8 +69,7 @@ def decay_weights(weight_decay: float | jax.Array) -> optax.GradientTransformati
 
     def update_fn(updates, state, params=None):
         require_params(params, "decay_weights")
-        is_step = jnp.any(jnp.stack([jnp.any(u != 0) for u in jax.tree.leaves(updates)]))
-        factor = jnp.where(is_step, weight_decay, 0.0)
+        factor = jnp.where(is_any_nonzero(updates), weight_decay, 0.0)
         decay = lambda u, w: u + (factor * w).astype(u.dtype)
         return jax.tree.map(decay, updates, params), state
 
@@ -84,6 +83,11 @@ def tree_is_finite(tree: chex.ArrayTree) -> jax.Array:
     # The smallest flag, by sorting: a chain of `and` would be fused, whole, into every pass that selects
     # by it, and programs and the time to compile them would grow with the square of the number of leaves.
     return jnp.sort(jnp.stack(flags))[0] if flags else jnp.asarray(True)
+
+
+def is_any_nonzero(tree: chex.ArrayTree) -> jax.Array:
+    """Returns whether any number in the tree is not zero; the update of a skipped step is zero as a whole."""
+    return jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)]))
 
 
 def select_tree(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
@@ -122,6 +126,7 @@ def _norm(tree: chex.ArrayTree) -> jax.Array:
 
 __all__ = [
     "decay_weights",
+    "is_any_nonzero",
     "limit_update_ratio",
     "require_batch",
     "require_params",

@@ -61,7 +61,7 @@ def average_directions(momentum: float | jax.Array) -> optax.GradientTransformat
         is_step = is_any_nonzero(updates)
         next_average = lambda m, d: (momentum * m + (1 - momentum) * d).astype(m.dtype)
         average = jax.tree.map(next_average, state.average, updates)
-        new = AverageDirectionsState(optax.safe_increment(state.num_averaged), average)
+        new = AverageDirectionsState(jnp.asarray(optax.safe_increment(state.num_averaged)), average)
         sum_of_weights = 1 - jnp.asarray(momentum, jnp.result_type(float)) ** new.num_averaged
         correct = lambda m, d: jnp.where(is_step, m / sum_of_weights, 0.0).astype(d.dtype)
         return jax.tree.map(correct, average, updates), select_tree(is_step, new, state)

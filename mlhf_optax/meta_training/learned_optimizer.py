@@ -87,14 +87,24 @@ def task_loss(task: Task, params: Any, batch: Any) -> jax.Array:
     return task.loss_fn(task.predict_fn(params, batch), batch)
 
 
-def sequential_is_faster(task: Task) -> bool:
-    """Returns whether several trainings of the task run faster one after another than side by side.
+def map_trainings(task: Task, function: Callable[[Any], Any], inputs: Any, axis: str = "auto") -> Any:
+    """Calls a function for each of several trainings of a task.
 
-    So it is on CPUs for convolutions, which then fill the processor alone, and more of which at once
-    only need more memory.
+    Args:
+      task: the task.
+      function: maps the inputs of one training to a pytree of arrays.
+      inputs: pytree with a leading axis of trainings.
+      axis: ``"vmap"`` runs the trainings at once, ``"sequential"`` one after another; ``"auto"`` is
+        sequential for convolutions on a CPU, each of which fills the processor alone and needs memory.
+
+    Returns:
+      What the function returned, with a leading axis of trainings.
     """
-    params = jax.eval_shape(task.init_fn, jax.random.key(0))
-    return jax.default_backend() == "cpu" and any(leaf.ndim >= 4 for leaf in jax.tree.leaves(params))
+    if axis == "auto":
+        params = jax.eval_shape(task.init_fn, jax.random.key(0))
+        has_convolutions = any(leaf.ndim >= 4 for leaf in jax.tree.leaves(params))
+        axis = "sequential" if has_convolutions and jax.default_backend() == "cpu" else "vmap"
+    return lax.map(function, inputs) if axis == "sequential" else jax.vmap(function)(inputs)
 
 
 def unrolled_optimizer(
@@ -161,7 +171,7 @@ __all__ = [
     "MetaGradient",
     "Task",
     "Trajectory",
-    "sequential_is_faster",
+    "map_trainings",
     "task_loss",
     "unrolled_optimizer",
 ]

@@ -23,7 +23,7 @@ from mlhf_optax.meta_training.learned_optimizer import (
     LearnedOptimizer,
     MetaGradient,
     Task,
-    sequential_is_faster,
+    map_trainings,
 )
 from mlhf_optax.safeguards import tree_is_finite
 
@@ -192,10 +192,7 @@ def _unroll_all(task, learned: LearnedOptimizer, config, state: MetaState, batch
         )
 
     inputs = (state.trainings, batches, jax.random.split(key, config.num_tasks))
-    axis = config.task_axis
-    if axis == "auto":
-        axis = "sequential" if sequential_is_faster(task) else "vmap"
-    return jax.vmap(one)(inputs) if axis == "vmap" else jax.lax.map(one, inputs)
+    return map_trainings(task, one, inputs, config.task_axis)
 
 
 def _mean_gradient(gradients: chex.ArrayTree) -> tuple[chex.ArrayTree, jax.Array]:

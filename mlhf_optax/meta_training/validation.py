@@ -17,7 +17,7 @@ from jax import lax
 from mlhf_optax.meta_training.learned_optimizer import (
     LearnedOptimizer,
     Task,
-    sequential_is_faster,
+    map_trainings,
     task_loss,
 )
 
@@ -84,8 +84,7 @@ def make_validation(
     @jax.jit
     def validate(meta_params, batches, examples, key) -> Validation:
         run = lambda start_key: losses_of(meta_params, batches, examples, start_key)
-        keys = jax.random.split(key, num_starts)
-        losses = lax.map(run, keys) if sequential_is_faster(task) else jax.vmap(run)(keys)
+        losses = map_trainings(task, run, jax.random.split(key, num_starts))
         return Validation(score_of(losses), jnp.mean(losses, axis=0), jnp.max(_bounded(losses[:, -1])))
 
     return validate

@@ -207,6 +207,22 @@ def test_old_trainings_are_replaced_although_healthy():
     np.testing.assert_array_equal(after.params == FRESH, FIRST_HALF)
 
 
+def test_with_an_age_scale_ages_spread_over_orders_of_magnitude():
+    """Trainings that start together: those left at age a are (T + a0) / (a + T + a0) of them."""
+    scale, unroll = 20.0, 10
+    running, left = trainings(age=0), {}
+    alive = np.ones(COUNT, bool)
+    for number in range(1, 41):
+        running = running._replace(age=jnp.full(COUNT, unroll * number))
+        settings = {"age_scale": scale, "fresh_probability": 1.0, "keep_probability": 0.0}
+        after, _, _ = replace(all_healthy(), running, seed=number, **settings)
+        alive &= np.asarray(after.age > 0)
+        left[unroll * number] = alive.mean()
+    for age in (10, 50, 100, 400):
+        expected = (scale + unroll) / (age + scale + unroll)
+        assert left[age] == pytest.approx(expected, abs=4 * np.sqrt(expected / COUNT))
+
+
 # The settings of a meta-training.
 
 
@@ -216,6 +232,7 @@ def test_old_trainings_are_replaced_although_healthy():
         ("num_tasks", 0, "`num_tasks` must be at least 1, got 0"),
         ("unroll_length", 0, "`unroll_length` must be at least 1"),
         ("stuck_patience", -1, "`stuck_patience` must be at least 1"),
+        ("age_scale", 0.0, "`age_scale` must be positive or None, got 0.0"),
         ("keep_probability", 1.1, r"`keep_probability` must be in \[0, 1\], got 1.1"),
         ("fresh_probability", -0.1, "`fresh_probability` must be in"),
         ("store_probability", 2.0, "`store_probability` must be in"),

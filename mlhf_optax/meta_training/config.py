@@ -23,7 +23,11 @@ class MetaTrainingConfig:
       meta_gradient_clip: bound on the global norm of the meta-gradient; None for none (paper).
       meta_weight_decay: L2 on all meta-parameters (authors' code: 2e-7, paper: 0).
       keep_probability: chance that a healthy inner training goes on after an unroll (authors: 0.3
-        for the convnet, 0.5 for the ResNet).
+        for the convnet, 0.5 for the ResNet). Not used where ``age_scale`` is given.
+      age_scale: steps a0; a healthy training of age a then goes on with chance ``(a + a0) / (a + a0 + T)``,
+        so few end late and ages spread evenly in ``log(a + a0)``, as far as ``max_age``. A constant
+        chance knows one order of magnitude of ages only: at 0.5 and T = 10 one training in a thousand
+        gets older than 100 steps.
       fresh_probability: chance that one which does not go on is replaced by a fresh network rather
         than by a replayed state.
       store_probability: chance that a healthy state is stored for replay after an unroll; one that has
@@ -55,6 +59,7 @@ class MetaTrainingConfig:
     meta_gradient_clip: float | None = 1.0
     meta_weight_decay: float = 0.0
     keep_probability: float = 0.9
+    age_scale: float | None = None
     fresh_probability: float = 0.5
     store_probability: float = 0.3
     replay_capacity: int = 200
@@ -73,7 +78,7 @@ class MetaTrainingConfig:
             self._require(name, 0.0 <= getattr(self, name) <= 1.0, "in [0, 1]")
         for name in ("meta_learning_rate", "divergence_ratio", "stuck_ratio"):
             self._require(name, getattr(self, name) > 0.0, "positive")
-        for name in ("meta_gradient_clip", "decay_iterations", "max_age"):
+        for name in ("meta_gradient_clip", "decay_iterations", "max_age", "age_scale"):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "positive or None")
         self._require(

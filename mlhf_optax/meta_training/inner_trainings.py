@@ -127,7 +127,7 @@ def replace_ended(
     """
     count = config.num_tasks
     keep_key, store_key, fresh_key, replay_key, init_key = jax.random.split(key, 5)
-    goes_on = health.healthy & (jax.random.uniform(keep_key, (count,)) < config.keep_probability)
+    goes_on = health.healthy & (jax.random.uniform(keep_key, (count,)) < _keep_chance(config, trainings.age))
     if config.max_age is not None:
         goes_on &= trainings.age < config.max_age
     to_store = health.worth_storing & (jax.random.uniform(store_key, (count,)) < config.store_probability)
@@ -147,6 +147,15 @@ def replace_ended(
         "fresh": jnp.sum(~goes_on & takes_fresh),
     }
     return next_trainings, replay, counts
+
+
+def _keep_chance(config: MetaTrainingConfig, age: jax.Array) -> jax.Array | float:
+    """Returns the chance that trainings, of their age after an unroll, go on."""
+    if config.age_scale is None:
+        return config.keep_probability
+    # Over unrolls the chances telescope: one in (a + a0) / a0 trainings, about, gets to age a.
+    older = age + config.age_scale
+    return older / (older + config.unroll_length)
 
 
 def _choose(mask: jax.Array, on_true: Any, on_false: Any) -> Any:

@@ -291,7 +291,7 @@ def compare_solvers(
 def solve_in_every_way(task: Task, meta_params: MetaParams, params, batch, gradient, state):
     """Returns, by configuration, l_p relative to the first one and the residual relative to the gradient."""
     ggn = ggn_matvec(task.predict_fn, task.loss_fn, params, batch)
-    step = mlhf_step(meta_params, layer_types(params), ggn, gradient, params, state, 1)
+    step = mlhf_step(meta_params, layer_types(params), ggn, gradient, state, 1)
     controls = step.controls
     # Without its own output LSTM_p is as it starts: the same P for all coordinates.
     silent = controls._replace(preconditioner=jax.tree.map(jnp.zeros_like, controls.preconditioner))

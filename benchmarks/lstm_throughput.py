@@ -67,8 +67,7 @@ def forward(meta_params: MetaParams, carries: Carries, inputs: Inputs) -> tuple[
     settings = meta_params.settings
     s_out, s_carry = run_network(meta_params.damping, settings, TYPES, carries.damping, inputs)
     p_out, p_carry = run_network(meta_params.preconditioner, settings, TYPES, carries.preconditioner, inputs)
-    # The direction stands in for the parameters, of which only the size counts.
-    unit = control_unit(settings, inputs.gradient, inputs.direction)
+    unit = control_unit(settings, inputs.gradient, jnp.ones(()))
     damping = damping_values(settings, s_out, unit)
     preconditioner = preconditioner_values(settings, p_out, unit, damping)
     return (damping, preconditioner), Carries(s_carry, p_carry)

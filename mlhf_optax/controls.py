@@ -66,28 +66,28 @@ def run_network(
     return treedef.unflatten(outputs), next_carry
 
 
-def control_unit(settings: Settings, gradient: chex.ArrayTree, params: chex.ArrayTree) -> jax.Array:
-    """Returns the unit in which s and P are given, ``rms(g)^gradient_power / rms(w)^parameter_power``.
+def control_unit(settings: Settings, gradient: chex.ArrayTree, parameter_size: jax.Array) -> jax.Array:
+    """Returns the unit in which s and P are given, ``rms(g)^gradient_power / rms(w0)^parameter_power``.
 
     Args:
       settings: powers and floors.
       gradient: g.
-      params: w.
+      parameter_size: rms(w0), of the parameters at the start of the training.
 
     Returns:
       A positive scalar; 1 where both powers are 0.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> float(control_unit(Settings(parameter_power=1.0), jnp.array([0.5, -0.5]), jnp.array([0.25, 0.25])))
+      >>> float(control_unit(Settings(parameter_power=1.0), jnp.array([0.5, -0.5]), jnp.array(0.25)))
       2.0
     """
     unit = jnp.ones(())
     if settings.gradient_power:
-        size = jnp.maximum(_root_mean_square(gradient), settings.gradient_floor)
+        size = jnp.maximum(root_mean_square(gradient), settings.gradient_floor)
         unit = size**settings.gradient_power
     if settings.parameter_power:
-        size = jnp.maximum(_root_mean_square(params), settings.parameter_floor)
+        size = jnp.maximum(parameter_size, settings.parameter_floor)
         unit = unit / size**settings.parameter_power
     return unit
 
@@ -137,7 +137,7 @@ def _shared_features(settings: Settings, inputs: Inputs) -> jax.Array | None:
     """Returns the features that are the same for all coordinates, shape (G,), if there are any."""
     if settings.input_features != "log-global":
         return None
-    return jnp.stack([_log_magnitude(_root_mean_square(tree), settings.log_range) for tree in inputs])
+    return jnp.stack([_log_magnitude(root_mean_square(tree), settings.log_range) for tree in inputs])
 
 
 def _log_magnitude(magnitude: jax.Array, log_range: float) -> jax.Array:
@@ -145,7 +145,14 @@ def _log_magnitude(magnitude: jax.Array, log_range: float) -> jax.Array:
     return jnp.clip(jnp.log(jnp.maximum(magnitude, math.exp(-log_range))) / log_range, -1.0, 1.0)
 
 
-def _root_mean_square(tree: chex.ArrayTree) -> jax.Array:
+def root_mean_square(tree: chex.ArrayTree) -> jax.Array:
+    """Returns the root mean square of all numbers in a tree, in at least float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(root_mean_square({"kernel": jnp.array([3.0, 5.0]), "bias": jnp.array([-4.0, 0.0])}))
+      3.535533905029297
+    """
     leaves = jax.tree.leaves(tree)
     total = sum(jnp.sum(jnp.square(_at_least_f32(leaf))) for leaf in leaves)
     return jnp.sqrt(total / sum(leaf.size for leaf in leaves))
@@ -161,5 +168,6 @@ __all__ = [
     "damping_values",
     "output_to_value",
     "preconditioner_values",
+    "root_mean_square",
     "run_network",
 ]

@@ -53,10 +53,12 @@ class Settings:
         parameters to this power (paper: 0). Near a minimum of a cross-entropy the GGN shrinks with the
         loss, and a damping that shrinks with the gradient, as in regularised Newton methods (Fan
         and Yuan 2005), keeps its size relative to it; the LSTMs then only have to learn the ratio.
-      parameter_power: s and P are divided by the root mean square of the parameters to this power
-        (paper: 0). With both powers 1 they have the dimension of curvature, loss over parameter squared,
-        and ``1 / s`` bounds the length of the step relative to that of the parameters: the LSTMs' outputs
-        then mean the same on wide networks, whose parameters are smaller, as on narrow ones.
+      parameter_power: s and P are divided by the root mean square that the parameters had when the
+        optimizer was initialised, to this power (paper: 0). With both powers 1 they have the dimension
+        of curvature, loss over parameter squared, and ``1 / s`` bounds the length of the step relative to
+        that of the parameters: the LSTMs' outputs then mean the same on wide networks, whose parameters
+        are smaller, as on narrow ones. The size stays that of the start: parameters grow while they
+        are trained, and a damping that sinks as they do lets the noise of mini-batches in.
       parameter_floor: root mean square below which the parameters count as this large there.
       gradient_floor: root mean square below which the gradient counts as this large there. Without
         it the steps of a training whose gradient is rounding noise stay long, and it jumps away.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mlhf_optax import coordinate_lstm
-from mlhf_optax.controls import damping_values, preconditioner_values
+from mlhf_optax.controls import damping_values, preconditioner_values, root_mean_square
 from mlhf_optax.curvature import (
     CurvatureBatch,
     LossFn,
@@ -104,7 +104,8 @@ def scale_by_mlhf(
         # Every leaf has a buffer of its own, so that the state may be donated.
         numbers = (jnp.zeros((), jnp.float32) for _ in MLHFInfo._fields[1:])
         info = MLHFInfo(jnp.zeros((), jnp.int32), *numbers)
-        return ScaleByMLHFState(jnp.zeros((), jnp.int32), zeros(), zeros(), carry(), carry(), info)
+        size = root_mean_square(params)
+        return ScaleByMLHFState(jnp.zeros((), jnp.int32), zeros(), zeros(), carry(), carry(), size, info)
 
     def update_fn(updates, state, params: Any = None, *, batch=None, **extra_args):
         del extra_args
@@ -115,7 +116,7 @@ def scale_by_mlhf(
         _check_types(meta_params, types)
         part = curvature_subset(predict_fn, params, batch, curvature_batch_size)
         ggn = ggn_matvec(predict_fn, loss_fn, params, part)
-        step = mlhf_step(meta_params, types, ggn, updates, params, state, num_cg_steps, unroll)
+        step = mlhf_step(meta_params, types, ggn, updates, state, num_cg_steps, unroll)
         return _guarded(meta_params.settings, step, updates, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -221,7 +222,8 @@ def _guarded(settings: Settings, step: Step, gradient: chex.ArrayTree, state: Sc
         *_min_mean_max(preconditioner),
     )
     count = jnp.where(is_sound, optax.safe_increment(state.count), state.count)
-    return update, ScaleByMLHFState(count, direction, residual, s_carry, p_carry, info)
+    size = state.parameter_size
+    return update, ScaleByMLHFState(count, direction, residual, s_carry, p_carry, size, info)
 
 
 def _min_mean_max(tree: chex.ArrayTree) -> tuple[jax.Array, jax.Array, jax.Array]:

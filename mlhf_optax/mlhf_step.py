@@ -54,6 +54,7 @@ class ScaleByMLHFState(NamedTuple):
       residual: r of the last such step, shaped like the parameters.
       damping_carry: state of LSTM_s, leaves (H, *param.shape).
       preconditioner_carry: state of LSTM_p, leaves (H, *param.shape).
+      parameter_size: root mean square of the parameters at the start (:class:`mlhf_optax.Settings`).
       info: what the last step did.
     """
 
@@ -62,6 +63,7 @@ class ScaleByMLHFState(NamedTuple):
     residual: chex.ArrayTree
     damping_carry: tuple[coordinate_lstm.LayerCarry, ...]
     preconditioner_carry: tuple[coordinate_lstm.LayerCarry, ...]
+    parameter_size: jax.Array  # shape=(), at least float32
     info: MLHFInfo
 
 
@@ -114,7 +116,6 @@ def mlhf_step(
     types: chex.ArrayTree,
     ggn: Matvec,
     gradient: chex.ArrayTree,
-    params: chex.ArrayTree,
     state: ScaleByMLHFState,
     num_cg_steps: int,
     unroll: bool | int = True,
@@ -126,8 +127,7 @@ def mlhf_step(
       types: tree of layer type names.
       ggn: product with the undamped GGN.
       gradient: g.
-      params: w, of which only the size is used.
-      state: previous direction, residual and carries.
+      state: previous direction, residual and carries, and the size of the parameters.
       num_cg_steps: K.
       unroll: unroll the CG loop.
 
@@ -138,7 +138,7 @@ def mlhf_step(
       See :func:`mlhf_optax.scale_by_mlhf`, which adds the safeguards.
     """
     settings = meta_params.settings
-    d0, unit = start_vector(state), control_unit(settings, gradient, params)
+    d0, unit = start_vector(state), control_unit(settings, gradient, state.parameter_size)
     inputs = Inputs(d0, state.residual, gradient)
     s_out, s_carry = run_network(meta_params.damping, settings, types, state.damping_carry, inputs)
     if settings.preconditioner_residual == "current":

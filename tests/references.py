@@ -208,18 +208,18 @@ def naive_mlhf(
     """
     settings = meta_params.settings
     s_carry, p_carry = _fresh_carry(meta_params, model), _fresh_carry(meta_params, model)
-    d0, r0 = np.zeros_like(w), np.zeros_like(w)
+    w0, d0, r0 = w, np.zeros_like(w), np.zeros_like(w)
     steps = []
     for t in range(len(batches) if num_steps is None else num_steps):
         batch = batches[t]
         g = model.gradient(w, batch)
         ggn = model.ggn(w, batch)
         s_out, s_carry = _run_network(meta_params.damping, settings, model, s_carry, (d0, r0, g))
-        s = _damping(settings, s_out, g, w)
+        s = _damping(settings, s_out, g, w0)
         matrix = ggn + np.diag(s)
         seen = g - matrix @ d0 if settings.preconditioner_residual == "current" else r0
         p_out, p_carry = _run_network(meta_params.preconditioner, settings, model, p_carry, (d0, seen, g))
-        preconditioner = _preconditioner(settings, p_out, g, w, s)
+        preconditioner = _preconditioner(settings, p_out, g, w0, s)
         d, r = _solve(settings, matrix, g, d0, preconditioner, num_cg_steps)
         w_next = w + _bounded(-learning_rate * d, w, max_update_ratio)
         has_next = t + 1 < len(batches)
@@ -235,12 +235,12 @@ def _fresh_carry(meta_params, model):
     return [[(np.zeros(n), np.zeros(n)) for n in units] for _ in model.layer_types]
 
 
-def _damping(settings, s_out, g, w):
-    return _value(settings, s_out, settings.initial_damping, g, w) + settings.damping_floor
+def _damping(settings, s_out, g, w0):
+    return _value(settings, s_out, settings.initial_damping, g, w0) + settings.damping_floor
 
 
-def _preconditioner(settings, p_out, g, w, damping):
-    values = _value(settings, p_out, settings.initial_preconditioner, g, w)
+def _preconditioner(settings, p_out, g, w0, damping):
+    values = _value(settings, p_out, settings.initial_preconditioner, g, w0)
     return values + damping if settings.preconditioner_form == "jacobi" else values
 
 
@@ -283,9 +283,9 @@ def _features(settings, quantities, i):
     return features
 
 
-def _value(settings, outputs, initial, g, w):
+def _value(settings, outputs, initial, g, w0):
     unit = max(math.sqrt(np.mean(g**2)), settings.gradient_floor) ** settings.gradient_power
-    unit /= max(math.sqrt(np.mean(w**2)), settings.parameter_floor) ** settings.parameter_power
+    unit /= max(math.sqrt(np.mean(w0**2)), settings.parameter_floor) ** settings.parameter_power
     if settings.output_map == "exp":
         return unit * np.exp(np.clip(settings.output_scale * outputs + math.log(initial), -30.0, 30.0))
     offset = math.log(math.exp(initial) - 1.0)
@@ -342,16 +342,17 @@ def frozen_meta_losses(
     """
     settings = meta_params.settings
     s_carry, p_carry = _fresh_carry(meta_params, model), _fresh_carry(meta_params, model)
-    d0, r0 = np.zeros_like(steps[0].w), np.zeros_like(steps[0].w)
+    w0 = steps[0].w
+    d0, r0 = np.zeros_like(w0), np.zeros_like(w0)
     l_p, l_s = [], []
     for t, step in enumerate(steps):
         g = step.gradient
         s_out, s_carry = _run_network(meta_params.damping, settings, model, s_carry, (d0, r0, g))
         seen = g - step.matrix @ d0 if settings.preconditioner_residual == "current" else r0
         p_out, p_carry = _run_network(meta_params.preconditioner, settings, model, p_carry, (d0, seen, g))
-        s = _damping(settings, s_out, g, step.w)
+        s = _damping(settings, s_out, g, w0)
         matrix = step.matrix - np.diag(step.damping) + np.diag(s)
-        d, _ = _solve(settings, matrix, g, d0, _preconditioner(settings, p_out, g, step.w, s), num_cg_steps)
+        d, _ = _solve(settings, matrix, g, d0, _preconditioner(settings, p_out, g, w0, s), num_cg_steps)
         w_next = step.w + _bounded(-learning_rate * d, step.w, max_update_ratio)
         l_p.append(-(d @ g) / np.sqrt(d @ matrix @ d))
         next_loss, same_loss = model.loss(w_next, batches[t + 1]), model.loss(w_next, batches[t])

@@ -215,6 +215,8 @@ def test_meta_train_has_defaults(driver_calls):
         "starts": {},
         "learning_rate": 1.0,
         "keep_probability": 0.95,
+        "age_scale": None,
+        "replay_opt_state": False,
         "same_batch_weight": 1.0,
         "curvature_batch_size": None,
         "stop_after": None,
@@ -227,13 +229,15 @@ def test_meta_train_hands_on_its_arguments(driver_calls):
         "meta-train digits-convnet --output there --iterations 7 --num-tasks 3 --unroll-length 5 "
         "--batch-size 16 --meta-learning-rate 0.1 --learning-rate 0.5 --seed 4 --resume --checkpoint-every 2 "
         "--validate-every 3 --settings authors --initial-damping 100 --initial-preconditioner 0.5 "
-        "--keep-probability 0.5 --same-batch-weight 0.25 --curvature-batch-size 8 --stop-after 6"
+        "--keep-probability 0.5 --age-scale 50 --replay-opt-state --same-batch-weight 0.25 "
+        "--curvature-batch-size 8 --stop-after 6"
     )
     assert run(*arguments.split()) == 0
     (options,) = driver_calls
     assert options.pop("output").as_posix() == "there"
     assert options.pop("starts") == {"initial_damping": 100.0, "initial_preconditioner": 0.5}
-    values = ["digits-convnet", {}, 7, 3, 5, 16, 0.1, 0.5, 4, True, 2, 3, "authors", 0.5, 0.25, 8, 6]
+    values = ["digits-convnet", {}, 7, 3, 5, 16, 0.1, 0.5, 4, True, 2, 3, "authors"]
+    values += [0.5, 50.0, True, 0.25, 8, 6]
     assert list(options.values()) == values
 
 
@@ -267,9 +271,9 @@ def test_meta_train_refuses_starting_values_that_are_not_positive(driver_calls, 
     assert not driver_calls
 
 
-@pytest.mark.parametrize("option", ["--learning-rate", "--meta-learning-rate"])
+@pytest.mark.parametrize("option", ["--learning-rate", "--meta-learning-rate", "--age-scale"])
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
-def test_meta_train_refuses_learning_rates_that_are_not_positive(driver_calls, capsys, option, value):
+def test_meta_train_refuses_rates_and_scales_that_are_not_positive(driver_calls, capsys, option, value):
     assert run("meta-train", option, value) == 2
     assert f"`{option}` must be a positive number, got {float(value)}" in capsys.readouterr().err
     assert not driver_calls

@@ -139,8 +139,7 @@ def test_a_negative_floor_or_power_is_an_error(name, value):
 
 def test_the_unit_is_made_of_the_sizes_of_gradient_and_parameters_and_of_floors():
     gradient = {"a": jnp.array([3.0, 4.0]), "b": jnp.zeros(2)}
-    params = {"a": jnp.full(3, 0.25), "b": jnp.array(0.25)}
-    unit = lambda **settings: float(control_unit(Settings(**settings), gradient, params))
+    unit = lambda **settings: float(control_unit(Settings(**settings), gradient, jnp.array(0.25)))
     assert unit(gradient_power=0.0) == 1.0
     assert unit(gradient_power=1.0) == pytest.approx(2.5)
     assert unit(gradient_power=0.5, parameter_power=2.0) == pytest.approx(2.5**0.5 / 0.25**2)

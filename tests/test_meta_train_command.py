@@ -221,6 +221,8 @@ def test_arguments_reach_the_meta_training(monkeypatch, tmp_path):
         batch_size=None,
         learning_rate=0.5,
         keep_probability=0.25,
+        age_scale=50.0,
+        replay_opt_state=True,
         unroll_length=7,
         same_batch_weight=0.5,
         curvature_batch_size=0.25,
@@ -234,6 +236,7 @@ def test_arguments_reach_the_meta_training(monkeypatch, tmp_path):
     assert seen["about"]["curvature_batch_size"] == 0.25
     config = seen["config"]
     assert (config.unroll_length, config.keep_probability, config.meta_learning_rate) == (7, 0.25, 0.1)
+    assert (config.age_scale, config.replay_opt_state) == (50.0, True)
     schedule = seen["schedule"]
     assert (schedule.iterations, schedule.checkpoint_every, schedule.validate_every) == (ITERATIONS, 2, 2)
     assert (seen["seed"], seen["resume"]) == (3, False)

@@ -252,7 +252,7 @@ def test_the_gradient_is_that_of_a_loop_with_cuts_at_w_g_d0_r0_and_the_softmax_w
             g = cut(jax.grad(problems.linear_loss)(w, batch))
             state = state._replace(direction=cut(state.direction), residual=cut(state.residual))
             ggn = ggn_matvec(problems.linear, problems.LOSS, w, batch)
-            solution, _, _, *carries = mlhf_step(meta_params, layer_types(w), ggn, g, w, state, 2, unroll=1)
+            solution, _, _, *carries = mlhf_step(meta_params, layer_types(w), ggn, g, state, 2, unroll=1)
             l_p.append(preconditioner_loss(solution.direction, solution.residual, g))
             before = cut(problems.linear_loss(w, batch))
             w = jax.tree.map(lambda x, d: x - LEARNING_RATE * d, w, solution.direction)

@@ -195,6 +195,17 @@ def meta_train(
         float,
         option("Chance that a healthy inner training goes on after an unroll.", min=0, max=1, metavar="X"),
     ] = 0.95,
+    age_scale: Annotated[
+        float | None,
+        option(
+            "Instead, let it go on with chance (age + X) / (age + X + T), so that the LSTMs see ages of all "
+            "orders of magnitude, and trainings of thousands of steps.",
+            metavar="X",
+        ),
+    ] = None,
+    replay_opt_state: Annotated[
+        bool, option("Replay a training with its LSTM states.", "--replay-opt-state", metavar="")
+    ] = False,
     same_batch_weight: Annotated[
         float,
         option(
@@ -221,9 +232,11 @@ def meta_train(
         starts = given(initial_damping=initial_damping, initial_preconditioner=initial_preconditioner)
         Settings(**starts)
         part = parse_part(curvature_batch_size)
-        for name, rate in (("learning-rate", learning_rate), ("meta-learning-rate", meta_learning_rate)):
-            if not 0 < rate < math.inf:
-                raise ValueError(f"`--{name}` must be a positive number, got {rate}")
+        positive = {"learning-rate": learning_rate, "meta-learning-rate": meta_learning_rate}
+        positive |= {} if age_scale is None else {"age-scale": age_scale}
+        for name, number in positive.items():
+            if not 0 < number < math.inf:
+                raise ValueError(f"`--{name}` must be a positive number, got {number}")
     run_meta_training(
         task=task,
         task_options=options,
@@ -241,6 +254,8 @@ def meta_train(
         settings=settings.value,
         starts=starts,
         keep_probability=keep_probability,
+        age_scale=age_scale,
+        replay_opt_state=replay_opt_state,
         same_batch_weight=same_batch_weight,
         curvature_batch_size=part,
         stop_after=stop_after,

@@ -77,6 +77,8 @@ def run_meta_training(
     task_options: Mapping[str, Any] | None = None,
     learning_rate: float = 1.0,
     keep_probability: float = 0.95,
+    age_scale: float | None = None,
+    replay_opt_state: bool = False,
     same_batch_weight: float = 1.0,
     curvature_batch_size: CurvatureBatch = None,
     stop_after: int | None = None,
@@ -103,6 +105,8 @@ def run_meta_training(
       task_options: arguments of the function that makes the task, such as ``data_dir``.
       learning_rate: inner learning rate.
       keep_probability: chance that an inner training goes on after an unroll.
+      age_scale: makes that chance grow with age; see :class:`mlhf_optax.meta_training.MetaTrainingConfig`.
+      replay_opt_state: replay trainings with their LSTM states.
       same_batch_weight: weight in ``l_s`` of the gain on the step's own mini-batch.
       curvature_batch_size: part of a mini-batch for GGN products, while meta-training and in the record.
       stop_after: write the result after so many meta-iterations of the schedule; None for all of them.
@@ -130,6 +134,8 @@ def run_meta_training(
         meta_learning_rate=meta_learning_rate,
         decay_iterations=iterations,
         keep_probability=keep_probability,
+        age_scale=age_scale,
+        replay_opt_state=replay_opt_state,
     )
     learned = mt.mlhf_optimizer(
         learning_rate,

@@ -105,7 +105,7 @@ def inner_step(options: Options, meta_params: MetaParams, task, inner: Inner, in
     part = curvature_subset(task.predict_fn, inner.params, batch, options.curvature_batch_size)
     ggn = ggn_matvec(task.predict_fn, task.loss_fn, inner.params, part)
     settings = meta_params.settings
-    unit = control_unit(settings, inner.gradient, inner.params)
+    unit = control_unit(settings, inner.gradient, before.parameter_size)
     controls, carries, seen = _run_step_networks(options, meta_params, ggn, unit, inner)
     after, start = _after_solve(options, inner, key), inner.state.direction
 
@@ -143,7 +143,10 @@ def _next_state(before: ScaleByMLHFState, gradient: chex.ArrayTree, solution: So
     skipped = before.info.skipped_steps + jnp.logical_not(is_sound).astype(jnp.int32)
     info = before.info._replace(skipped_steps=skipped, descent=descent.astype(jnp.float32))
     direction, residual, s_carry, p_carry = select_tree(is_sound, new, old)
-    return ScaleByMLHFState(before.count + is_sound, direction, residual, s_carry, p_carry, info), is_sound
+    after = ScaleByMLHFState(
+        before.count + is_sound, direction, residual, s_carry, p_carry, before.parameter_size, info
+    )
+    return after, is_sound
 
 
 def _judge(options: Options, task, inner: Inner, params, batch, next_batch) -> _Judged:

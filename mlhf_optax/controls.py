@@ -155,7 +155,8 @@ def root_mean_square(tree: chex.ArrayTree) -> jax.Array:
     """
     leaves = jax.tree.leaves(tree)
     total = sum(jnp.sum(jnp.square(_at_least_f32(leaf))) for leaf in leaves)
-    return jnp.sqrt(total / sum(leaf.size for leaf in leaves))
+    # A tree without leaves is what optax.tree.map_params initialises an optimizer with.
+    return jnp.sqrt(total / max(1, sum(leaf.size for leaf in leaves)))
 
 
 def _at_least_f32(array: jax.Array) -> jax.Array:

@@ -180,7 +180,7 @@ def test_the_state_is_a_fixed_point_without_weak_types_and_nothing_compiles_twic
     assert not any(is_weak for _, _, is_weak in kinds(state)[1])
     step(new_params, new_state, batch)
     assert len(compilations) == 1
-    equal(jax.jit(tx.init)(params), state)
+    close(jax.jit(tx.init)(params), state)  # the size of the parameters is rounded differently
 
 
 def test_the_state_may_be_donated(name, tx):

@@ -1,10 +1,11 @@
-"""The CIFAR-10 section of the README, from the results of ``first_order_cifar10.py`` and the long run."""
+"""The CIFAR-10 section of the README, from the results of the paper's experiments and the long run."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from readme_markdown import origin, ratio, table
+from readme_paper import ablation_table, second_order_table
 
 from mlhf_optax.experiments.epochs import EpochResult
 from mlhf_optax.experiments.results import best_of
@@ -13,11 +14,18 @@ from mlhf_optax.experiments.tables import format_loss
 
 def cifar10_section(results: Path) -> list[str]:
     """Returns the Markdown lines for a folder of results."""
-    # The comparison on a narrow network is there as soon as somebody has run it.
+    # An experiment is there as soon as somebody has run it.
     first_order = [results / f"first_order_cifar10{part}.json" for part in ("", "_narrow")]
     tables = [epochs_table(json.loads(path.read_text())) for path in first_order if path.exists()]
-    long_run = json.loads((results / "long_run_cifar10.json").read_text())
-    return [line for lines in (*tables, long_run_table(long_run)) for line in (*lines, "")][:-1]
+    others = {
+        "second_order_cifar10": second_order_table,
+        "ablation_preconditioner": ablation_table,
+        "long_run_cifar10": long_run_table,
+    }
+    for name, make in others.items():
+        path = results / f"{name}.json"
+        tables += [make(json.loads(path.read_text()))] if path.exists() else []
+    return [line for lines in tables for line in (*lines, "")][:-1]
 
 
 def epochs_table(report: dict[str, Any]) -> list[str]:

@@ -17,14 +17,13 @@ def cifar10_section(results: Path) -> list[str]:
     # An experiment is there as soon as somebody has run it.
     first_order = [results / f"first_order_cifar10{part}.json" for part in ("", "_narrow")]
     tables = [epochs_table(json.loads(path.read_text())) for path in first_order if path.exists()]
-    others = {
-        "second_order_cifar10": second_order_table,
-        "ablation_preconditioner": ablation_table,
-        "long_run_cifar10": long_run_table,
-    }
-    for name, make in others.items():
-        path = results / f"{name}.json"
-        tables += [make(json.loads(path.read_text()))] if path.exists() else []
+    load = lambda name: json.loads(path.read_text()) if (path := results / f"{name}.json").exists() else None
+    if second_order := load("second_order_cifar10"):
+        tables.append(second_order_table(second_order, load("second_order_cifar10_mlhf")))
+    if ablation := load("ablation_preconditioner"):
+        tables.append(ablation_table(ablation))
+    if long_run := load("long_run_cifar10"):
+        tables.append(long_run_table(long_run))
     return [line for lines in tables for line in (*lines, "")][:-1]
 
 

@@ -1,5 +1,6 @@
 """Tables of the README for sections 4.2 and 4.3 of the paper, from the results of their scripts."""
 
+import math
 from typing import Any
 
 from readme_markdown import origin, ratio, table
@@ -10,42 +11,45 @@ from mlhf_optax.experiments.tables import format_loss
 FAMILIES = {"hf-fixed": "HF(Fixed)", "hf-lm": "HF(LM)", "kfac": "K-FAC"}
 
 
-def second_order_table(report: dict[str, Any]) -> list[str]:
-    """Returns a row for each MLHF and for the best setting of each family at the end of the run.
+def second_order_table(report: dict[str, Any], longer: dict[str, Any] | None = None) -> list[str]:
+    """Returns rows for each MLHF and for the best setting of each family at the end of the run.
 
     Args:
       report: what ``second_order_cifar10.py`` wrote.
+      longer: the same of a longer run with ``--only mlhf``, as its steps take less time.
 
     Returns:
-      Markdown lines. In brackets are the loss of MLHF and its time a step over those of that best.
+      Markdown lines. In brackets are the loss and the time of MLHF over those of the best setting of all.
     """
-    results = [EpochResult.from_json(entry, entry["name"].split()[0]) for entry in report["results"]]
-    last = results[0].steps[-1]
-    own = [result for result in results if result.family == "mlhf"]
-    rows = [["", "training loss", "MLHF / it", "test accuracy", "ms a step", "MLHF / it", "diverged"]]
-    for result in own:
-        rows.append([result.name, *_values(result, last), ""])
-    for family, title in FAMILIES.items():
-        members = [result for result in results if result.family == family]
-        if not members:
+    others = [result for result in _results(report) if result.family != "mlhf"]
+    best = {
+        title: min(members, key=lambda result: result.loss_at(result.steps[-1]))
+        for family, title in FAMILIES.items()
+        if (members := [result for result in others if result.family == family])
+    }
+    first = min(best.values(), key=lambda result: result.loss_at(result.steps[-1]))
+    rows = [["", "steps", "training loss", "test accuracy", "seconds in all"]]
+    for result in _results(report):
+        if result.family != "mlhf":
             continue
-        best = min(members, key=lambda result: result.loss_at(last))
-        loss, _, accuracy, milliseconds, _ = _values(best, last)
-        settings = best.name.removeprefix(f"{family} ")
-        rows.append(
-            [
-                f"{title}, best of {len(members)}: {settings}",
-                loss,
-                ratio(own[0].loss_at(last), best.loss_at(last)),
-                accuracy,
-                milliseconds,
-                ratio(own[0].seconds_per_step, best.seconds_per_step),
-                f"{sum(result.loss_at(last) == float('inf') for result in members)}",
-            ]
-        )
+        followed = _following(result, longer)
+        for step, accuracy in zip(followed.steps, followed.test_curve, strict=True):
+            loss, seconds = followed.loss_at(step), step * result.seconds_per_step
+            of_loss = ratio(loss, first.loss_at(first.steps[-1]))
+            of_time = ratio(seconds, first.steps[-1] * first.seconds_per_step)
+            shown = (f"{format_loss(loss)} ({of_loss})", f"{accuracy:.1%}", f"{seconds:.0f} ({of_time})")
+            rows.append([result.name, f"{step}", *shown])
+    for title, result in best.items():
+        members = [other for other in others if other.family == result.family]
+        lost = sum(other.loss_at(other.steps[-1]) == math.inf for other in members)
+        settings = result.name.removeprefix(f"{result.family} ")
+        name = f"{title}, best of {len(members)}, {lost} diverged: {settings}"
+        step = result.steps[-1]
+        shown = (format_loss(result.loss_at(step)), f"{result.test_accuracy:.1%}")
+        rows.append([name, f"{step}", *shown, f"{step * result.seconds_per_step:.0f}"])
     note = (
-        f"`{report['task']}`, {last} steps ({_epochs(report)} of {report['num_train']} images), batch "
-        f"{report['batch_size']}, seeds: {results[0].seeds}. {origin(report)}"
+        f"`{report['task']}`, {report['num_train']} images, batch {report['batch_size']}, seeds: "
+        f"{first.seeds}; in brackets over the best of all settings. {origin(report)}"
     )
     return [*table(rows), "", note]
 
@@ -74,11 +78,11 @@ def ablation_table(report: dict[str, Any]) -> list[str]:
     return [*table(rows), "", note]
 
 
-def _values(result: EpochResult, step: int) -> list[str]:
-    milliseconds = f"{1e3 * result.seconds_per_step:.0f}"
-    return [format_loss(result.loss_at(step)), "", f"{result.test_accuracy:.1%}", milliseconds, ""]
+def _results(report: dict[str, Any]) -> list[EpochResult]:
+    return [EpochResult.from_json(entry, entry["name"].split()[0]) for entry in report["results"]]
 
 
-def _epochs(report: dict[str, Any]) -> str:
-    count = report["num_epochs"]
-    return f"{count} epoch" if count == 1 else f"{count} epochs"
+def _following(result: EpochResult, longer: dict[str, Any] | None) -> EpochResult:
+    """Returns the longer run of the same training, if there is one."""
+    found = [other for other in _results(longer) if other.name == result.name] if longer else []
+    return found[0] if found else result

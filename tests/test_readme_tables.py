@@ -28,31 +28,43 @@ def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def report(*results, **about):
+    sizes = {"task": "blobs", "batch_size": 8, "num_train": 32, "command": "python x.py"}
+    return ORIGIN | sizes | {"results": list(results)} | about
+
+
 def test_second_order_optimizers_are_shown_with_their_best_setting_and_how_many_diverged():
-    report = ORIGIN | {
-        "task": "blobs",
-        "batch_size": 8,
-        "num_train": 32,
-        "num_epochs": 2,
-        "command": "python x.py",
-        "results": [
-            entry("mlhf", (1.5, 1.0), 0.6, 0.2),
-            entry("mlhf curvature 0.25", (1.5, 1.2), 0.5, 0.1),
-            entry("hf-fixed lr=1 damping=1", (1.2, math.inf), 0.0, 0.8),
-            entry("hf-fixed lr=0.1 damping=1", (1.6, 1.25), 0.5, 0.8),
-            entry("kfac lr=1 damping=1 decay=0.9", (1.1, 0.8), 0.7, 0.1),
-        ],
-    }
-    head, rule, *rows, _, note = second_order_table(report)
-    assert len(cells(head)) == len(cells(rule)) == 7
+    measured = report(
+        entry("mlhf", (1.5, 1.0), 0.6, 0.2),
+        entry("mlhf curvature 0.25", (1.5, 1.2), 0.5, 0.1),
+        entry("hf-fixed lr=1 damping=1", (1.2, math.inf), 0.0, 0.8),
+        entry("hf-fixed lr=0.1 damping=1", (1.6, 1.25), 0.5, 0.8),
+        entry("kfac lr=1 damping=1 decay=0.9", (1.1, 0.8), 0.7, 0.5),
+    )
+    head, rule, *rows, _, note = second_order_table(measured)
+    assert len(cells(head)) == len(cells(rule)) == 5
     assert [cells(row) for row in rows] == [
-        ["mlhf", "1.000", "", "60.0%", "200", "", ""],
-        ["mlhf curvature 0.25", "1.200", "", "50.0%", "100", "", ""],
-        ["HF(Fixed), best of 2: lr=0.1 damping=1", "1.250", "**0.8**", "50.0%", "800", "**0.25**", "1"],
-        ["K-FAC, best of 1: lr=1 damping=1 decay=0.9", "0.800", "1.2", "70.0%", "100", "2", "0"],
+        ["mlhf", "4", "1.500 (1.9)", "10.0%", "1 (**0.2**)"],
+        ["mlhf", "8", "1.000 (1.2)", "60.0%", "2 (**0.4**)"],
+        ["mlhf curvature 0.25", "4", "1.500 (1.9)", "10.0%", "0 (**0.1**)"],
+        ["mlhf curvature 0.25", "8", "1.200 (1.5)", "50.0%", "1 (**0.2**)"],
+        ["HF(Fixed), best of 2, 1 diverged: lr=0.1 damping=1", "8", "1.250", "50.0%", "6"],
+        ["K-FAC, best of 1, 0 diverged: lr=1 damping=1 decay=0.9", "8", "0.800", "70.0%", "4"],
     ]
-    assert "8 steps (2 epochs of 32 images), batch 8" in note
+    assert "32 images, batch 8" in note
     assert "`python x.py`; Processor, 2 cores" in note
+
+
+def test_a_longer_run_of_mlhf_takes_the_place_of_its_rows_with_the_time_of_the_comparison():
+    measured = report(
+        entry("mlhf", (1.5, 1.0), 0.6, 0.2), entry("hf-fixed lr=1 damping=1", (1.2, 1.0), 0.5, 0.8)
+    )
+    longer = report(entry("mlhf", (1.5, 0.5), 0.7, 9.0) | {"steps": [8, 16]})
+    rows = second_order_table(measured, longer)[2:-2]
+    assert [cells(row)[1:] for row in rows[:2]] == [
+        ["8", "1.500 (1.5)", "10.0%", "2 (**0.25**)"],
+        ["16", "0.500 (**0.5**)", "70.0%", "3 (**0.5**)"],
+    ]
 
 
 def test_the_ablation_is_shown_by_configuration():
@@ -63,8 +75,7 @@ def test_the_ablation_is_shown_by_configuration():
         "on_same_systems": {"l_p_ratio": 0.96, "residual_ratio": 0.25},
         "seconds_per_iteration": 1.5,
     }
-    about = {"task": "blobs", "iterations": 2, "seeds": 1, "batch_size": 8, "command": "python x.py"}
-    head, _, row, _, note = ablation_table(ORIGIN | about | {"results": [result]})
+    head, _, row, _, note = ablation_table(report(result, iterations=2, seeds=1))
     assert len(cells(head)) == 6
     assert cells(row) == ["with LSTM_p, 4 CG steps (MLHF)", "-0.75", "0.125", "0.96", "0.25", "1.5"]
     assert "`blobs`, 2 meta-iterations, seeds: 1, batch 8" in note

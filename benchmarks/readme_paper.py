@@ -51,6 +51,8 @@ def second_order_table(report: dict[str, Any], longer: dict[str, Any] | None = N
         f"`{report['task']}`, {report['num_train']} images, batch {report['batch_size']}, seeds: "
         f"{first.seeds}; in brackets over the best of all settings. {origin(report)}"
     )
+    if longer:
+        note += f" The losses of MLHF: `{longer['command']}`."
     return [*table(rows), "", note]
 
 

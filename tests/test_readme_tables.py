@@ -59,8 +59,9 @@ def test_a_longer_run_of_mlhf_takes_the_place_of_its_rows_with_the_time_of_the_c
     measured = report(
         entry("mlhf", (1.5, 1.0), 0.6, 0.2), entry("hf-fixed lr=1 damping=1", (1.2, 1.0), 0.5, 0.8)
     )
-    longer = report(entry("mlhf", (1.5, 0.5), 0.7, 9.0) | {"steps": [8, 16]})
-    rows = second_order_table(measured, longer)[2:-2]
+    longer = report(entry("mlhf", (1.5, 0.5), 0.7, 9.0) | {"steps": [8, 16]}, command="python y.py")
+    *rows, _, note = second_order_table(measured, longer)[2:]
+    assert note.endswith("The losses of MLHF: `python y.py`.")
     assert [cells(row)[1:] for row in rows[:2]] == [
         ["8", "1.500 (1.5)", "10.0%", "2 (**0.25**)"],
         ["16", "0.500 (**0.5**)", "70.0%", "3 (**0.5**)"],

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from readme_markdown import origin, ratio, table
+from readme_markdown import epoch_results, origin, ratio, table
 from readme_paper import ablation_table, second_order_table
 
-from mlhf_optax.experiments.epochs import EpochResult
 from mlhf_optax.experiments.results import best_of
 from mlhf_optax.experiments.tables import format_loss
 
@@ -15,9 +14,9 @@ from mlhf_optax.experiments.tables import format_loss
 def cifar10_section(results: Path) -> list[str]:
     """Returns the Markdown lines for a folder of results."""
     # An experiment is there as soon as somebody has run it.
-    first_order = [results / f"first_order_cifar10{part}.json" for part in ("", "_narrow")]
-    tables = [epochs_table(json.loads(path.read_text())) for path in first_order if path.exists()]
     load = lambda name: json.loads(path.read_text()) if (path := results / f"{name}.json").exists() else None
+    first_order = [load(f"first_order_cifar10{part}") for part in ("", "_narrow")]
+    tables = [epochs_table(found) for found in first_order if found]
     if second_order := load("second_order_cifar10"):
         tables.append(second_order_table(second_order, load("second_order_cifar10_mlhf")))
     if ablation := load("ablation_preconditioner"):
@@ -29,7 +28,7 @@ def cifar10_section(results: Path) -> list[str]:
 
 def epochs_table(report: dict[str, Any]) -> list[str]:
     """Returns a row for each MLHF and some for the best of the grid, at up to seven epochs."""
-    results = [EpochResult.from_json(entry, entry["name"].split()[0]) for entry in report["results"]]
+    results = epoch_results(report)
     own = [result for result in results if result.family == "mlhf"]
     others = [result for result in results if result.family != "mlhf"]
     steps = own[0].steps

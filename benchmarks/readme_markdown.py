@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from mlhf_optax.experiments.epochs import EpochResult
+
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Returns a Markdown table; the first row is its head."""
@@ -15,6 +17,11 @@ def ratio(own: float, best: float) -> str:
     """Returns one loss as a multiple of another, bold where it is the lower one."""
     text = f"{own / best:.2g}" if math.isfinite(own) else "diverged"
     return f"**{text}**" if own < best else text
+
+
+def epoch_results(report: dict[str, Any]) -> list[EpochResult]:
+    """Returns the results of a comparison for epochs; the first word of a name is the family."""
+    return [EpochResult.from_json(entry, entry["name"].split()[0]) for entry in report["results"]]
 
 
 def origin(report: dict[str, Any]) -> str:

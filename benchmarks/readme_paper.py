@@ -3,9 +3,10 @@
 import math
 from typing import Any
 
-from readme_markdown import origin, ratio, table
+from readme_markdown import epoch_results, origin, ratio, table
 
 from mlhf_optax.experiments.epochs import EpochResult
+from mlhf_optax.experiments.results import best_of
 from mlhf_optax.experiments.tables import format_loss
 
 FAMILIES = {"hf-fixed": "HF(Fixed)", "hf-lm": "HF(LM)", "kfac": "K-FAC"}
@@ -21,32 +22,29 @@ def second_order_table(report: dict[str, Any], longer: dict[str, Any] | None = N
     Returns:
       Markdown lines. In brackets are the loss and the time of MLHF over those of the best setting of all.
     """
-    others = [result for result in _results(report) if result.family != "mlhf"]
-    best = {
-        title: min(members, key=lambda result: result.loss_at(result.steps[-1]))
-        for family, title in FAMILIES.items()
-        if (members := [result for result in others if result.family == family])
-    }
-    first = min(best.values(), key=lambda result: result.loss_at(result.steps[-1]))
+    results = epoch_results(report)
+    last = results[0].steps[-1]
+    first = best_of([result for result in results if result.family != "mlhf"], last)
     rows = [["", "steps", "training loss", "test accuracy", "seconds in all"]]
-    for result in _results(report):
+    for result in results:
         if result.family != "mlhf":
             continue
         followed = _following(result, longer)
         for step, accuracy in zip(followed.steps, followed.test_curve, strict=True):
             loss, seconds = followed.loss_at(step), step * result.seconds_per_step
-            of_loss = ratio(loss, first.loss_at(first.steps[-1]))
-            of_time = ratio(seconds, first.steps[-1] * first.seconds_per_step)
+            of_loss = ratio(loss, first.loss_at(last))
+            of_time = ratio(seconds, last * first.seconds_per_step)
             shown = (f"{format_loss(loss)} ({of_loss})", f"{accuracy:.1%}", f"{seconds:.0f} ({of_time})")
             rows.append([result.name, f"{step}", *shown])
-    for title, result in best.items():
-        members = [other for other in others if other.family == result.family]
-        lost = sum(other.loss_at(other.steps[-1]) == math.inf for other in members)
-        settings = result.name.removeprefix(f"{result.family} ")
-        name = f"{title}, best of {len(members)}, {lost} diverged: {settings}"
-        step = result.steps[-1]
-        shown = (format_loss(result.loss_at(step)), f"{result.test_accuracy:.1%}")
-        rows.append([name, f"{step}", *shown, f"{step * result.seconds_per_step:.0f}"])
+    for family, title in FAMILIES.items():
+        members = [result for result in results if result.family == family]
+        if not members:
+            continue
+        best = best_of(members, last)
+        lost = sum(result.loss_at(last) == math.inf for result in members)
+        name = f"{title}, best of {len(members)}, {lost} diverged: {best.name.removeprefix(f'{family} ')}"
+        shown = (format_loss(best.loss_at(last)), f"{best.test_accuracy:.1%}")
+        rows.append([name, f"{last}", *shown, f"{last * best.seconds_per_step:.0f}"])
     note = (
         f"`{report['task']}`, {report['num_train']} images, batch {report['batch_size']}, seeds: "
         f"{first.seeds}; in brackets over the best of all settings. {origin(report)}"
@@ -80,11 +78,7 @@ def ablation_table(report: dict[str, Any]) -> list[str]:
     return [*table(rows), "", note]
 
 
-def _results(report: dict[str, Any]) -> list[EpochResult]:
-    return [EpochResult.from_json(entry, entry["name"].split()[0]) for entry in report["results"]]
-
-
 def _following(result: EpochResult, longer: dict[str, Any] | None) -> EpochResult:
     """Returns the longer run of the same training, if there is one."""
-    found = [other for other in _results(longer) if other.name == result.name] if longer else []
+    found = [other for other in epoch_results(longer) if other.name == result.name] if longer else []
     return found[0] if found else result

@@ -222,8 +222,15 @@ def _guarded(settings: Settings, step: Step, gradient: chex.ArrayTree, state: Sc
         *_min_mean_max(preconditioner),
     )
     count = jnp.where(is_sound, optax.safe_increment(state.count), state.count)
-    size = state.parameter_size
-    return update, ScaleByMLHFState(count, direction, residual, s_carry, p_carry, size, info)
+    new_state = state._replace(
+        count=count,
+        direction=direction,
+        residual=residual,
+        damping_carry=s_carry,
+        preconditioner_carry=p_carry,
+        info=info,
+    )
+    return update, new_state
 
 
 def _min_mean_max(tree: chex.ArrayTree) -> tuple[jax.Array, jax.Array, jax.Array]:

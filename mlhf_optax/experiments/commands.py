@@ -232,11 +232,12 @@ def meta_train(
         starts = given(initial_damping=initial_damping, initial_preconditioner=initial_preconditioner)
         Settings(**starts)
         part = parse_part(curvature_batch_size)
-        positive = {"learning-rate": learning_rate, "meta-learning-rate": meta_learning_rate}
-        positive |= {} if age_scale is None else {"age-scale": age_scale}
+        positive = given(
+            learning_rate=learning_rate, meta_learning_rate=meta_learning_rate, age_scale=age_scale
+        )
         for name, number in positive.items():
             if not 0 < number < math.inf:
-                raise ValueError(f"`--{name}` must be a positive number, got {number}")
+                raise ValueError(f"`--{name.replace('_', '-')}` must be a positive number, got {number}")
     run_meta_training(
         task=task,
         task_options=options,

@@ -143,8 +143,13 @@ def _next_state(before: ScaleByMLHFState, gradient: chex.ArrayTree, solution: So
     skipped = before.info.skipped_steps + jnp.logical_not(is_sound).astype(jnp.int32)
     info = before.info._replace(skipped_steps=skipped, descent=descent.astype(jnp.float32))
     direction, residual, s_carry, p_carry = select_tree(is_sound, new, old)
-    after = ScaleByMLHFState(
-        before.count + is_sound, direction, residual, s_carry, p_carry, before.parameter_size, info
+    after = before._replace(
+        count=before.count + is_sound,
+        direction=direction,
+        residual=residual,
+        damping_carry=s_carry,
+        preconditioner_carry=p_carry,
+        info=info,
     )
     return after, is_sound
 

@@ -1,8 +1,9 @@
 """K-FAC for the comparison with second-order optimizers; needs kfac-jax and a jax that it works with."""
 
-import functools
+import itertools
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -105,7 +106,7 @@ def _make_kfac(task: Task, decay: float) -> Any:
         ) from error
 
     if jax.default_backend() == "cpu":
-        _unroll_moments_of_patches()
+        _replace_moments_of_patches()
 
     def loss(params, batch):
         outputs = task.predict_fn(params, batch)
@@ -121,12 +122,59 @@ def _make_kfac(task: Task, decay: float) -> Any:
     )
 
 
-def _unroll_moments_of_patches() -> None:
-    """Has kfac-jax convolve outside of loops: in them, on a CPU, a step takes 28 s, not 3 (batch 512)."""
-    from kfac_jax._src import patches_second_moment as moments
+def _replace_moments_of_patches() -> None:
+    """Has kfac-jax multiply patches, not convolve in a loop: at batch 512 a step takes 0.7 s, not 28."""
+    from kfac_jax._src import patches_second_moment
 
-    if not isinstance(moments.patches_moments, functools.partial):
-        moments.patches_moments = functools.partial(moments.patches_moments, unroll_loop=True)
+    patches_second_moment.patches_moments = moments_of_patches
+
+
+def moments_of_patches(
+    inputs: jax.Array,
+    kernel_spatial_shape: tuple[int, int],
+    strides: tuple[int, int],
+    padding: Sequence[tuple[int, int]],
+    dim_numbers: jax.lax.ConvDimensionNumbers,
+    weighting_array: jax.Array | None = None,
+    data_format: None = None,
+    precision: jax.lax.Precision | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns second and first moments, summed over images and positions, of what a kernel sees.
+
+    Args:
+      inputs: images ``(B, height, width, C)``.
+      kernel_spatial_shape: height and width of the kernel, ``(h, w)``.
+      strides: of the kernel.
+      padding: by how much images grow, before and after, in height and width.
+      dim_numbers: those of the convolution; only channels last are known here.
+      weighting_array: weights of the images, ``(B,)``, or of every position.
+      data_format: unused, as `dim_numbers` says it.
+      precision: of the product.
+
+    Returns:
+      Arrays ``(h, w, C, h, w, C)`` and ``(h, w, C)``.
+
+    Raises:
+      ValueError: if channels are not last.
+    """
+    if dim_numbers.lhs_spec != (0, 3, 1, 2):
+        raise ValueError(f"images must have their channels last, got dimensions {dim_numbers.lhs_spec}")
+    padded = jnp.transpose(jnp.pad(inputs, ((0, 0), *padding, (0, 0))), (3, 0, 1, 2))
+    rows, columns = (padded.shape[axis + 2] - kernel_spatial_shape[axis] + 1 for axis in (0, 1))
+    seen = [
+        padded[:, :, y : y + rows : strides[0], x : x + columns : strides[1]]
+        for y, x in itertools.product(*map(range, kernel_spatial_shape))
+    ]
+    patches = jnp.concatenate(
+        seen
+    )  # (h * w * C, B, rows, columns): as one long row each, the product is fastest
+    weighted = patches
+    if weighting_array is not None:
+        weights = weighting_array.reshape(weighting_array.shape + (1,) * (4 - weighting_array.ndim))
+        weighted = patches * weights[..., 0]
+    shape = (*kernel_spatial_shape, inputs.shape[-1])
+    second = jnp.tensordot(patches, weighted, axes=((1, 2, 3), (1, 2, 3)), precision=precision)
+    return second.reshape(shape + shape), jnp.sum(weighted, axis=(1, 2, 3)).reshape(shape)
 
 
 def _no_transformation(**hyperparameters):

@@ -38,7 +38,8 @@ from mlhf_optax.experiments.experiment_options import (
     narrow,
     network_options,
 )
-from mlhf_optax.experiments.meta_train_command import SETTINGS, draw_batches, learned_options
+from mlhf_optax.experiments.meta_train_command import draw_batches
+from mlhf_optax.experiments.meta_train_start import SETTINGS, learned_options
 from mlhf_optax.image_tasks import cifar10_convnet
 from mlhf_optax.meta_params import MetaParams, Settings, init_meta_params
 from mlhf_optax.meta_training.losses import preconditioner_loss

@@ -16,6 +16,7 @@ from mlhf_optax.meta_params import AUTHORS_SETTINGS as AUTHORS_SETTINGS
 from mlhf_optax.meta_params import PAPER_SETTINGS as PAPER_SETTINGS
 from mlhf_optax.meta_params import MetaParams as MetaParams
 from mlhf_optax.meta_params import Settings as Settings
+from mlhf_optax.meta_params import extend_meta_params as extend_meta_params
 from mlhf_optax.meta_params import init_meta_params as init_meta_params
 from mlhf_optax.meta_params_io import Pretrained as Pretrained
 from mlhf_optax.meta_params_io import load_meta_params as load_meta_params

@@ -208,10 +208,45 @@ def init_meta_params(
     return MetaParams(network(damping_key), network(preconditioner_key), settings)
 
 
+def extend_meta_params(key: chex.PRNGKey, meta_params: MetaParams, layer_types: Sequence[str]) -> MetaParams:
+    """Returns meta-parameters that also know other layer types, with untrained LSTMs for these.
+
+    With them meta-training can go on from what it learned on other networks.
+
+    Args:
+      key: random key.
+      meta_params: the meta-parameters; what they know stays as it is.
+      layer_types: names of the layer types that are needed.
+
+    Returns:
+      The meta-parameters.
+
+    Raises:
+      ValueError: if ``layer_types`` repeats a name.
+
+    Example:
+      >>> import jax
+      >>> from mlhf_optax import load_pretrained
+      >>> digits = load_pretrained("digits").meta_params
+      >>> extend_meta_params(jax.random.key(0), digits, ["dense_kernel", "norm_scale"]).layer_types
+      ('dense_bias', 'dense_kernel', 'norm_scale')
+    """
+    missing = [name for name in layer_types if name not in meta_params.damping]
+    if not missing:
+        return meta_params
+    fresh = init_meta_params(key, meta_params.settings, layer_types=missing, units=meta_params.units)
+    return MetaParams(
+        meta_params.damping | fresh.damping,
+        meta_params.preconditioner | fresh.preconditioner,
+        meta_params.settings,
+    )
+
+
 __all__ = [
     "AUTHORS_SETTINGS",
     "PAPER_SETTINGS",
     "MetaParams",
     "Settings",
+    "extend_meta_params",
     "init_meta_params",
 ]

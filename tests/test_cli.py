@@ -211,7 +211,9 @@ def test_meta_train_has_defaults(driver_calls):
         "resume": False,
         "checkpoint_every": 50,
         "validate_every": 100,
-        "settings": "default",
+        "validation_steps": (10, 30, 100, 300),
+        "settings": None,
+        "start": None,
         "starts": {},
         "learning_rate": 1.0,
         "keep_probability": 0.95,
@@ -228,17 +230,35 @@ def test_meta_train_hands_on_its_arguments(driver_calls):
     arguments = (
         "meta-train digits-convnet --output there --iterations 7 --num-tasks 3 --unroll-length 5 "
         "--batch-size 16 --meta-learning-rate 0.1 --learning-rate 0.5 --seed 4 --resume --checkpoint-every 2 "
-        "--validate-every 3 --settings authors --initial-damping 100 --initial-preconditioner 0.5 "
-        "--keep-probability 0.5 --age-scale 50 --replay-opt-state --same-batch-weight 0.25 "
-        "--curvature-batch-size 8 --stop-after 6"
+        "--validate-every 3 --validation-steps 1,5 --settings authors --initial-damping 100 "
+        "--initial-preconditioner 0.5 --keep-probability 0.5 --age-scale 50 --replay-opt-state "
+        "--same-batch-weight 0.25 --curvature-batch-size 8 --stop-after 6"
     )
     assert run(*arguments.split()) == 0
     (options,) = driver_calls
     assert options.pop("output").as_posix() == "there"
     assert options.pop("starts") == {"initial_damping": 100.0, "initial_preconditioner": 0.5}
-    values = ["digits-convnet", {}, 7, 3, 5, 16, 0.1, 0.5, 4, True, 2, 3, "authors"]
+    values = ["digits-convnet", {}, 7, 3, 5, 16, 0.1, 0.5, 4, True, 2, 3, (1, 5)]
+    values += ["authors", None]
     values += [0.5, 50.0, True, 0.25, 8, 6]
     assert list(options.values()) == values
+
+
+def test_meta_train_goes_on_from_other_meta_parameters(driver_calls, capsys):
+    assert run("meta-train", "--start", "digits") == 0
+    assert driver_calls.pop()["start"] == "digits"
+    assert run("meta-train", "--start", "nowhere.npz") == 2
+    assert "nowhere.npz: there is no such file" in capsys.readouterr().err
+    assert run("meta-train", "--start", "digits", "--settings", "relative", "--initial-damping", "3") == 2
+    assert "leave out initial_damping, settings" in " ".join(capsys.readouterr().err.split())
+    assert not driver_calls
+
+
+@pytest.mark.parametrize("steps", ["10,5", "0,10", "10,10", "ten", ""])
+def test_validation_steps_ascend(driver_calls, capsys, steps):
+    assert run("meta-train", "--validation-steps", steps) == 2
+    assert "must be ascending numbers" in capsys.readouterr().err
+    assert not driver_calls
 
 
 def test_meta_train_takes_variants_of_tasks(driver_calls):

@@ -14,6 +14,7 @@ from mlhf_optax import (
     MetaParams,
     Settings,
     coordinate_lstm,
+    extend_meta_params,
     init_meta_params,
 )
 from mlhf_optax.controls import Inputs, control_unit, output_to_value, run_network
@@ -151,3 +152,16 @@ def test_the_unit_is_made_of_the_sizes_of_gradient_and_parameters_and_of_floors(
 def test_layer_types_must_be_distinct(names):
     with pytest.raises(ValueError, match="`layer_types` must be distinct names, at least one"):
         init_meta_params(jax.random.key(0), layer_types=names)
+
+
+def test_extended_meta_params_keep_what_they_know_and_start_the_rest_untrained():
+    known = init_meta_params(jax.random.key(0), PAPER_SETTINGS, layer_types=["a", "b"], units=(2, 3))
+    found = extend_meta_params(jax.random.key(1), known, ["b", "c"])
+    assert (found.layer_types, found.units, found.settings) == (("a", "b", "c"), (2, 3), PAPER_SETTINGS)
+    fresh = init_meta_params(jax.random.key(1), PAPER_SETTINGS, layer_types=["c"], units=(2, 3))
+    for part in ("damping", "preconditioner"):
+        expected = getattr(known, part) | getattr(fresh, part)
+        jax.tree.map(np.testing.assert_array_equal, getattr(found, part), expected)
+    assert extend_meta_params(jax.random.key(1), known, ["a"]) is known
+    with pytest.raises(ValueError, match="distinct names"):
+        extend_meta_params(jax.random.key(1), known, ["c", "c"])

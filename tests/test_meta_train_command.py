@@ -10,10 +10,21 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mlhf_optax import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, load_meta_params, mlhf, tasks
+from mlhf_optax import (
+    AUTHORS_SETTINGS,
+    PAPER_SETTINGS,
+    Settings,
+    init_meta_params,
+    load_meta_params,
+    load_pretrained,
+    mlhf,
+    save_meta_params,
+    tasks,
+)
 from mlhf_optax import meta_training as mt
 from mlhf_optax.datasets import Dataset
 from mlhf_optax.experiments import meta_train_command as command
+from mlhf_optax.experiments import meta_train_start
 from mlhf_optax.meta_training import driver
 
 TASK = "digits-mlp-linear"
@@ -103,6 +114,7 @@ def test_the_record_says_how_it_was_made_and_how_to_use_it(trained):
     made = record["meta_training"]
     assert (made["settings"], made["iterations"], made["seed"]) == ("default", ITERATIONS, 3)
     assert (made["stopped_after"], made["same_batch_weight"]) == (ITERATIONS, 1.0)
+    assert (made["validation_steps"], made["start"]) == ([1, 2], None)
     assert (made["config"]["num_tasks"], made["config"]["decay_iterations"]) == (2, ITERATIONS)
     assert set(record["totals"]) == {"diverged", "stuck", "replayed", "fresh", "dropped_gradients"}
     assert [line["iteration"] for line in record["curves"]] == [1, 2, 3, 4]
@@ -208,8 +220,42 @@ def test_settings_select_what_the_networks_mean_and_the_losses_and_bounds_that_g
     options = seen["options"]
     found = (options.max_update_ratio, options.update_noise, options.step_loss, options.damping_loss_scale)
     assert (seen["meta_params"].settings, *found) == FAITHFUL[name]
-    assert command.learned_options(name)["max_update_ratio"] == options.max_update_ratio
-    assert command.learned_options(name)["step_loss"] == options.step_loss
+    assert meta_train_start.learned_options(name)["max_update_ratio"] == options.max_update_ratio
+    assert meta_train_start.learned_options(name)["step_loss"] == options.step_loss
+
+
+def test_it_goes_on_from_other_meta_parameters_with_their_settings(monkeypatch, tmp_path):
+    authors = init_meta_params(jax.random.key(5), AUTHORS_SETTINGS, layer_types=["dense_kernel", "other"])
+    record = load_pretrained("digits").record | {"meta_training": {"settings": "authors"}}
+    path = save_meta_params(tmp_path / "first.npz", authors, record)
+    seen = prepared(monkeypatch, tmp_path / "second", settings=None, start=str(path))
+    found = seen["meta_params"]
+    assert found.settings == AUTHORS_SETTINGS
+    assert seen["options"].step_loss == "difference"
+    assert (seen["about"]["settings"], seen["about"]["start"]) == ("authors", str(path))
+    assert found.layer_types == ("dense_bias", "dense_kernel", "other")
+    for part in ("damping", "preconditioner"):
+        for name in ("dense_kernel", "other"):
+            known, kept = (getattr(one, part)[name] for one in (authors, found))
+            jax.tree.map(np.testing.assert_array_equal, known, kept)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"settings": "paper"}, "settings of its own, 'default'; leave out settings"),
+        ({"settings": "default", "starts": {"initial_damping": 3.0}}, "leave out initial_damping, or"),
+    ],
+)
+def test_settings_that_contradict_the_start_are_refused(tmp_path, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, start="digits", **arguments)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_record_names_the_start(tmp_path):
+    (_, record), _, _ = run(tmp_path, settings=None, start="digits")
+    assert (record["meta_training"]["start"], record["meta_training"]["settings"]) == ("digits", "default")
 
 
 def test_arguments_reach_the_meta_training(monkeypatch, tmp_path):

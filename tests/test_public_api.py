@@ -94,6 +94,7 @@ def test_the_names_of_the_readme_are_there():
         "scale_by_mlhf",
         "ScaleByMLHFState",
         "MLHFInfo",
+        "extend_meta_params",
         "init_meta_params",
         "MetaParams",
         "Settings",

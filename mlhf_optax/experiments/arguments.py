@@ -94,6 +94,15 @@ def parse_channels(text: str | None) -> tuple[int, ...] | int | None:
     return widths[0] if widths and len(widths) == 1 else widths
 
 
+def parse_steps(text: str) -> tuple[int, ...]:
+    """Returns the ascending numbers of steps in a list with commas."""
+    steps = [number.strip() for number in text.split(",")]
+    counts = tuple(int(number) for number in steps if number.isdecimal())
+    if len(counts) < len(steps) or list(counts) != sorted({0, *counts})[1:]:
+        raise ValueError(f"--validation-steps must be ascending numbers, like 10,30,100, got {text!r}")
+    return counts
+
+
 def parse_part(text: str | None) -> int | float | None:
     """Returns a number of examples or a share of them."""
     if text is None:
@@ -117,5 +126,6 @@ __all__ = [
     "parse_channels",
     "parse_names",
     "parse_part",
+    "parse_steps",
     "parse_widths",
 ]

@@ -1,62 +1,28 @@
 """What ``mlhf-optax meta-train`` does once its arguments are parsed."""
 
 import dataclasses
-import datetime
 import functools
-import json
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlhf_optax import meta_training as mt
 from mlhf_optax.curvature import CurvatureBatch
 from mlhf_optax.datasets import epoch_indices, num_examples, sample_batches, take
-from mlhf_optax.experiments.machine import machine_info, versions
+from mlhf_optax.experiments.meta_train_record import make_record
+from mlhf_optax.experiments.meta_train_start import FAITHFUL, learned_options, starting_point
 from mlhf_optax.layer_types import layer_types
-from mlhf_optax.meta_params import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, init_meta_params
 from mlhf_optax.meta_params_io import save_meta_params
 from mlhf_optax.tasks import Task, get_task
 
-SETTINGS = {
-    "default": Settings(),
-    # Keeps its meaning across widths; starts where convolutional networks neither jump nor crawl.
-    "relative": Settings(parameter_power=1.0, initial_damping=10.0, initial_preconditioner=10.0),
-    "paper": PAPER_SETTINGS,
-    "authors": AUTHORS_SETTINGS,
-}
-
-_FAITHFUL = {
-    "default": {},
-    "relative": {},
-    "paper": {
-        "max_update_ratio": None,
-        "update_noise": 0.0,
-        "step_loss": "difference",
-        "damping_loss_scale": 1.0,
-    },
-    "authors": {"step_loss": "difference"},
-}
 _VALIDATION_STEPS = (10, 30, 100, 300)
 _VALIDATION_EXAMPLES = 4096  # on which the loss is taken; all at once, so their number is bounded
 _NUM_CG_STEPS = 4
-_ABOUT = (
-    "settings",
-    "iterations",
-    "stopped_after",
-    "seed",
-    "same_batch_weight",
-    "curvature_batch_size",
-    "config",
-)  # told by the record
 
 
 def run_meta_training(
@@ -72,7 +38,8 @@ def run_meta_training(
     resume: bool,
     checkpoint_every: int,
     validate_every: int,
-    settings: str,
+    settings: str | None = None,
+    start: str | None = None,
     starts: Mapping[str, float] | None = None,
     task_options: Mapping[str, Any] | None = None,
     learning_rate: float = 1.0,
@@ -100,7 +67,9 @@ def run_meta_training(
       checkpoint_every: meta-iterations between checkpoints.
       validate_every: meta-iterations between validations.
       settings: ``"default"``, ``"relative"`` (damping in the dimension of curvature), ``"paper"`` or
-        ``"authors"``: what the LSTMs see and mean, and the losses and stabilisers that go with it.
+        ``"authors"``: what the LSTMs see and mean, and the losses and stabilisers that go with it;
+        those of ``start``, or ``"default"``, if None.
+      start: name or path of meta-parameters to go on from; layer types that they lack start untrained.
       starts: ``initial_damping`` and ``initial_preconditioner``, where they are not those of ``settings``.
       task_options: arguments of the function that makes the task, such as ``data_dir``.
       learning_rate: inner learning rate.
@@ -123,10 +92,10 @@ def run_meta_training(
     Example:
       ``mlhf-optax meta-train digits-mlp --iterations 1000 --output runs/digits``
     """
-    if settings not in SETTINGS:
-        raise ValueError(f"`settings` must be one of {', '.join(map(repr, SETTINGS))}, got {settings!r}")
     console = Console() if console is None else console
     problem = get_task(task, **(task_options or {}))
+    types = sorted(set(jax.tree.leaves(layer_types(jax.eval_shape(problem.init_fn, jax.random.key(0))))))
+    settings, meta_params = starting_point(jax.random.key(seed), types, settings, start, starts)
     batch_size = problem.meta_batch_size if batch_size is None else batch_size
     config = mt.MetaTrainingConfig(
         num_tasks=num_tasks,
@@ -142,16 +111,11 @@ def run_meta_training(
         num_cg_steps=_NUM_CG_STEPS,
         curvature_batch_size=curvature_batch_size,
         same_batch_weight=same_batch_weight,
-        **_FAITHFUL[settings],
-    )
-    types = layer_types(jax.eval_shape(problem.init_fn, jax.random.key(0)))
-    meta_params = init_meta_params(
-        jax.random.key(seed),
-        dataclasses.replace(SETTINGS[settings], **(starts or {})),
-        layer_types=sorted(set(jax.tree.leaves(types))),
+        **FAITHFUL[settings],
     )
     about = {"task": problem.name, "iterations": iterations, "batch_size": batch_size}
-    about |= {"settings": settings, "learning_rate": learning_rate}
+    about |= {"settings": settings, "start": start, "learning_rate": learning_rate}
+    about |= {"validation_steps": list(validation_steps)}
     about |= {"same_batch_weight": same_batch_weight, "curvature_batch_size": curvature_batch_size}
     about |= dataclasses.asdict(meta_params.settings)
     examples = jax.tree.map(jnp.asarray, problem.data.meta_train)
@@ -173,17 +137,13 @@ def run_meta_training(
             progress=_reporter(bar, schedule.last),
         )
     about |= {"seed": seed, "stopped_after": schedule.last, "config": dataclasses.asdict(config)}
-    record = _record(problem, output, done, about, learned_options(settings))
+    options = {"num_cg_steps": _NUM_CG_STEPS, **learned_options(settings)}
+    record = make_record(problem, output, done, about, options)
     path = save_meta_params(output / "meta_params.npz", done.best_meta_params, record)
     best = int(done.best_iteration)
     console.print(f"best meta-parameters by validation: iteration {best} of {schedule.last}, in {path}")
     console.print(f"try them: mlhf-optax train {task} --meta-params {path}", soft_wrap=True)
     return path
-
-
-def learned_options(settings: str) -> dict[str, Any]:
-    """Returns the arguments of :func:`mlhf_optax.meta_training.mlhf_optimizer` that go with a setting."""
-    return {"max_update_ratio": 0.25, "step_loss": "relative"} | _FAITHFUL[settings]
 
 
 def draw_batches(task: Task, examples: Any, shape: tuple[int, ...], key: jax.Array) -> Any:
@@ -242,47 +202,4 @@ def _reporter(bar: Progress, iterations: int):
     return report
 
 
-def _record(problem: Task, output: Path, done, about: dict, options: dict) -> dict[str, Any]:
-    validation = [json.loads(line) for line in (output / "validation.jsonl").read_text().splitlines()]
-    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    every = max(1, len(metrics) // 50)
-    names = ("iteration", "l_p", "l_s", "inner_loss", "log_inner_loss", "age")
-    return {
-        "task": problem.name,
-        "trained_on": f"{problem.description}; the part for meta-training only",
-        "learning_rate": about["learning_rate"],
-        "batch_size": about["batch_size"],
-        "num_cg_steps": _NUM_CG_STEPS,
-        "max_update_ratio": options["max_update_ratio"],
-        "curvature_batch_size": about["curvature_batch_size"],
-        "step_loss": options["step_loss"],
-        "meta_training": {key: about[key] for key in _ABOUT},
-        "best_iteration": int(done.best_iteration),
-        "seconds": round(float(np.sum([line["seconds"] for line in metrics])), 1),
-        "totals": {name: int(value) for name, value in done.state.counts.items()},
-        "validation": validation,
-        "curves": [{name: line[name] for name in names} for line in metrics[::every]],
-        "command": shlex.join(["mlhf-optax", *sys.argv[1:]]),
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
-        "machine": machine_info(),
-        "versions": versions(),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the source tree, or None where the package is not in one."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
-
-
-__all__ = ["SETTINGS", "draw_batches", "learned_options", "run_meta_training"]
+__all__ = ["draw_batches", "run_meta_training"]

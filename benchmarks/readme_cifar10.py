@@ -21,6 +21,8 @@ def cifar10_section(results: Path) -> list[str]:
         tables.append(second_order_table(second_order, load("second_order_cifar10_mlhf")))
     if ablation := load("ablation_preconditioner"):
         tables.append(ablation_table(ablation))
+    if transfer := load("transfer_resnet18"):
+        tables.append(epochs_table(transfer))
     if long_run := load("long_run_cifar10"):
         tables.append(long_run_table(long_run))
     return [line for lines in tables for line in (*lines, "")][:-1]

@@ -7,7 +7,8 @@ develop (figure 4).
 
 In those curves every configuration solves systems of its own, for each learns another damping. So that
 solvers can be compared on the same systems, one network is then trained with the last configuration,
-and at each of its steps the four solvers solve its system, from the same start.
+and at each of its steps the four solvers solve its system, from the same start, and so does a fifth
+one, whose preconditioner is made of the learned damping alone.
 
     python benchmarks/ablation_preconditioner.py --data-dir DIR --output runs/ablation_preconditioner
 
@@ -27,9 +28,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ablation_solvers import (
+    CONFIGURATIONS,
+    DAMPING_ALONE,
+    TITLES,
+    Configuration,
+    compare_solvers,
+    configured,
+)
 
 from mlhf_optax import layer_types, meta_training
-from mlhf_optax.curvature import ggn_matvec
 from mlhf_optax.datasets import num_examples
 from mlhf_optax.experiments.benchmarking import command_line, report, write_json
 from mlhf_optax.experiments.experiment_options import (
@@ -41,28 +49,10 @@ from mlhf_optax.experiments.experiment_options import (
 from mlhf_optax.experiments.meta_train_command import draw_batches
 from mlhf_optax.experiments.meta_train_start import SETTINGS, learned_options
 from mlhf_optax.image_tasks import cifar10_convnet
-from mlhf_optax.meta_params import MetaParams, Settings, init_meta_params
-from mlhf_optax.meta_training.losses import preconditioner_loss
-from mlhf_optax.mlhf_step import mlhf_step, solve, start_vector
+from mlhf_optax.meta_params import MetaParams, init_meta_params
 from mlhf_optax.task import Task
 
 UNROLL = 10
-
-
-class Configuration(NamedTuple):
-    """One of the four."""
-
-    name: str
-    has_lstm_p: bool
-    num_cg_steps: int
-
-
-CONFIGURATIONS = (
-    Configuration("without LSTM_p, 20 CG steps", False, 20),
-    Configuration("without LSTM_p, 4 CG steps", False, 4),
-    Configuration("with LSTM_p, 2 CG steps", True, 2),
-    Configuration("mlhf", True, 4),
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,10 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seeds=options.seeds,
         batch_size=options.batch_size,
         results=results,
+        damping_alone=on_same_systems[DAMPING_ALONE],
     )
     write_json(options.output / "results.json", content)
-    save_figure(results, options.output / "figure.png")
-    print_table(results)
+    save_figure(content, options.output / "figure.png")
+    print_table(content)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -103,7 +94,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=64)
     add("--num-tasks", type=int, default=1, help="networks in training side by side")
     add("--settings", choices=SETTINGS, default="relative", help="what the LSTMs see and mean")
-    add("--meta-learning-rate", type=float, default=3e-3)
+    # Ten times the rate that LSTM_s bears in long trainings: l_p is not greedy, LSTM_p learns in an epoch.
+    add("--meta-learning-rate", type=float, default=3e-2)
     add("--solver-steps", type=int, default=200, help="systems on which the solvers are compared")
     add("--data-dir", type=Path, help="where the data lie; by default $TFDS_DATA_DIR")
     add("--cache-dir", type=Path, help="where decoded data are kept")
@@ -193,13 +185,6 @@ def meta_train(task: Task, configuration: Configuration, seed: int, options: arg
     return Run(done.state.meta_params, metrics)
 
 
-def configured(settings: Settings, configuration: Configuration) -> Settings:
-    """Returns the settings; without LSTM_p the preconditioner must not be made of the damping."""
-    return (
-        settings if configuration.has_lstm_p else dataclasses.replace(settings, preconditioner_form="divide")
-    )
-
-
 def only_lstm_p(meta_params: MetaParams) -> Any:
     """Returns a mask of the weights of LSTM_p."""
     fill = lambda tree, value: jax.tree.map(lambda _: value, tree)
@@ -257,91 +242,36 @@ def summarise(configuration: Configuration, runs: Sequence[Run], points: int = 1
     }
 
 
-def compare_solvers(
-    task: Task, meta_params: MetaParams, num_steps: int, batch_size: int
-) -> dict[str, dict[str, float]]:
-    """Trains a network with MLHF and lets the four solvers solve the system of every step.
-
-    Returns:
-      By configuration, the mean over the steps of l_p over that of 20 steps without LSTM_p (above one
-      is better), and of the norm of the residual over that of the gradient.
-    """
-    learned = meta_training.mlhf_optimizer()
-    optimizer = learned.build(meta_params, task)
-    examples = jax.tree.map(jnp.asarray, task.data.meta_train)
-
-    @jax.jit
-    def step(params, opt_state, key):
-        batch = draw_batches(task, examples, (batch_size,), key)
-        gradient = jax.grad(lambda p: task.loss_fn(task.predict_fn(p, batch), batch))(params)
-        measured = solve_in_every_way(task, meta_params, params, batch, gradient, opt_state[0])
-        updates, opt_state = optimizer.update(gradient, opt_state, params, batch=batch)
-        return optax.apply_updates(params, updates), opt_state, measured
-
-    params = task.init_fn(jax.random.key(0))
-    opt_state, measured = optimizer.init(params), []
-    for key in jax.random.split(jax.random.key(1), num_steps):
-        params, opt_state, values = step(params, opt_state, key)
-        measured.append(values)
-    means = jax.tree.map(lambda *leaves: float(np.mean(leaves)), *measured)
-    return {
-        name: dict(zip(("l_p_ratio", "residual_ratio"), pair, strict=True)) for name, pair in means.items()
-    }
-
-
-def solve_in_every_way(task: Task, meta_params: MetaParams, params, batch, gradient, state):
-    """Returns, by configuration, l_p relative to the first one and the residual relative to the gradient."""
-    ggn = ggn_matvec(task.predict_fn, task.loss_fn, params, batch)
-    step = mlhf_step(meta_params, layer_types(params), ggn, gradient, state, 1)
-    controls = step.controls
-    # Without its own output LSTM_p is as it starts: the same P for all coordinates.
-    silent = controls._replace(preconditioner=jax.tree.map(jnp.zeros_like, controls.preconditioner))
-    found = {}
-    for configuration in CONFIGURATIONS:
-        solution = solve(
-            configured(meta_params.settings, configuration),
-            ggn,
-            gradient,
-            start_vector(state),
-            controls if configuration.has_lstm_p else silent,
-            step.unit,
-            configuration.num_cg_steps,
-            unroll=configuration.num_cg_steps <= 4,
-        )
-        l_p = preconditioner_loss(solution.direction, solution.residual, gradient)
-        found[configuration.name] = (l_p, solution.residual_norm / optax.tree.norm(gradient))
-    reference = found[CONFIGURATIONS[0].name][0]
-    return {name: (l_p / reference, residual) for name, (l_p, residual) in found.items()}
-
-
-def save_figure(results: Sequence[dict[str, Any]], path: Path) -> None:
+def save_figure(content: dict[str, Any], path: Path) -> None:
     """Draws l_p and the residual by meta-iterations, and the comparison on the same systems."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     axes = figure.subplots(1, 3)
-    for result in results:
-        label = "with LSTM_p, 4 CG steps (MLHF)" if result["name"] == "mlhf" else result["name"]
+    for result in content["results"]:
+        label = TITLES[result["name"]]
         axes[0].plot(result["iterations"], result["l_p"], label=label)
         axes[1].plot(result["iterations"], result["residual_norm"], label=label)
         axes[2].barh(label, result["on_same_systems"]["l_p_ratio"])
+    axes[2].barh(DAMPING_ALONE, content["damping_alone"]["l_p_ratio"])
     axes[0].set(xlabel="meta-iterations", ylabel="l_p (lower is better)")
     axes[1].set(xlabel="meta-iterations", ylabel="norm of the residual", yscale="log")
     axes[2].set(xlabel="l_p / l_p of 20 steps without LSTM_p, same systems (higher is better)")
-    axes[2].set_yticks([])
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=150)
 
 
-def print_table(results: Sequence[dict[str, Any]]) -> None:
+def print_table(content: dict[str, Any]) -> None:
     """Prints the ends of the curves and the comparison on the same systems."""
     print(f"\n{'':30s}{'l_p':>10s}{'residual':>10s}   same systems: {'l_p ratio':>10s}{'residual':>10s}")
-    for result in results:
+    for result in content["results"]:
         same = result["on_same_systems"]
         print(
             f"{result['name']:30s}{result['l_p'][-1]:10.4f}{result['residual_norm'][-1]:10.4f}"
             f"{same['l_p_ratio']:27.4f}{same['residual_ratio']:10.4f}"
         )
+    same = content["damping_alone"]
+    print(f"{DAMPING_ALONE:77s}{same['l_p_ratio']:10.4f}{same['residual_ratio']:10.4f}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from ablation_solvers import DAMPING_ALONE, TITLES
 from readme_markdown import epoch_results, origin, ratio, table
 
 from mlhf_optax.experiments.epochs import EpochResult
@@ -67,9 +68,11 @@ def ablation_table(report: dict[str, Any]) -> list[str]:
     rows = [[*head, "s a meta-iteration"]]
     for result in report["results"]:
         same = result["on_same_systems"]
-        name = "with LSTM_p, 4 CG steps (MLHF)" if result["name"] == "mlhf" else result["name"]
         values = (result["l_p"][-1], result["residual_norm"][-1], same["l_p_ratio"], same["residual_ratio"])
-        rows.append([name, *(f"{x:.3g}" for x in values), f"{result['seconds_per_iteration']:.2g}"])
+        seconds = f"{result['seconds_per_iteration']:.2g}"
+        rows.append([TITLES[result["name"]], *(f"{x:.3g}" for x in values), seconds])
+    if same := report.get("damping_alone"):
+        rows.append([DAMPING_ALONE, "", "", f"{same['l_p_ratio']:.3g}", f"{same['residual_ratio']:.3g}", ""])
     note = (
         f"`{report['task']}`, {report['iterations']} meta-iterations, seeds: {report['seeds']}, batch "
         f"{report['batch_size']}; l_p is lower the better; on the same systems it is given over that of 20 "

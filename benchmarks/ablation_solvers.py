@@ -1,0 +1,111 @@
+"""The four configurations of the ablation, and how well each solves the same systems."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mlhf_optax import layer_types, meta_training
+from mlhf_optax.curvature import ggn_matvec
+from mlhf_optax.experiments.meta_train_command import draw_batches
+from mlhf_optax.meta_params import MetaParams, Settings
+from mlhf_optax.meta_training.losses import preconditioner_loss
+from mlhf_optax.mlhf_step import mlhf_step, solve, start_vector
+from mlhf_optax.task import Task
+
+
+class Configuration(NamedTuple):
+    """One of the four.
+
+    Attributes:
+      name: as results call it.
+      has_lstm_p: whether LSTM_p is learned; without it P is the same for all coordinates.
+      num_cg_steps: K.
+    """
+
+    name: str
+    has_lstm_p: bool
+    num_cg_steps: int
+
+    @property
+    def title(self) -> str:
+        """What a reader is told."""
+        return "with LSTM_p, 4 CG steps (MLHF)" if self.name == "mlhf" else self.name
+
+
+CONFIGURATIONS = (
+    Configuration("without LSTM_p, 20 CG steps", False, 20),
+    Configuration("without LSTM_p, 4 CG steps", False, 4),
+    Configuration("with LSTM_p, 2 CG steps", True, 2),
+    Configuration("mlhf", True, 4),
+)
+
+TITLES = {one.name: one.title for one in CONFIGURATIONS}
+
+# Jacobi's preconditioner divides by s + P, and s is learned: what of the gain is that, and not LSTM_p's?
+DAMPING_ALONE = "P from the damping alone, 4 CG steps"
+
+
+def configured(settings: Settings, configuration: Configuration) -> Settings:
+    """Returns the settings; without LSTM_p the preconditioner must not be made of the damping."""
+    return (
+        settings if configuration.has_lstm_p else dataclasses.replace(settings, preconditioner_form="divide")
+    )
+
+
+def compare_solvers(
+    task: Task, meta_params: MetaParams, num_steps: int, batch_size: int
+) -> dict[str, dict[str, float]]:
+    """Trains a network with MLHF and lets the four solvers solve the system of every step.
+
+    Returns:
+      By configuration and for ``DAMPING_ALONE``, the mean over the steps of l_p over that of 20 steps
+      without LSTM_p (above one is better), and of the norm of the residual over that of the gradient.
+    """
+    learned = meta_training.mlhf_optimizer()
+    optimizer = learned.build(meta_params, task)
+    examples = jax.tree.map(jnp.asarray, task.data.meta_train)
+
+    @jax.jit
+    def step(params, opt_state, key):
+        batch = draw_batches(task, examples, (batch_size,), key)
+        gradient = jax.grad(lambda p: task.loss_fn(task.predict_fn(p, batch), batch))(params)
+        measured = solve_in_every_way(task, meta_params, params, batch, gradient, opt_state[0])
+        updates, opt_state = optimizer.update(gradient, opt_state, params, batch=batch)
+        return optax.apply_updates(params, updates), opt_state, measured
+
+    params = task.init_fn(jax.random.key(0))
+    opt_state, measured = optimizer.init(params), []
+    for key in jax.random.split(jax.random.key(1), num_steps):
+        params, opt_state, values = step(params, opt_state, key)
+        measured.append(values)
+    means = jax.tree.map(lambda *leaves: float(np.mean(leaves)), *measured)
+    return {
+        name: dict(zip(("l_p_ratio", "residual_ratio"), pair, strict=True)) for name, pair in means.items()
+    }
+
+
+def solve_in_every_way(task: Task, meta_params: MetaParams, params, batch, gradient, state):
+    """Returns, by configuration, l_p relative to the first one and the residual relative to the gradient."""
+    ggn = ggn_matvec(task.predict_fn, task.loss_fn, params, batch)
+    step = mlhf_step(meta_params, layer_types(params), ggn, gradient, state, 1)
+    controls = step.controls
+    # Without its own output LSTM_p is as it starts: the same P for all coordinates.
+    silent = controls._replace(preconditioner=jax.tree.map(jnp.zeros_like, controls.preconditioner))
+    settings = meta_params.settings
+    ways = {
+        one.name: (configured(settings, one), controls if one.has_lstm_p else silent, one.num_cg_steps)
+        for one in CONFIGURATIONS
+    }
+    ways[DAMPING_ALONE] = (settings, silent, 4)
+    found = {}
+    for name, (of_way, chosen, num_steps) in ways.items():
+        start = start_vector(state)
+        solution = solve(of_way, ggn, gradient, start, chosen, step.unit, num_steps, unroll=num_steps <= 4)
+        l_p = preconditioner_loss(solution.direction, solution.residual, gradient)
+        found[name] = (l_p, solution.residual_norm / optax.tree.norm(gradient))
+    reference = found[CONFIGURATIONS[0].name][0]
+    return {name: (l_p / reference, residual) for name, (l_p, residual) in found.items()}

@@ -1,31 +1,29 @@
-"""The CIFAR-10 section of the README, from the results of the paper's experiments and the long run."""
+"""Tables of the README for sections 4.1 and 4.4 of the paper, and the long run, from their results."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from readme_markdown import epoch_results, origin, ratio, table
-from readme_paper import ablation_table, second_order_table
+from readme_markdown import epoch_results, load, origin, ratio, table
 
 from mlhf_optax.experiments.results import best_of
 from mlhf_optax.experiments.tables import format_loss
 
 
-def cifar10_section(results: Path) -> list[str]:
-    """Returns the Markdown lines for a folder of results."""
-    # An experiment is there as soon as somebody has run it.
-    load = lambda name: json.loads(path.read_text()) if (path := results / f"{name}.json").exists() else None
-    first_order = [load(f"first_order_cifar10{part}") for part in ("", "_narrow")]
-    tables = [epochs_table(found) for found in first_order if found]
-    if second_order := load("second_order_cifar10"):
-        tables.append(second_order_table(second_order, load("second_order_cifar10_mlhf")))
-    if ablation := load("ablation_preconditioner"):
-        tables.append(ablation_table(ablation))
-    if transfer := load("transfer_resnet18"):
-        tables.append(epochs_table(transfer))
-    if long_run := load("long_run_cifar10"):
-        tables.append(long_run_table(long_run))
+def first_order_section(results: Path) -> list[str]:
+    """Returns the Markdown lines of section 4.1 of the paper for a folder of results."""
+    found = [load(results, f"first_order_cifar10{part}") for part in ("", "_narrow")]
+    tables = [epochs_table(report) for report in found if report]
     return [line for lines in tables for line in (*lines, "")][:-1]
+
+
+def transfer_section(results: Path) -> list[str]:
+    """Returns the Markdown lines of section 4.4."""
+    return epochs_table(found) if (found := load(results, "transfer_resnet18")) else []
+
+
+def long_run_section(results: Path) -> list[str]:
+    """Returns the Markdown lines of the long run."""
+    return long_run_table(found) if (found := load(results, "long_run_cifar10")) else []
 
 
 def epochs_table(report: dict[str, Any]) -> list[str]:

@@ -1,10 +1,18 @@
 """What the sections of the README that are written from results share."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mlhf_optax.experiments.epochs import EpochResult
+
+
+def load(results: Path, name: str) -> dict[str, Any] | None:
+    """Returns what a benchmark wrote, or None where nobody has run it yet."""
+    path = results / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

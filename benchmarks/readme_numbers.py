@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from readme_cifar10 import cifar10_section
+from readme_cifar10 import first_order_section, long_run_section, transfer_section
 from readme_markdown import origin, ratio, table
+from readme_paper import ablation_section, second_order_section
 from readme_speed import speed_section
 
 from mlhf_optax.experiments.results import Result, best_of, table_steps
@@ -32,7 +33,15 @@ def numbers_section(results: Path) -> list[str]:
     return [*comparison_table(comparison), "", *transfer_table(transfer)]
 
 
-SECTIONS = {"numbers": numbers_section, "cifar10": cifar10_section, "speed": speed_section}
+SECTIONS = {
+    "numbers": numbers_section,
+    "first order": first_order_section,
+    "second order": second_order_section,
+    "ablation": ablation_section,
+    "transfer": transfer_section,
+    "long run": long_run_section,
+    "speed": speed_section,
+}
 
 
 def comparison_table(report: dict[str, Any]) -> list[str]:

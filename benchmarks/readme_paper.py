@@ -1,16 +1,28 @@
 """Tables of the README for sections 4.2 and 4.3 of the paper, from the results of their scripts."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 from ablation_solvers import DAMPING_ALONE, TITLES
-from readme_markdown import epoch_results, origin, ratio, table
+from readme_markdown import epoch_results, load, origin, ratio, table
 
 from mlhf_optax.experiments.epochs import EpochResult
 from mlhf_optax.experiments.results import best_of
 from mlhf_optax.experiments.tables import format_loss
 
 FAMILIES = {"hf-fixed": "HF(Fixed)", "hf-lm": "HF(LM)", "kfac": "K-FAC"}
+
+
+def second_order_section(results: Path) -> list[str]:
+    """Returns the Markdown lines of section 4.2 of the paper for a folder of results."""
+    found, longer = (load(results, f"second_order_cifar10{part}") for part in ("", "_mlhf"))
+    return second_order_table(found, longer) if found else []
+
+
+def ablation_section(results: Path) -> list[str]:
+    """Returns the Markdown lines of section 4.3."""
+    return ablation_table(found) if (found := load(results, "ablation_preconditioner")) else []
 
 
 def second_order_table(report: dict[str, Any], longer: dict[str, Any] | None = None) -> list[str]:

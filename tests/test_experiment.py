@@ -97,6 +97,9 @@ def test_mlhf_follows_its_record_unless_told_otherwise(tmp_path):
     assert first.hyperparameters[0]["learning_rate"] == 0.5
     assert first.hyperparameters[0]["num_cg_steps"] == 4
     assert part.hyperparameters[0]["curvature_batch_size"] == 0.25
+    assert first.hyperparameters[0]["momentum"] == 0.0
+    averaged, _ = mlhf_contenders(TASK, parse(tmp_path, "--momentum", "0.5"))
+    assert averaged.hyperparameters[0]["momentum"] == 0.5
     (alone,) = mlhf_contenders(TASK, parse(tmp_path, "--curvature-share", "0"))
     assert alone.hyperparameters[0]["learning_rate"] == 1.0
     assert mlhf_contenders(TASK, parse(tmp_path, "--only", "adam")) == []

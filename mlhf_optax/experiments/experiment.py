@@ -101,8 +101,8 @@ def mlhf_contenders(task: Task, options: argparse.Namespace) -> list[Contender]:
         return []
     source, learned = find_meta_params(task, options.meta_params)
     settings = learned.recommended
-    if options.learning_rate is not None:
-        settings["learning_rate"] = options.learning_rate
+    chosen = {"learning_rate": options.learning_rate, "momentum": options.momentum}
+    settings |= {name: value for name, value in chosen.items() if value is not None}
     leaves = jax.tree.leaves(learned.meta_params)
     digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves))
     contenders = []

@@ -38,6 +38,7 @@ def experiment_parser(description: str | None, name: str, batch_size: int) -> ar
     add("--cache-dir", type=Path, help="where decoded data are kept")
     add("--meta-params", help=f"shipped name or path, or {UNTRAINED!r}; by default those for the task")
     add("--learning-rate", type=float, help="of MLHF; by default what its record says")
+    add("--momentum", type=float, help="of MLHF; by default what its record says")
     add(
         "--curvature-share",
         type=float,

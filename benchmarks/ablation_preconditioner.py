@@ -256,7 +256,7 @@ def save_figure(content: dict[str, Any], path: Path) -> None:
     axes[2].barh(DAMPING_ALONE, content["damping_alone"]["l_p_ratio"])
     axes[0].set(xlabel="meta-iterations", ylabel="l_p (lower is better)")
     axes[1].set(xlabel="meta-iterations", ylabel="norm of the residual", yscale="log")
-    axes[2].set(xlabel="l_p / l_p of 20 steps without LSTM_p, same systems (higher is better)")
+    axes[2].set(xlabel="same systems: l_p over that of 20 steps\nwithout LSTM_p (higher is better)")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=150)
 

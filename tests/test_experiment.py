@@ -176,6 +176,7 @@ def test_figures_show_mlhf_and_the_best_of_every_family(tmp_path, monkeypatch):
         "best of the other 4 at each epoch": [1.5, 0.4],
     }
     assert list(accuracy.lines[-1].get_ydata()) == [0.3, 0.7]
+    assert {line.get_marker() for line in loss.lines} == {"o"}  # a line through one point cannot be seen
     assert list(loss.lines[0].get_xdata()) == [1.0, 2.0]
     assert list(loss_by_time.lines[0].get_xdata()) == pytest.approx([5e-3, 1e-2])
 

@@ -44,6 +44,7 @@ def save_epoch_comparison(results: Sequence[EpochResult], path: str | Path, titl
     require_matplotlib()
     # The figure object alone: pyplot keeps a global state and may look for a screen.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row", sharex="col")
@@ -56,6 +57,9 @@ def save_epoch_comparison(results: Sequence[EpochResult], path: str | Path, titl
     axes[0, 0].set(yscale="log", ylabel="training loss (nats, mean over seeds)")
     axes[1, 0].set(ylabel="test accuracy (mean over seeds)", xlabel="epochs")
     axes[1, 1].set(xscale="log", xlabel="seconds of training (steps x seconds a step)")
+    for axis in (axes[0, 0].yaxis, axes[1, 1].xaxis):
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))  # labels where decades are few
     for axis in axes.flat:
         axis.grid(True, which="major", color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
@@ -88,6 +92,7 @@ def _styles(results: Sequence[EpochResult]) -> list[tuple[EpochResult, dict[str,
 
 def _draw(axes, result: EpochResult, style: dict[str, Any]) -> None:
     steps = np.asarray(result.steps)
+    style = style | _marked(steps)
     label = result.name.replace("mlhf", "MLHF", 1)
     for row, values in enumerate((_drawable(result.train_loss), result.test_curve)):
         axes[row, 0].plot(steps / result.steps_per_epoch, values, label=label, **style)
@@ -96,12 +101,17 @@ def _draw(axes, result: EpochResult, style: dict[str, Any]) -> None:
 
 def _draw_best(axes, others: Sequence[EpochResult]) -> None:
     steps = np.asarray(others[0].steps)
-    style = {"color": "0.2", "linewidth": 1.2, "linestyle": ":"}
+    style = {"color": "0.2", "linewidth": 1.2, "linestyle": ":", **_marked(steps)}
     lowest = np.min([result.train_loss for result in others], axis=0)
     highest = np.max([result.test_curve for result in others], axis=0)
     label = f"best of the other {len(others)} at each epoch"
     for row, values in enumerate((_drawable(lowest.tolist()), highest)):
         axes[row, 0].plot(steps / others[0].steps_per_epoch, values, label=label, **style)
+
+
+def _marked(steps: np.ndarray) -> dict[str, Any]:
+    """Marks the points of a curve of few of them: a line through a single one cannot be seen."""
+    return {"marker": "o", "markersize": 4} if len(steps) <= 10 else {}
 
 
 def _drawable(losses: Sequence[float]) -> list[float]:

@@ -253,6 +253,23 @@ def test_settings_that_contradict_the_start_are_refused(tmp_path, arguments, wor
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("made", [{"settings": "mine"}, {"settings": None}])
+def test_a_start_with_unknown_settings_is_refused(tmp_path, made):
+    digits = load_pretrained("digits")
+    path = save_meta_params(tmp_path / "a.npz", digits.meta_params, digits.record | {"meta_training": made})
+    with pytest.raises(ValueError, match=r"names settings ('mine'|None); it should be one of 'default'"):
+        run(tmp_path / "b", settings=None, start=str(path))
+
+
+def test_a_start_whose_record_does_not_say_how_it_was_made_counts_as_default(monkeypatch, tmp_path):
+    digits = load_pretrained("digits")
+    path = save_meta_params(
+        tmp_path / "a.npz", digits.meta_params, digits.record | {"meta_training": "long ago"}
+    )
+    seen = prepared(monkeypatch, tmp_path / "b", settings=None, start=str(path))
+    assert seen["about"]["settings"] == "default"
+
+
 def test_the_record_names_the_start(tmp_path):
     (_, record), _, _ = run(tmp_path, settings=None, start="digits")
     assert (record["meta_training"]["start"], record["meta_training"]["settings"]) == ("digits", "default")

@@ -74,7 +74,11 @@ def starting_point(
         chosen = dataclasses.replace(SETTINGS[settings], **(starts or {}))
         return settings, init_meta_params(key, chosen, layer_types=types)
     found = load_pretrained(start)
-    own = found.record.get("meta_training", {}).get("settings", "default")
+    made = found.record.get("meta_training")
+    own = made.get("settings", "default") if isinstance(made, Mapping) else "default"
+    if own not in SETTINGS:
+        known = ", ".join(map(repr, SETTINGS))
+        raise ValueError(f"the record of {start!r} names settings {own!r}; it should be one of {known}")
     if starts or settings not in (None, own):
         asked = ", ".join([*(starts or {}), *(["settings"] if settings not in (None, own) else [])])
         raise ValueError(

@@ -30,11 +30,6 @@ class Configuration(NamedTuple):
     has_lstm_p: bool
     num_cg_steps: int
 
-    @property
-    def title(self) -> str:
-        """What a reader is told."""
-        return "with LSTM_p, 4 CG steps (MLHF)" if self.name == "mlhf" else self.name
-
 
 CONFIGURATIONS = (
     Configuration("without LSTM_p, 20 CG steps", False, 20),
@@ -43,7 +38,8 @@ CONFIGURATIONS = (
     Configuration("mlhf", True, 4),
 )
 
-TITLES = {one.name: one.title for one in CONFIGURATIONS}
+# What a reader is told.
+TITLES = {one.name: one.name for one in CONFIGURATIONS} | {"mlhf": "with LSTM_p, 4 CG steps (MLHF)"}
 
 # Jacobi's preconditioner divides by s + P, and s is learned: what of the gain is that, and not LSTM_p's?
 DAMPING_ALONE = "P from the damping alone, 4 CG steps"

@@ -165,9 +165,7 @@ def moments_of_patches(
         padded[:, :, y : y + rows : strides[0], x : x + columns : strides[1]]
         for y, x in itertools.product(*map(range, kernel_spatial_shape))
     ]
-    patches = jnp.concatenate(
-        seen
-    )  # (h * w * C, B, rows, columns): as one long row each, the product is fastest
+    patches = jnp.concatenate(seen)  # (h * w * C, B, rows, columns): the product is fastest in long rows
     weighted = patches
     if weighting_array is not None:
         weights = weighting_array.reshape(weighting_array.shape + (1,) * (4 - weighting_array.ndim))

@@ -82,10 +82,10 @@ def parse_widths(text: str | None, name: str) -> tuple[int, ...] | None:
     """Returns the widths in a list with commas, the value of the option ``name``."""
     if text is None:
         return None
-    widths = [width.strip() for width in text.split(",")]
-    if not all(width.isdecimal() for width in widths):
+    widths = _whole_numbers(text)
+    if widths is None:
         raise ValueError(f"--{name} must be widths separated by commas, like 32 or 32,32, got {text!r}")
-    return tuple(map(int, widths))
+    return widths
 
 
 def parse_channels(text: str | None) -> tuple[int, ...] | int | None:
@@ -96,11 +96,10 @@ def parse_channels(text: str | None) -> tuple[int, ...] | int | None:
 
 def parse_steps(text: str) -> tuple[int, ...]:
     """Returns the ascending numbers of steps in a list with commas."""
-    steps = [number.strip() for number in text.split(",")]
-    counts = tuple(int(number) for number in steps if number.isdecimal())
-    if len(counts) < len(steps) or list(counts) != sorted({0, *counts})[1:]:
+    steps = _whole_numbers(text)
+    if steps is None or list(steps) != sorted(set(steps)) or steps[0] < 1:
         raise ValueError(f"--validation-steps must be ascending numbers, like 10,30,100, got {text!r}")
-    return counts
+    return steps
 
 
 def parse_part(text: str | None) -> int | float | None:
@@ -111,6 +110,12 @@ def parse_part(text: str | None) -> int | float | None:
         return int(text) if text.isdecimal() else float(text)
     except ValueError as error:
         raise ValueError(f"--curvature-batch-size must be a number or a share, got {text!r}") from error
+
+
+def _whole_numbers(text: str) -> tuple[int, ...] | None:
+    """Returns the numbers in a list with commas, or None where one is none."""
+    numbers = [number.strip() for number in text.split(",")]
+    return tuple(map(int, numbers)) if all(number.isdecimal() for number in numbers) else None
 
 
 __all__ = [

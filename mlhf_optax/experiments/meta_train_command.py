@@ -15,12 +15,11 @@ from mlhf_optax import meta_training as mt
 from mlhf_optax.curvature import CurvatureBatch
 from mlhf_optax.datasets import epoch_indices, num_examples, sample_batches, take
 from mlhf_optax.experiments.meta_train_record import make_record
-from mlhf_optax.experiments.meta_train_start import FAITHFUL, learned_options, starting_point
+from mlhf_optax.experiments.meta_train_start import learned_options, starting_point
 from mlhf_optax.layer_types import layer_types
 from mlhf_optax.meta_params_io import save_meta_params
 from mlhf_optax.tasks import Task, get_task
 
-_VALIDATION_STEPS = (10, 30, 100, 300)
 _VALIDATION_EXAMPLES = 4096  # on which the loss is taken; all at once, so their number is bounded
 _NUM_CG_STEPS = 4
 
@@ -38,6 +37,7 @@ def run_meta_training(
     resume: bool,
     checkpoint_every: int,
     validate_every: int,
+    validation_steps: tuple[int, ...],
     settings: str | None = None,
     start: str | None = None,
     starts: Mapping[str, float] | None = None,
@@ -49,7 +49,6 @@ def run_meta_training(
     same_batch_weight: float = 1.0,
     curvature_batch_size: CurvatureBatch = None,
     stop_after: int | None = None,
-    validation_steps: tuple[int, ...] = _VALIDATION_STEPS,
     console: Console | None = None,
 ) -> Path:
     """Meta-trains MLHF on a ready task and writes the best meta-parameters by validation.
@@ -66,6 +65,7 @@ def run_meta_training(
       resume: go on from the last checkpoint.
       checkpoint_every: meta-iterations between checkpoints.
       validate_every: meta-iterations between validations.
+      validation_steps: when the loss is recorded in a validation run.
       settings: ``"default"``, ``"relative"`` (damping in the dimension of curvature), ``"paper"`` or
         ``"authors"``: what the LSTMs see and mean, and the losses and stabilisers that go with it;
         those of ``start``, or ``"default"``, if None.
@@ -79,7 +79,6 @@ def run_meta_training(
       same_batch_weight: weight in ``l_s`` of the gain on the step's own mini-batch.
       curvature_batch_size: part of a mini-batch for GGN products, while meta-training and in the record.
       stop_after: write the result after so many meta-iterations of the schedule; None for all of them.
-      validation_steps: when the loss is recorded in a validation run.
       console: where to print.
 
     Returns:
@@ -95,7 +94,8 @@ def run_meta_training(
     console = Console() if console is None else console
     problem = get_task(task, **(task_options or {}))
     types = sorted(set(jax.tree.leaves(layer_types(jax.eval_shape(problem.init_fn, jax.random.key(0))))))
-    settings, meta_params = starting_point(jax.random.key(seed), types, settings, start, starts)
+    point = starting_point(settings, start, starts)
+    meta_params, options = point.meta_params(jax.random.key(seed), types), learned_options(point.name)
     batch_size = problem.meta_batch_size if batch_size is None else batch_size
     config = mt.MetaTrainingConfig(
         num_tasks=num_tasks,
@@ -111,10 +111,10 @@ def run_meta_training(
         num_cg_steps=_NUM_CG_STEPS,
         curvature_batch_size=curvature_batch_size,
         same_batch_weight=same_batch_weight,
-        **FAITHFUL[settings],
+        **options,
     )
     about = {"task": problem.name, "iterations": iterations, "batch_size": batch_size}
-    about |= {"settings": settings, "start": start, "learning_rate": learning_rate}
+    about |= {"settings": point.name, "start": start, "learning_rate": learning_rate}
     about |= {"validation_steps": list(validation_steps)}
     about |= {"same_batch_weight": same_batch_weight, "curvature_batch_size": curvature_batch_size}
     about |= dataclasses.asdict(meta_params.settings)
@@ -137,8 +137,7 @@ def run_meta_training(
             progress=_reporter(bar, schedule.last),
         )
     about |= {"seed": seed, "stopped_after": schedule.last, "config": dataclasses.asdict(config)}
-    options = {"num_cg_steps": _NUM_CG_STEPS, **learned_options(settings)}
-    record = make_record(problem, output, done, about, options)
+    record = make_record(problem, output, done, about, {"num_cg_steps": _NUM_CG_STEPS, **options})
     path = save_meta_params(output / "meta_params.npz", done.best_meta_params, record)
     best = int(done.best_iteration)
     console.print(f"best meta-parameters by validation: iteration {best} of {schedule.last}, in {path}")

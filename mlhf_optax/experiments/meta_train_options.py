@@ -5,8 +5,6 @@ import math
 from pathlib import Path
 from typing import Annotated
 
-import jax
-
 from mlhf_optax.experiments.arguments import (
     BatchSize,
     Channels,
@@ -22,18 +20,10 @@ from mlhf_optax.experiments.arguments import (
     parse_steps,
     parse_widths,
 )
-from mlhf_optax.experiments.meta_train_start import starting_point
-from mlhf_optax.layer_types import PAPER_LAYER_TYPES
+from mlhf_optax.experiments.meta_train_start import SETTINGS, starting_point
 from mlhf_optax.tasks import get_task
 
-
-class StartingSettings(enum.StrEnum):
-    """Names of the settings that a meta-training can start from."""
-
-    DEFAULT = "default"
-    RELATIVE = "relative"
-    PAPER = "paper"
-    AUTHORS = "authors"
+StartingSettings = enum.StrEnum("StartingSettings", list(SETTINGS))
 
 
 def meta_train(
@@ -145,7 +135,7 @@ def meta_train(
         )
         get_task(task, **options).data  # noqa: B018  what is wrong with them is said at once
         starts = given(initial_damping=initial_damping, initial_preconditioner=initial_preconditioner)
-        starting_point(jax.random.key(0), PAPER_LAYER_TYPES, settings, start, starts)
+        starting_point(settings, start, starts)
         part, steps = parse_part(curvature_batch_size), parse_steps(validation_steps)
         positive = given(
             learning_rate=learning_rate, meta_learning_rate=meta_learning_rate, age_scale=age_scale

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -25,7 +25,7 @@ SETTINGS = {
 }
 """What the LSTMs see and mean, by name."""
 
-FAITHFUL = {
+_FAITHFUL = {
     "default": {},
     "relative": {},
     "paper": {
@@ -39,57 +39,71 @@ FAITHFUL = {
 """Arguments of the optimizer in meta-training that go with them."""
 
 
+class StartingPoint(NamedTuple):
+    """What a meta-training starts from.
+
+    Attributes:
+      name: of the settings, a name in ``SETTINGS``.
+      settings: what the LSTMs see and mean.
+      known: meta-parameters to go on from; None for untrained LSTMs.
+    """
+
+    name: str
+    settings: Settings
+    known: MetaParams | None = None
+
+    def meta_params(self, key: jax.Array, types: Sequence[str]) -> MetaParams:
+        """Returns meta-parameters for layer types; those that are not known start untrained."""
+        if self.known is None:
+            return init_meta_params(key, self.settings, layer_types=types)
+        return extend_meta_params(key, self.known, types)
+
+
 def starting_point(
-    key: jax.Array,
-    types: Sequence[str],
-    settings: str | None = None,
-    start: str | None = None,
-    starts: Mapping[str, float] | None = None,
-) -> tuple[str, MetaParams]:
-    """Returns what a meta-training starts from.
+    settings: str | None = None, start: str | None = None, starts: Mapping[str, float] | None = None
+) -> StartingPoint:
+    """Returns what a meta-training starts from; checks what is asked for, and initialises nothing.
 
     Args:
-      key: random key.
-      types: layer types of the network.
       settings: a name in ``SETTINGS``; None for ``"default"``, or those of ``start``.
       start: name or path of meta-parameters to go on from.
       starts: ``initial_damping`` and ``initial_preconditioner``, where they are not those of the settings.
 
     Returns:
-      The name of the settings, and the meta-parameters.
+      The starting point.
 
     Raises:
       FileNotFoundError: if there are no such meta-parameters.
       ValueError: for unknown settings, or if ``start`` has its own, which something here contradicts.
 
     Example:
-      >>> name, meta_params = starting_point(jax.random.key(0), ["norm_scale"], start="digits")
-      >>> name, meta_params.layer_types
+      >>> point = starting_point(start="digits")
+      >>> point.name, point.meta_params(jax.random.key(0), ["norm_scale"]).layer_types
       ('default', ('dense_bias', 'dense_kernel', 'norm_scale'))
     """
+    starts, known = starts or {}, ", ".join(map(repr, SETTINGS))
     if start is None:
-        settings = settings or "default"
-        if settings not in SETTINGS:
-            raise ValueError(f"`settings` must be one of {', '.join(map(repr, SETTINGS))}, got {settings!r}")
-        chosen = dataclasses.replace(SETTINGS[settings], **(starts or {}))
-        return settings, init_meta_params(key, chosen, layer_types=types)
+        name = settings or "default"
+        if name not in SETTINGS:
+            raise ValueError(f"`settings` must be one of {known}, got {settings!r}")
+        return StartingPoint(name, dataclasses.replace(SETTINGS[name], **starts))
     found = load_pretrained(start)
     made = found.record.get("meta_training")
     own = made.get("settings", "default") if isinstance(made, Mapping) else "default"
     if own not in SETTINGS:
-        known = ", ".join(map(repr, SETTINGS))
         raise ValueError(f"the record of {start!r} names settings {own!r}; it should be one of {known}")
-    if starts or settings not in (None, own):
-        asked = ", ".join([*(starts or {}), *(["settings"] if settings not in (None, own) else [])])
+    contradicting = [*starts, *([] if settings in (None, own) else ["settings"])]
+    if contradicting:
         raise ValueError(
-            f"`start` {start!r} brings settings of its own, {own!r}; leave out {asked}, or start untrained"
+            f"`start` {start!r} brings settings of its own, {own!r}; leave out {', '.join(contradicting)}, "
+            "or start untrained"
         )
-    return own, extend_meta_params(key, found.meta_params, types)
+    return StartingPoint(own, found.meta_params.settings, found.meta_params)
 
 
 def learned_options(settings: str) -> dict[str, Any]:
     """Returns the arguments of :func:`mlhf_optax.meta_training.mlhf_optimizer` that go with a setting."""
-    return {"max_update_ratio": 0.25, "step_loss": "relative"} | FAITHFUL[settings]
+    return {"max_update_ratio": 0.25, "step_loss": "relative"} | _FAITHFUL[settings]
 
 
-__all__ = ["FAITHFUL", "SETTINGS", "learned_options", "starting_point"]
+__all__ = ["SETTINGS", "StartingPoint", "learned_options", "starting_point"]

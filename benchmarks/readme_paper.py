@@ -7,7 +7,7 @@ from typing import Any
 from ablation_solvers import DAMPING_ALONE, TITLES
 from readme_markdown import epoch_results, load, origin, ratio, table
 
-from mlhf_optax.experiments.epochs import EpochResult
+from mlhf_optax.experiments.epoch_results import EpochResult
 from mlhf_optax.experiments.results import best_of
 from mlhf_optax.experiments.tables import format_loss
 

@@ -13,7 +13,8 @@ from blobs import SGD, TASK
 
 from mlhf_optax.experiments import epochs, first_order, training
 from mlhf_optax.experiments.comparison import Contender
-from mlhf_optax.experiments.epochs import EpochResult, Plan, default_judge_at, train_epochs
+from mlhf_optax.experiments.epoch_results import EpochResult
+from mlhf_optax.experiments.epochs import Plan, default_judge_at, train_epochs
 from mlhf_optax.experiments.trainings import Program, Trainings
 from mlhf_optax.image_data.streaming import Stream
 from mlhf_optax.task import no_augmentation
@@ -82,6 +83,33 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(task, steps, tmp_path):
     assert sum(1 for number in taken if number) < (36 if task.sequential_on_cpu else 12) - done
     assert train_epochs(task, contender, plan, stop_after(0)) == whole
     assert not list((tmp_path / "parts").glob("*/checkpoint*"))
+
+
+@pytest.mark.parametrize("task", [TASK, SEQUENTIAL])
+def test_more_seeds_take_only_the_new_ones(task, tmp_path):
+    whole = train_epochs(task, SGD, Plan(2, [0, 1, 2], tmp_path / "whole"))
+    taken, plan = [], Plan(2, [0], tmp_path / "grown", resume=True)
+    train_epochs(task, SGD, plan)
+    plan = plan._replace(seeds=[0, 1, 2])
+    # A stop on the way loses neither the first seed nor the epochs of the others.
+    with pytest.raises(Stop):
+        train_epochs(task, SGD, plan, stop_after(5))
+    grown = train_epochs(task, SGD, plan, lambda number, loss: taken.append(number))
+    for one, other in zip(grown, whole, strict=True):
+        assert (one.name, one.seeds, one.steps) == (other.name, 3, other.steps)
+        for curve in ("train_loss", "test_curve", "final_losses"):
+            np.testing.assert_allclose(getattr(one, curve), getattr(other, curve), rtol=1e-5)
+        assert one.test_accuracy == pytest.approx(other.test_accuracy)
+    assert sum(taken) < 9 * 2 * 6  # nine settings, two new seeds, two epochs of three steps
+    assert train_epochs(task, SGD, plan, stop_after(0)) == grown
+    with pytest.raises(ValueError, match="has results of other settings"):
+        train_epochs(task, SGD, plan._replace(seeds=[0, 1]))
+
+
+def test_results_that_do_not_belong_together_are_not_joined(tmp_path):
+    (one, other, *_) = train_epochs(TASK, SGD, Plan(1, [0], tmp_path))
+    with pytest.raises(ValueError, match="differ in name, hyperparameters"):
+        one.joined(other)
 
 
 def test_streamed_mini_batches_are_those_of_the_stream(tmp_path):

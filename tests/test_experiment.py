@@ -10,7 +10,7 @@ from blobs import SGD, TASK
 from mlhf_optax.experiments import experiment
 from mlhf_optax.experiments.comparison import grid_contenders
 from mlhf_optax.experiments.epoch_figures import save_epoch_comparison
-from mlhf_optax.experiments.epochs import EpochResult
+from mlhf_optax.experiments.epoch_results import EpochResult
 from mlhf_optax.experiments.experiment import ForeignContender, mlhf_contenders, run_experiment
 from mlhf_optax.experiments.experiment_options import (
     add_network_options,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mlhf_optax.experiments.epochs import EpochResult
+from mlhf_optax.experiments.epoch_results import EpochResult
 from mlhf_optax.experiments.figures import require_matplotlib
 
 _LEARNED = ("#c1121f", "#7b2cbf", "#f77f00")

@@ -2,24 +2,23 @@
 
 Every group of settings that advance together leaves a file when it is finished, and a checkpoint at
 every epoch at which it is judged. A run that was stopped goes on there, with the same numbers as if it
-had not been.
+had not been. Asked for more seeds than the file has, a group trains those that are missing.
 """
 
-import dataclasses
 import json
 import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from mlhf_optax.datasets import part_size
 from mlhf_optax.experiments.comparison import Contender
-from mlhf_optax.experiments.results import Result
+from mlhf_optax.experiments.epoch_results import EpochResult
 from mlhf_optax.experiments.trainings import Program, Trainings
 from mlhf_optax.meta_params_io import write_atomically
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
@@ -29,34 +28,6 @@ _WAIT_EVERY = 10  # steps
 
 # on_step(steps taken by one training in this call, mean loss over seeds where it was taken, else None)
 OnStep = Callable[[int, float | None], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class EpochResult(Result):
-    """A result that knows its epochs.
-
-    Attributes:
-      steps_per_epoch: mini-batches an epoch.
-      test_curve: mean over seeds of the test accuracy at ``steps``, in [0, 1].
-      final_losses: the last training loss of every seed, in nats.
-    """
-
-    steps_per_epoch: int
-    test_curve: tuple[float, ...]
-    final_losses: tuple[float, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain JSON values; a loss that is not finite becomes None."""
-        losses = [loss if math.isfinite(loss) else None for loss in self.final_losses]
-        return super().to_json() | {"test_curve": list(self.test_curve), "final_losses": losses}
-
-    @classmethod
-    def from_json(cls, entry: dict[str, Any], family: str) -> "EpochResult":
-        """Returns the result that :meth:`to_json` wrote."""
-        finite = lambda losses: tuple(math.inf if loss is None else loss for loss in losses)
-        curves = {name: finite(entry[name]) for name in ("train_loss", "final_losses")}
-        lists = {name: tuple(entry[name]) for name in ("steps", "test_curve")}
-        return cls(**{**entry, **curves, **lists, "family": family})
 
 
 class Plan(NamedTuple):
@@ -164,6 +135,7 @@ class _Group:
     def __init__(self, task: Task, contender: Contender, part: slice, plan: Plan, judge_at: tuple[int, ...]):
         self.contender, self.plan, self.judge_at = contender, plan, judge_at
         self.names, self.settings = contender.names[part], contender.hyperparameters[part]
+        self.seeds, self.kept = list(plan.seeds), []  # seeds to train, results of those before them
         self.stacked = {name: np.asarray(values)[part] for name, values in contender.stacked.items()}
         self.steps_per_epoch = part_size(task.data.train) // task.batch_size
         self.about = {
@@ -173,7 +145,7 @@ class _Group:
             "num_train": part_size(task.data.train),
             "num_epochs": plan.num_epochs,
             "judge_at": list(judge_at),
-            "seeds": list(plan.seeds),
+            "seeds": self.seeds,
             "names": list(self.names),
             "hyperparameters": list(self.settings),
         }
@@ -181,7 +153,7 @@ class _Group:
         self.file, self.checkpoints = plan.folder / f"{stem}.json", plan.folder / stem
 
     def finished(self) -> list[EpochResult]:
-        """Returns the results if they are there, an empty list if not."""
+        """Returns the results if they are there, an empty list if seeds are missing, or all of them."""
         if not self.plan.resume and (self.file.exists() or self.checkpoints.exists()):
             raise ValueError(
                 f"{self.plan.folder} already has results of {self.names[0]}; set `resume` (--resume) to go "
@@ -190,17 +162,24 @@ class _Group:
         if not self.file.exists():
             return []
         found = json.loads(self.file.read_text())
-        if found["about"] != json.loads(json.dumps(self.about)):
+        trained = found["about"]["seeds"]
+        expected = self.about | {"seeds": self.seeds[: len(trained)]}
+        if not trained or found["about"] != json.loads(json.dumps(expected)):
             raise ValueError(
                 f"{self.file} has results of other settings ({found['about']} there, {self.about} now); use "
                 "another folder"
             )
-        return [EpochResult.from_json(entry, self.contender.family) for entry in found["results"]]
+        results = [EpochResult.from_json(entry, self.contender.family) for entry in found["results"]]
+        if trained == self.seeds:
+            return results
+        self.kept, self.seeds = results, self.seeds[len(trained) :]
+        self.about["seeds"] = self.seeds
+        return []
 
     def train(self, program: Program, on_step: OnStep) -> list[EpochResult]:
         """Trains from the last checkpoint on; writes the results."""
         num_steps = self.plan.num_epochs * self.steps_per_epoch
-        runs = Trainings(program, self.stacked, self.plan.seeds, num_steps)
+        runs = Trainings(program, self.stacked, self.seeds, num_steps)
         curves = np.full((2, len(self.judge_at), runs.num_settings, runs.num_seeds), np.inf, np.float32)
         curves[1] = 0.0  # accuracy of what has diverged
         start = self._restore(runs, curves)
@@ -238,7 +217,7 @@ class _Group:
                 name=name,
                 family=self.contender.family,
                 hyperparameters=self.settings[index],
-                seeds=len(self.plan.seeds),
+                seeds=len(self.seeds),
                 steps=tuple(epoch * self.steps_per_epoch for epoch in self.judge_at),
                 train_loss=tuple(losses[:, index].tolist()),
                 test_accuracy=float(accuracies[-1, index]),
@@ -249,10 +228,13 @@ class _Group:
             )
             for index, name in enumerate(self.names)
         ]
-        content = {"about": self.about, "results": [result.to_json() for result in results]}
+        if self.kept:
+            results = [kept.joined(new) for kept, new in zip(self.kept, results, strict=True)]
+        about = self.about | {"seeds": list(self.plan.seeds)}
+        content = {"about": about, "results": [result.to_json() for result in results]}
         write_atomically(self.file, json.dumps(content, indent=1).encode() + b"\n")
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         return results
 
 
-__all__ = ["EpochResult", "Plan", "default_judge_at", "train_epochs"]
+__all__ = ["Plan", "default_judge_at", "train_epochs"]

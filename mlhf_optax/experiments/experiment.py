@@ -19,7 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from mlhf_optax.datasets import part_size
 from mlhf_optax.experiments.comparison import Contender, mlhf_contender
 from mlhf_optax.experiments.epoch_figures import save_epoch_comparison
-from mlhf_optax.experiments.epochs import EpochResult, Plan, num_parameters, train_epochs
+from mlhf_optax.experiments.epoch_results import EpochResult
+from mlhf_optax.experiments.epochs import Plan, num_parameters, train_epochs
 from mlhf_optax.experiments.experiment_options import UNTRAINED
 from mlhf_optax.experiments.figures import require_matplotlib
 from mlhf_optax.experiments.machine import machine_info

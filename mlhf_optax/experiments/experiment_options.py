@@ -48,7 +48,7 @@ def experiment_parser(description: str | None, name: str, batch_size: int) -> ar
     add("--only", nargs="+", metavar="FAMILY", help="families of optimizers to train, such as mlhf adam")
     add("--group-size", type=int, help="settings that advance together; chosen by the device by default")
     add("--output", type=Path, default=Path("runs") / name, help="folder for all that is written")
-    add("--resume", action="store_true", help="go on from what lies in the folder")
+    add("--resume", action="store_true", help="go on from what lies in --output, also with more --seeds")
     add("--quick", action="store_true", help="a narrow network, few examples, 2 epochs and 1 seed")
     return parser
 

@@ -40,7 +40,7 @@ def run_meta_training(
     validation_steps: tuple[int, ...],
     settings: str | None = None,
     start: str | None = None,
-    starts: Mapping[str, float] | None = None,
+    initial: Mapping[str, float] | None = None,
     task_options: Mapping[str, Any] | None = None,
     learning_rate: float = 1.0,
     keep_probability: float = 0.95,
@@ -70,7 +70,7 @@ def run_meta_training(
         ``"authors"``: what the LSTMs see and mean, and the losses and stabilisers that go with it;
         those of ``start``, or ``"default"``, if None.
       start: name or path of meta-parameters to go on from; layer types that they lack start untrained.
-      starts: ``initial_damping`` and ``initial_preconditioner``, where they are not those of ``settings``.
+      initial: ``initial_damping`` and ``initial_preconditioner``, where they are not those of ``settings``.
       task_options: arguments of the function that makes the task, such as ``data_dir``.
       learning_rate: inner learning rate.
       keep_probability: chance that an inner training goes on after an unroll.
@@ -94,7 +94,7 @@ def run_meta_training(
     console = Console() if console is None else console
     problem = get_task(task, **(task_options or {}))
     types = sorted(set(jax.tree.leaves(layer_types(jax.eval_shape(problem.init_fn, jax.random.key(0))))))
-    point = starting_point(settings, start, starts)
+    point = starting_point(settings, start, initial)
     meta_params, options = point.meta_params(jax.random.key(seed), types), learned_options(point.name)
     batch_size = problem.meta_batch_size if batch_size is None else batch_size
     config = mt.MetaTrainingConfig(

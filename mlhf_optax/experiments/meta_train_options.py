@@ -134,8 +134,8 @@ def meta_train(
             data_dir=data_dir, channels=parse_channels(channels), hidden=parse_widths(hidden, "hidden")
         )
         get_task(task, **options).data  # noqa: B018  what is wrong with them is said at once
-        starts = given(initial_damping=initial_damping, initial_preconditioner=initial_preconditioner)
-        starting_point(settings, start, starts)
+        initial = given(initial_damping=initial_damping, initial_preconditioner=initial_preconditioner)
+        starting_point(settings, start, initial)
         part, steps = parse_part(curvature_batch_size), parse_steps(validation_steps)
         positive = given(
             learning_rate=learning_rate, meta_learning_rate=meta_learning_rate, age_scale=age_scale
@@ -160,7 +160,7 @@ def meta_train(
         validation_steps=steps,
         settings=settings,
         start=start,
-        starts=starts,
+        initial=initial,
         keep_probability=keep_probability,
         age_scale=age_scale,
         replay_opt_state=replay_opt_state,

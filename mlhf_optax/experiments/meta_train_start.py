@@ -60,14 +60,14 @@ class StartingPoint(NamedTuple):
 
 
 def starting_point(
-    settings: str | None = None, start: str | None = None, starts: Mapping[str, float] | None = None
+    settings: str | None = None, start: str | None = None, initial: Mapping[str, float] | None = None
 ) -> StartingPoint:
     """Returns what a meta-training starts from; checks what is asked for, and initialises nothing.
 
     Args:
       settings: a name in ``SETTINGS``; None for ``"default"``, or those of ``start``.
       start: name or path of meta-parameters to go on from.
-      starts: ``initial_damping`` and ``initial_preconditioner``, where they are not those of the settings.
+      initial: ``initial_damping`` and ``initial_preconditioner``, where they are not those of the settings.
 
     Returns:
       The starting point.
@@ -81,18 +81,18 @@ def starting_point(
       >>> point.name, point.meta_params(jax.random.key(0), ["norm_scale"]).layer_types
       ('default', ('dense_bias', 'dense_kernel', 'norm_scale'))
     """
-    starts, known = starts or {}, ", ".join(map(repr, SETTINGS))
+    initial, known = initial or {}, ", ".join(map(repr, SETTINGS))
     if start is None:
         name = settings or "default"
         if name not in SETTINGS:
             raise ValueError(f"`settings` must be one of {known}, got {settings!r}")
-        return StartingPoint(name, dataclasses.replace(SETTINGS[name], **starts))
+        return StartingPoint(name, dataclasses.replace(SETTINGS[name], **initial))
     found = load_pretrained(start)
     made = found.record.get("meta_training")
     own = made.get("settings", "default") if isinstance(made, Mapping) else "default"
     if own not in SETTINGS:
         raise ValueError(f"the record of {start!r} names settings {own!r}; it should be one of {known}")
-    contradicting = [*starts, *([] if settings in (None, own) else ["settings"])]
+    contradicting = [*initial, *([] if settings in (None, own) else ["settings"])]
     if contradicting:
         raise ValueError(
             f"`start` {start!r} brings settings of its own, {own!r}; leave out {', '.join(contradicting)}, "

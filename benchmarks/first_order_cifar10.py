@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from mlhf_optax.experiments.comparison import grid_contenders
-from mlhf_optax.experiments.experiment import mlhf_contenders, run_experiment
+from mlhf_optax.experiments.experiment import run_experiment
 from mlhf_optax.experiments.experiment_options import (
     add_network_options,
     apply_quick,
@@ -22,6 +22,7 @@ from mlhf_optax.experiments.experiment_options import (
     limit_data,
     network_options,
 )
+from mlhf_optax.experiments.mlhf_contenders import mlhf_contenders
 from mlhf_optax.image_tasks import cifar10_convnet
 
 

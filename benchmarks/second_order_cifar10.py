@@ -32,7 +32,7 @@ from kfac import kfac_contender
 
 from mlhf_optax import LevenbergMarquardt, hessian_free
 from mlhf_optax.experiments.comparison import Contender
-from mlhf_optax.experiments.experiment import mlhf_contenders, run_experiment
+from mlhf_optax.experiments.experiment import run_experiment
 from mlhf_optax.experiments.experiment_options import (
     add_network_options,
     apply_quick,
@@ -40,6 +40,7 @@ from mlhf_optax.experiments.experiment_options import (
     limit_data,
     network_options,
 )
+from mlhf_optax.experiments.mlhf_contenders import mlhf_contenders
 from mlhf_optax.image_tasks import cifar10_convnet
 from mlhf_optax.task import Task
 

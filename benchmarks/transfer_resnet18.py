@@ -17,8 +17,9 @@ from collections.abc import Sequence
 
 from mlhf_optax.datasets import num_examples, part_size
 from mlhf_optax.experiments.comparison import grid_contenders
-from mlhf_optax.experiments.experiment import mlhf_contenders, run_experiment
+from mlhf_optax.experiments.experiment import run_experiment
 from mlhf_optax.experiments.experiment_options import apply_quick, experiment_parser, limit_data
+from mlhf_optax.experiments.mlhf_contenders import mlhf_contenders
 from mlhf_optax.task import Task
 from mlhf_optax.tasks import get_task
 

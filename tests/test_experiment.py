@@ -8,16 +8,18 @@ import pytest
 from blobs import SGD, TASK
 
 from mlhf_optax.experiments import experiment
+from mlhf_optax.experiments import mlhf_contenders as contenders
 from mlhf_optax.experiments.comparison import grid_contenders
 from mlhf_optax.experiments.epoch_figures import save_epoch_comparison
 from mlhf_optax.experiments.epoch_results import EpochResult
-from mlhf_optax.experiments.experiment import ForeignContender, mlhf_contenders, run_experiment
+from mlhf_optax.experiments.experiment import ForeignContender, run_experiment
 from mlhf_optax.experiments.experiment_options import (
     add_network_options,
     apply_quick,
     experiment_parser,
     network_options,
 )
+from mlhf_optax.experiments.mlhf_contenders import mlhf_contenders
 from mlhf_optax.experiments.trainings import Program
 
 
@@ -81,8 +83,8 @@ def test_a_second_run_goes_on_with_what_is_there(tmp_path, short_clock):
 
 def test_other_meta_parameters_are_another_experiment(tmp_path, short_clock, monkeypatch):
     run(tmp_path, "--only", "mlhf")
-    fresh = experiment.init_meta_params
-    monkeypatch.setattr(experiment, "init_meta_params", lambda key, **o: fresh(jax.random.key(1), **o))
+    fresh = contenders.init_meta_params
+    monkeypatch.setattr(contenders, "init_meta_params", lambda key, **o: fresh(jax.random.key(1), **o))
     with pytest.raises(ValueError, match="has results of other settings"):
         run(tmp_path, "--only", "mlhf", "--resume")
 
@@ -103,6 +105,21 @@ def test_mlhf_follows_its_record_unless_told_otherwise(tmp_path):
     (alone,) = mlhf_contenders(TASK, parse(tmp_path, "--curvature-share", "0"))
     assert alone.hyperparameters[0]["learning_rate"] == 1.0
     assert mlhf_contenders(TASK, parse(tmp_path, "--only", "adam")) == []
+
+
+def test_cheaper_variants_have_names_of_their_own(tmp_path):
+    found = mlhf_contenders(TASK, parse(tmp_path, "--cg-steps", "2", "4", "2", "--curvature-share", "0.5"))
+    about = [one.hyperparameters[0] for one in found]
+    assert [one.names for one in found] == [("mlhf",), ("mlhf curvature 0.5 CG 2",), ("mlhf curvature 0.5",)]
+    assert [(a["curvature_batch_size"], a["num_cg_steps"]) for a in about] == [(None, 4), (0.5, 2), (0.5, 4)]
+    assert len({a["meta_params_digest"] for a in about}) == 1
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "1.5", "many"])
+def test_cg_steps_are_at_least_one(count, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "--cg-steps", count)
+    assert f"--cg-steps: must be a whole number of at least 1, got '{count}'" in capsys.readouterr().err
 
 
 class Foreign(ForeignContender):

@@ -76,7 +76,8 @@ def _is_learned(result: EpochResult) -> bool:
 def _styles(results: Sequence[EpochResult]) -> list[tuple[EpochResult, dict[str, Any]]]:
     learned = [result for result in results if _is_learned(result)]
     styled: list[tuple[EpochResult, dict[str, Any]]] = []
-    for colour, result in zip(_LEARNED, learned, strict=False):
+    for number, result in enumerate(learned):
+        colour = _LEARNED[number % len(_LEARNED)]
         styled.append((result, {"color": colour, "linewidth": 2.5, "zorder": 4}))
     families = dict.fromkeys(result.family for result in results if not _is_learned(result))
     for number, family in enumerate(families):

@@ -1,8 +1,7 @@
-"""What the comparisons on image tasks share: the contenders, running and reporting."""
+"""What the comparisons on image tasks share: running all contenders, and reporting."""
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
 import shlex
@@ -12,26 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlhf_optax.datasets import part_size
-from mlhf_optax.experiments.comparison import Contender, mlhf_contender
+from mlhf_optax.experiments.comparison import Contender
 from mlhf_optax.experiments.epoch_figures import save_epoch_comparison
 from mlhf_optax.experiments.epoch_results import EpochResult
 from mlhf_optax.experiments.epochs import Plan, num_parameters, train_epochs
-from mlhf_optax.experiments.experiment_options import UNTRAINED
 from mlhf_optax.experiments.figures import require_matplotlib
 from mlhf_optax.experiments.machine import machine_info
 from mlhf_optax.experiments.results import report
 from mlhf_optax.experiments.tables import comparison_table, format_loss
 from mlhf_optax.experiments.timing import seconds_per_step
 from mlhf_optax.experiments.trainings import Program
-from mlhf_optax.layer_types import layer_types
-from mlhf_optax.meta_params import init_meta_params
-from mlhf_optax.meta_params_io import Pretrained, write_atomically
-from mlhf_optax.pretrained import load_pretrained
+from mlhf_optax.meta_params_io import write_atomically
 from mlhf_optax.task import Task
 
 
@@ -47,74 +41,7 @@ class ForeignContender(Contender):
         raise NotImplementedError
 
 
-_UNTRAINED_RECORD = {"learning_rate": 1.0, "num_cg_steps": 4, "max_update_ratio": 0.25, "batch_size": 128}
 _TABLE_EPOCHS = (1, 2, 5, 10, 20, 50, 100, 250)
-
-
-def find_meta_params(task: Task, name_or_path: str | None) -> tuple[str, Pretrained]:
-    """Returns meta-parameters for a task, and where they came from.
-
-    Args:
-      task: the task.
-      name_or_path: a shipped name, a path, ``"untrained"``, or None for those recommended for the task.
-
-    Returns:
-      Name or path, and the meta-parameters with their record.
-
-    Raises:
-      FileNotFoundError: if there are no such meta-parameters.
-
-    Example:
-      >>> from mlhf_optax.tasks import get_task
-      >>> source, found = find_meta_params(get_task("digits-mlp"), "untrained")
-      >>> source, found.learning_rate
-      ('untrained', 1.0)
-    """
-    source = name_or_path or task.pretrained
-    if source != UNTRAINED:
-        return source, load_pretrained(source)
-    types = jax.tree.leaves(layer_types(jax.eval_shape(task.init_fn, jax.random.key(0))))
-    fresh = init_meta_params(jax.random.key(0), layer_types=sorted(set(types)))
-    return source, Pretrained(fresh, _UNTRAINED_RECORD)
-
-
-def mlhf_contenders(task: Task, options: argparse.Namespace) -> list[Contender]:
-    """Returns MLHF as ``"mlhf"`` and, if wanted, with part of the batch for its curvature.
-
-    Args:
-      task: the task.
-      options: parsed by :func:`mlhf_optax.experiments.experiment_options.experiment_parser`.
-
-    Returns:
-      One or two contenders; none if ``options.only`` leaves MLHF out.
-
-    Raises:
-      FileNotFoundError: if there are no such meta-parameters.
-
-    Example:
-      >>> from mlhf_optax.experiments.experiment_options import experiment_parser
-      >>> from mlhf_optax.tasks import get_task
-      >>> options = experiment_parser(None, "x", 128).parse_args(["--meta-params", "untrained"])
-      >>> [contender.names[0] for contender in mlhf_contenders(get_task("digits-mlp"), options)]
-      ['mlhf', 'mlhf curvature 0.25']
-    """
-    if options.only and "mlhf" not in options.only:
-        return []
-    source, learned = find_meta_params(task, options.meta_params)
-    settings = learned.recommended
-    chosen = {"learning_rate": options.learning_rate, "momentum": options.momentum}
-    settings |= {name: value for name, value in chosen.items() if value is not None}
-    leaves = jax.tree.leaves(learned.meta_params)
-    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves))
-    contenders = []
-    for share in (None, *([options.curvature_share] if options.curvature_share else [])):
-        settings["curvature_batch_size"] = share
-        contender = mlhf_contender(task, learned.meta_params, source=source, **settings)
-        # Two files of one name may hold other numbers: what is kept must tell them apart.
-        about = contender.hyperparameters[0] | {"meta_params_digest": digest.hexdigest()[:12]}
-        name = "mlhf" if share is None else f"mlhf curvature {share:g}"
-        contenders.append(dataclasses.replace(contender, names=(name,), hyperparameters=(about,)))
-    return contenders
 
 
 def run_experiment(
@@ -245,8 +172,4 @@ def _print(results: Sequence[EpochResult], title: str) -> None:
     print(f"columns: training loss after so many epochs; {diverged} of {len(results)} settings diverged")
 
 
-__all__ = [
-    "find_meta_params",
-    "mlhf_contenders",
-    "run_experiment",
-]
+__all__ = ["run_experiment"]

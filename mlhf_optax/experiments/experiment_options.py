@@ -45,12 +45,25 @@ def experiment_parser(description: str | None, name: str, batch_size: int) -> ar
         default=0.25,
         help="also train MLHF with this share of the batch for its curvature; 0 for not",
     )
+    add(
+        "--cg-steps",
+        type=_count,
+        nargs="+",
+        metavar="K",
+        help="CG steps of MLHF with that share, one training each; by default what its record says",
+    )
     add("--only", nargs="+", metavar="FAMILY", help="families of optimizers to train, such as mlhf adam")
     add("--group-size", type=int, help="settings that advance together; chosen by the device by default")
     add("--output", type=Path, default=Path("runs") / name, help="folder for all that is written")
     add("--resume", action="store_true", help="go on from what lies in --output, also with more --seeds")
     add("--quick", action="store_true", help="a narrow network, few examples, 2 epochs and 1 seed")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def apply_quick(options: argparse.Namespace) -> None:

@@ -1,10 +1,13 @@
 """Tables of the README for sections 4.1 and 4.4 of the paper, and the long run, from their results."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from readme_markdown import epoch_results, load, origin, ratio, table
 
+from mlhf_optax.experiments.epoch_results import EpochResult
 from mlhf_optax.experiments.results import best_of
 from mlhf_optax.experiments.tables import format_loss
 
@@ -35,7 +38,7 @@ def epochs_table(report: dict[str, Any]) -> list[str]:
     epochs = [step // own[0].steps_per_epoch for step in steps]
     best = [best_of(others, step).loss_at(step) for step in steps]
     accuracy = max(result.test_accuracy for result in others)
-    shown = _spread(len(epochs))
+    shown = _spread(epochs)
     head = [f"{epochs[i]}" for i in shown]
     rows = [["training loss after epoch", *head, "test accuracy", "ms a step"]]
     for result in own:
@@ -52,32 +55,51 @@ def epochs_table(report: dict[str, Any]) -> list[str]:
     rows.append([*last, f"{1e3 * seconds:.0f}"])
     for result in own:
         by_then = best_by_time(best, epochs, result.seconds_per_step / seconds)
-        if set(by_then) != {"-"}:
-            name = f"best of {len(others)} by the time of {result.name}"
-            rows.append([name, *(by_then[i] for i in shown), "", ""])
+        if any(map(math.isfinite, by_then)):
+            rows.append(
+                [
+                    f"best of {len(others)} by the time of {result.name}",
+                    *(_against(result.train_loss[i], by_then[i]) for i in shown),
+                    "",
+                    "",
+                ]
+            )
     note = (
         f"`{report['task']}`, {report['num_epochs']} epochs of {report['num_train']} images, batch "
         f"{report['batch_size']}, seeds: {own[0].seeds} for MLHF, {others[0].seeds} for the grid; in "
-        f"brackets MLHF's loss over the best of the grid. {origin(report)}"
+        f"brackets MLHF's loss over the best of the grid.{_by_seed(own, others)} {origin(report)}"
     )
     return [*table(rows), "", note]
 
 
-def _spread(count: int, most: int = 7) -> list[int]:
-    """Returns the indices of all of ``count`` columns, or of ``most`` of them, first and last included."""
-    if count <= most:
-        return list(range(count))
-    return sorted({round((count - 1) * i / (most - 1)) for i in range(most)})
+def _by_seed(own: list[EpochResult], others: list[EpochResult]) -> str:
+    """Returns a sentence with the last loss of every seed, of each MLHF and of the best of the grid."""
+    if own[0].seeds == 1:
+        return ""
+    best = best_of(others, others[0].steps[-1])
+    losses = [f"{one.name} {', '.join(map(format_loss, one.final_losses))}" for one in (*own, best)]
+    return f" The last loss of every seed: {'; '.join(losses)}."
 
 
-def best_by_time(best: list[float], epochs: list[int], factor: float) -> list[str]:
+def _spread(epochs: list[int], most: int = 7) -> list[int]:
+    """Returns the indices of epochs that are evenly spaced in the logarithm, first and last included."""
+    wanted = np.geomspace(epochs[0], epochs[-1], most)
+    return sorted({int(np.argmin(np.abs(np.subtract(epochs, epoch)))) for epoch in wanted})
+
+
+def best_by_time(best: list[float], epochs: list[int], factor: float) -> list[float]:
     """Returns the best losses at the time of each epoch of steps that take ``factor`` times as long.
 
-    The nearest whole epoch of the grid counts; "-" where its trainings were over by then.
+    Between two epochs of the grid the loss is taken on a straight line; NaN where its trainings had not
+    done their first epoch by then, or were over.
     """
-    known = dict(zip(epochs, best, strict=True))
-    reached = [round(epoch * factor) for epoch in epochs]
-    return [format_loss(known[epoch]) if epoch in known else "-" for epoch in reached]
+    times = [epoch * factor for epoch in epochs]
+    return np.interp(times, epochs, best, left=math.nan, right=math.nan).tolist()
+
+
+def _against(loss: float, best: float) -> str:
+    """Returns the best loss by some time, and how many times of it MLHF has by then."""
+    return f"{format_loss(best)} ({ratio(loss, best)})" if math.isfinite(best) else "-"
 
 
 def long_run_table(report: dict[str, Any]) -> list[str]:

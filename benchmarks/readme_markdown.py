@@ -23,7 +23,10 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def ratio(own: float, best: float) -> str:
     """Returns one loss as a multiple of another, bold where it is the lower one."""
-    text = f"{own / best:.2g}" if math.isfinite(own) else "diverged"
+    if not math.isfinite(own):
+        return "diverged"
+    # Around one, two digits would say "1" of what is a few percent more or less.
+    text = f"{own / best:.2f}" if 0.1 <= own / best < 10 else f"{own / best:.2g}"
     return f"**{text}**" if own < best else text
 
 

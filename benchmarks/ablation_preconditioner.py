@@ -31,7 +31,6 @@ from ablation_solvers import CONFIGURATIONS, DAMPING_ALONE, Configuration, compa
 
 from mlhf_optax import layer_types, meta_training
 from mlhf_optax.datasets import num_examples
-from mlhf_optax.experiments.benchmarking import command_line, report, write_json
 from mlhf_optax.experiments.experiment_options import (
     add_network_options,
     join_examples,
@@ -40,6 +39,7 @@ from mlhf_optax.experiments.experiment_options import (
 )
 from mlhf_optax.experiments.meta_train_command import draw_batches
 from mlhf_optax.experiments.meta_train_start import SETTINGS, learned_options
+from mlhf_optax.experiments.reporting import command_line, report, write_json
 from mlhf_optax.image_tasks import cifar10_convnet
 from mlhf_optax.meta_params import MetaParams, init_meta_params
 from mlhf_optax.task import Task

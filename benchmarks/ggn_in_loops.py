@@ -33,7 +33,8 @@ from rich.table import Table
 
 from mlhf_optax.convolution import convolve
 from mlhf_optax.curvature import PredictFn, ggn_matvec
-from mlhf_optax.experiments.benchmarking import command_line, interleaved, report, timing_parser, write_json
+from mlhf_optax.experiments.benchmarking import interleaved, timing_parser
+from mlhf_optax.experiments.reporting import command_line, report, write_json
 from mlhf_optax.losses import SquaredError
 from mlhf_optax.models import max_pool
 

@@ -9,14 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from mlhf_optax.experiments import benchmarking
-from mlhf_optax.experiments.benchmarking import (
-    Timing,
-    command_line,
-    interleaved,
-    report,
-    write_json,
-)
+from mlhf_optax.experiments.benchmarking import Timing, interleaved
 from mlhf_optax.experiments.machine import free_memory, needed_memory
+from mlhf_optax.experiments.reporting import command_line, report, write_json
 
 
 @pytest.fixture

@@ -1,23 +1,14 @@
-"""Times functions against each other in one process, and records what was measured on what machine."""
+"""Times functions against each other in one process."""
 
 import argparse
 import dataclasses
-import datetime
-import json
 import math
-import os
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-
-from mlhf_optax.experiments.machine import machine_info, versions
-from mlhf_optax.meta_params_io import write_atomically
 
 Thunk = Callable[[], object]
 
@@ -164,66 +155,6 @@ def _rounds(text: str) -> int:
     return int(text)
 
 
-def command_line(script: str, arguments: Sequence[str] | None = None) -> str:
-    """Returns the command that runs a script of ``benchmarks/``.
-
-    Args:
-      script: name of the file.
-      arguments: its arguments; those of this process if None.
-
-    Returns:
-      A line for a shell.
-
-    Example:
-      >>> command_line("step_time.py", ["--quick"])
-      'python benchmarks/step_time.py --quick'
-    """
-    given = sys.argv[1:] if arguments is None else arguments
-    return shlex.join(["python", f"benchmarks/{script}", *given])
-
-
-def report(command: str, **content: Any) -> dict[str, Any]:
-    """Returns measurements with what is needed to judge and repeat them, as plain JSON values.
-
-    Args:
-      command: the command line that measured.
-      **content: what was measured.
-
-    Returns:
-      A dict with ``machine``, ``versions``, ``command``, ``date`` and the content.
-
-    Example:
-      >>> sorted(report("python benchmarks/step_time.py", rows=[]))
-      ['command', 'date', 'machine', 'rows', 'versions']
-    """
-    return {
-        "machine": machine_info(),
-        "versions": versions(),
-        "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **content,
-    }
-
-
-def write_json(path: str | os.PathLike, report: Mapping[str, Any]) -> None:
-    """Writes a report; folders that are missing are made, so that no measurement is lost for one.
-
-    Args:
-      path: of the file.
-      report: plain JSON values.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     write_json(f"{folder}/new/report.json", {"rows": []})
-      ...     print(Path(f"{folder}/new/report.json").read_text().split())
-      ['{', '"rows":', '[]', '}']
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(report, indent=1).encode() + b"\n")
-
-
 def _counts(thunks: Mapping[str, Thunk], inner: Mapping[str, int] | int | None) -> dict[str, int] | None:
     if inner is None:
         return None
@@ -258,4 +189,4 @@ def _quantile(values: Sequence[float], fraction: float) -> float:
     return ordered[round(fraction * (len(ordered) - 1))]
 
 
-__all__ = ["Timing", "command_line", "interleaved", "report", "timing_parser", "write_json"]
+__all__ = ["Timing", "interleaved", "timing_parser"]

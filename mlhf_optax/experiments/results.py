@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mlhf_optax.experiments import benchmarking
+from mlhf_optax.experiments import reporting
 from mlhf_optax.experiments.training import TABLE_STEPS
 from mlhf_optax.tasks import Task
 
@@ -92,9 +92,7 @@ def report(task: Task, results: Sequence[Result], command: str) -> dict[str, Any
       >>> sorted(report(get_task("digits-mlp"), [], "mlhf-optax train"))
       ['command', 'date', 'machine', 'results', 'task', 'versions']
     """
-    return {"task": task.name} | benchmarking.report(
-        command, results=[result.to_json() for result in results]
-    )
+    return {"task": task.name} | reporting.report(command, results=[result.to_json() for result in results])
 
 
 __all__ = ["Result", "best_of", "leaders", "report", "table_steps"]

@@ -214,7 +214,7 @@ def test_meta_train_has_defaults(driver_calls):
         "validation_steps": (10, 30, 100, 300),
         "settings": None,
         "start": None,
-        "starts": {},
+        "initial": {},
         "learning_rate": 1.0,
         "keep_probability": 0.95,
         "age_scale": None,
@@ -237,7 +237,7 @@ def test_meta_train_hands_on_its_arguments(driver_calls):
     assert run(*arguments.split()) == 0
     (options,) = driver_calls
     assert options.pop("output").as_posix() == "there"
-    assert options.pop("starts") == {"initial_damping": 100.0, "initial_preconditioner": 0.5}
+    assert options.pop("initial") == {"initial_damping": 100.0, "initial_preconditioner": 0.5}
     values = ["digits-convnet", {}, 7, 3, 5, 16, 0.1, 0.5, 4, True, 2, 3, (1, 5)]
     values += ["authors", None]
     values += [0.5, 50.0, True, 0.25, 8, 6]

@@ -244,7 +244,7 @@ def test_it_goes_on_from_other_meta_parameters_with_their_settings(monkeypatch, 
     ("arguments", "words"),
     [
         ({"settings": "paper"}, "settings of its own, 'default'; leave out settings"),
-        ({"settings": "default", "starts": {"initial_damping": 3.0}}, "leave out initial_damping, or"),
+        ({"settings": "default", "initial": {"initial_damping": 3.0}}, "leave out initial_damping, or"),
     ],
 )
 def test_settings_that_contradict_the_start_are_refused(tmp_path, arguments, words):

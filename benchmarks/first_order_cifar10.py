@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         task = limit_data(task, 2000, 2000, 500)
     contenders = [*mlhf_contenders(task, options), *grid_contenders(task.batch_size)]
-    run_experiment(task, contenders, options, "First-order optimizers", "benchmarks/first_order_cifar10.py")
+    run_experiment(task, contenders, options, "First-order optimizers", "first_order_cifar10.py")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *([kfac_contender()] if options.kfac else []),
     ]
     about = {"decays": list(options.decays)}
-    script = "benchmarks/second_order_cifar10.py"
+    script = "second_order_cifar10.py"
     run_experiment(task, contenders, options, "Second-order optimizers", script, about)
 
 

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         task = shortened(task, options.examples)
     grid = grid_contenders(task.batch_size, baseline_batch_size=BASELINE_BATCH_SIZE)
     contenders = [*mlhf_contenders(task, options), *grid]
-    run_experiment(task, contenders, options, "ResNet-18", "benchmarks/transfer_resnet18.py")
+    run_experiment(task, contenders, options, "ResNet-18", "transfer_resnet18.py")
 
 
 def shortened(task: Task, num_train: int) -> Task:

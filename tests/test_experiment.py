@@ -44,7 +44,7 @@ def short_clock(monkeypatch):
 def run(folder, *arguments):
     options = parse(folder, *arguments)
     contenders = [*mlhf_contenders(TASK, options), SGD, *grid_contenders(8, ["adam"])]
-    return run_experiment(TASK, contenders, options, "Blobs", "benchmarks/blobs.py", {"more": 1})
+    return run_experiment(TASK, contenders, options, "Blobs", "blobs.py", {"more": 1})
 
 
 def test_everything_is_trained_reported_and_drawn_once(tmp_path, short_clock, capsys):

@@ -19,8 +19,8 @@ import numpy as np
 from mlhf_optax.datasets import part_size
 from mlhf_optax.experiments.comparison import Contender
 from mlhf_optax.experiments.epoch_results import EpochResult
+from mlhf_optax.experiments.reporting import write_json
 from mlhf_optax.experiments.trainings import Program, Trainings
-from mlhf_optax.meta_params_io import write_atomically
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
 from mlhf_optax.task import Task
 
@@ -232,7 +232,7 @@ class _Group:
             results = [kept.joined(new) for kept, new in zip(self.kept, results, strict=True)]
         about = self.about | {"seeds": list(self.plan.seeds)}
         content = {"about": about, "results": [result.to_json() for result in results]}
-        write_atomically(self.file, json.dumps(content, indent=1).encode() + b"\n")
+        write_json(self.file, content)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         return results
 

@@ -4,8 +4,6 @@ import argparse
 import dataclasses
 import json
 import math
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,11 @@ from mlhf_optax.experiments.epoch_results import EpochResult
 from mlhf_optax.experiments.epochs import Plan, num_parameters, train_epochs
 from mlhf_optax.experiments.figures import require_matplotlib
 from mlhf_optax.experiments.machine import machine_info
+from mlhf_optax.experiments.reporting import command_line, write_json
 from mlhf_optax.experiments.results import report
 from mlhf_optax.experiments.tables import comparison_table, format_loss
 from mlhf_optax.experiments.timing import seconds_per_step
 from mlhf_optax.experiments.trainings import Program
-from mlhf_optax.meta_params_io import write_atomically
 from mlhf_optax.task import Task
 
 
@@ -59,7 +57,7 @@ def run_experiment(
       contenders: what to train it with.
       options: parsed by :func:`mlhf_optax.experiments.experiment_options.experiment_parser`.
       title: of table and figure.
-      script: path of the script, for the record.
+      script: name of the script in ``benchmarks/``, for the record.
       about: more for the record.
 
     Returns:
@@ -87,15 +85,14 @@ def run_experiment(
     length = f"{_count(options.epochs, 'epoch')}, {_count(options.seeds, 'seed')}"
     title = f"{title}: {task.name}, {length}, batch {task.batch_size}"
     _print(results, title)
-    command = shlex.join(["python", script, *sys.argv[1:]])
-    content = report(task, results, command) | {
+    content = report(task, results, command_line(script)) | {
         "num_epochs": options.epochs,
         "num_train": part_size(task.data.train),
         "num_parameters": num_parameters(task),
         "batch_size": task.batch_size,
         **(about or {}),
     }
-    write_atomically(options.output / "results.json", json.dumps(content, indent=1).encode() + b"\n")
+    write_json(options.output / "results.json", content)
     save_epoch_comparison(results, options.output / "figure.png", title)
     return results
 
@@ -159,7 +156,7 @@ def _timed(task: Task, contenders: Sequence[Contender], folder: Path) -> dict[st
     for contender in foreign:
         if contender.names[0] not in seconds:
             seconds[contender.names[0]] = contender.seconds_per_step(task)
-    write_atomically(path, json.dumps({"machine": machine, "seconds": seconds}, indent=1).encode())
+    write_json(path, {"machine": machine, "seconds": seconds})
     return seconds
 
 

@@ -30,19 +30,19 @@ from ablation_report import print_table, save_figure, summarise
 from ablation_solvers import CONFIGURATIONS, DAMPING_ALONE, Configuration, compare_solvers, configured
 
 from mlhf_optax import layer_types, meta_training
-from mlhf_optax.datasets import num_examples
-from mlhf_optax.experiments.experiment_options import (
+from mlhf_optax.comparison.experiment_options import (
     add_network_options,
     join_examples,
     narrow,
     network_options,
 )
-from mlhf_optax.experiments.meta_train_command import draw_batches
-from mlhf_optax.experiments.meta_train_start import SETTINGS, learned_options
-from mlhf_optax.experiments.reporting import command_line, report, write_json
-from mlhf_optax.image_tasks import cifar10_convnet
+from mlhf_optax.comparison.meta_train_command import draw_batches
+from mlhf_optax.comparison.meta_train_start import SETTINGS, learned_options
+from mlhf_optax.comparison.reporting import command_line, report, write_json
 from mlhf_optax.meta_params import MetaParams, init_meta_params
-from mlhf_optax.task import Task
+from mlhf_optax.tasks.datasets import num_examples
+from mlhf_optax.tasks.image_tasks import cifar10_convnet
+from mlhf_optax.tasks.task import Task
 
 UNROLL = 10
 

@@ -9,12 +9,12 @@ import numpy as np
 import optax
 
 from mlhf_optax import layer_types, meta_training
+from mlhf_optax.comparison.meta_train_command import draw_batches
 from mlhf_optax.curvature import ggn_matvec
-from mlhf_optax.experiments.meta_train_command import draw_batches
 from mlhf_optax.meta_params import MetaParams, Settings
 from mlhf_optax.meta_training.losses import preconditioner_loss
 from mlhf_optax.mlhf_step import mlhf_step, solve, start_vector
-from mlhf_optax.task import Task
+from mlhf_optax.tasks.task import Task
 
 
 class Configuration(NamedTuple):

@@ -13,17 +13,17 @@ What is finished is kept: ``--resume`` goes on after a stop. ``--quick`` takes m
 import sys
 from collections.abc import Sequence
 
-from mlhf_optax.experiments.comparison import grid_contenders
-from mlhf_optax.experiments.experiment import run_experiment
-from mlhf_optax.experiments.experiment_options import (
+from mlhf_optax.comparison.comparison import grid_contenders
+from mlhf_optax.comparison.experiment import run_experiment
+from mlhf_optax.comparison.experiment_options import (
     add_network_options,
     apply_quick,
     experiment_parser,
     limit_data,
     network_options,
 )
-from mlhf_optax.experiments.mlhf_contenders import mlhf_contenders
-from mlhf_optax.image_tasks import cifar10_convnet
+from mlhf_optax.comparison.mlhf_contenders import mlhf_contenders
+from mlhf_optax.tasks.image_tasks import cifar10_convnet
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -31,12 +31,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mlhf_optax.comparison.benchmarking import interleaved, timing_parser
+from mlhf_optax.comparison.reporting import command_line, report, write_json
 from mlhf_optax.convolution import convolve
 from mlhf_optax.curvature import PredictFn, ggn_matvec
-from mlhf_optax.experiments.benchmarking import interleaved, timing_parser
-from mlhf_optax.experiments.reporting import command_line, report, write_json
 from mlhf_optax.losses import SquaredError
-from mlhf_optax.models import max_pool
+from mlhf_optax.tasks.models import max_pool
 
 TARGET = 1.2
 LOOPS = ("fori_loop", "scan")

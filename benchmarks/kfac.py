@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlhf_optax.experiments.experiment import ForeignContender
-from mlhf_optax.experiments.feeds import draw
-from mlhf_optax.experiments.inner_training import TrainingState, augmentation_key
-from mlhf_optax.experiments.trainings import Program, Trainings
-from mlhf_optax.task import Task
+from mlhf_optax.comparison.experiment import ForeignContender
+from mlhf_optax.comparison.feeds import draw
+from mlhf_optax.comparison.inner_training import TrainingState, augmentation_key
+from mlhf_optax.comparison.trainings import Program, Trainings
+from mlhf_optax.tasks.task import Task
 
 LEARNING_RATES = DAMPINGS = (1.0, 0.1, 0.01, 0.001)
 DECAYS = (0.9, 0.99, 0.999)

@@ -20,14 +20,14 @@ import numpy as np
 import optax
 from rich.progress import track
 
-from mlhf_optax.datasets import take
-from mlhf_optax.experiments.experiment_options import add_network_options, limit_data, network_options
-from mlhf_optax.experiments.mlhf_contenders import find_meta_params
-from mlhf_optax.experiments.reporting import command_line, report, write_json
-from mlhf_optax.experiments.trainings import Program, Trainings
-from mlhf_optax.image_tasks import cifar10_convnet
+from mlhf_optax.comparison.experiment_options import add_network_options, limit_data, network_options
+from mlhf_optax.comparison.mlhf_contenders import find_meta_params
+from mlhf_optax.comparison.reporting import command_line, report, write_json
+from mlhf_optax.comparison.trainings import Program, Trainings
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
-from mlhf_optax.task import Task
+from mlhf_optax.tasks.datasets import take
+from mlhf_optax.tasks.image_tasks import cifar10_convnet
+from mlhf_optax.tasks.task import Task
 
 SAMPLE = 2048  # training examples on which the loss is recorded
 STATISTICS = tuple(

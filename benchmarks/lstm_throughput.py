@@ -32,11 +32,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mlhf_optax.comparison.benchmarking import Timing, interleaved, timing_parser
+from mlhf_optax.comparison.machine import free_memory, needed_memory
+from mlhf_optax.comparison.reporting import command_line, report, write_json
 from mlhf_optax.controls import Inputs, control_unit, damping_values, preconditioner_values, run_network
 from mlhf_optax.coordinate_lstm import LayerCarry, init_carry
-from mlhf_optax.experiments.benchmarking import Timing, interleaved, timing_parser
-from mlhf_optax.experiments.machine import free_memory, needed_memory
-from mlhf_optax.experiments.reporting import command_line, report, write_json
 from mlhf_optax.meta_params import MetaParams, Settings, init_meta_params
 
 TARGET = 2.0

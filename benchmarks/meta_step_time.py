@@ -37,9 +37,9 @@ from step_contenders import Runner, make_problem, training_step
 from step_time import judged, names_of, print_targets
 
 from mlhf_optax import init_meta_params
-from mlhf_optax.experiments.benchmarking import interleaved, timing_parser
-from mlhf_optax.experiments.figures import require_matplotlib
-from mlhf_optax.experiments.reporting import command_line, report, write_json
+from mlhf_optax.comparison.benchmarking import interleaved, timing_parser
+from mlhf_optax.comparison.figures import require_matplotlib
+from mlhf_optax.comparison.reporting import command_line, report, write_json
 from mlhf_optax.meta_training import MetaTrainingConfig, make_meta_step, mlhf_optimizer
 
 BATCH_SIZES = {"digits-mlp": 128, "cuda-convnet": 64}

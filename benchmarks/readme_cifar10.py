@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from readme_markdown import epoch_results, load, origin, ratio, table
 
-from mlhf_optax.experiments.epoch_results import EpochResult
-from mlhf_optax.experiments.results import best_of
-from mlhf_optax.experiments.tables import format_loss
+from mlhf_optax.comparison.epoch_results import EpochResult
+from mlhf_optax.comparison.results import best_of
+from mlhf_optax.comparison.tables import format_loss
 
 
 def first_order_section(results: Path) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlhf_optax.experiments.epoch_results import EpochResult
+from mlhf_optax.comparison.epoch_results import EpochResult
 
 
 def load(results: Path, name: str) -> dict[str, Any] | None:

@@ -20,8 +20,8 @@ from readme_markdown import origin, ratio, table
 from readme_paper import ablation_section, second_order_section
 from readme_speed import speed_section
 
-from mlhf_optax.experiments.results import Result, best_of, table_steps
-from mlhf_optax.experiments.tables import format_loss
+from mlhf_optax.comparison.results import Result, best_of, table_steps
+from mlhf_optax.comparison.tables import format_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -31,18 +31,18 @@ import optax
 from kfac import kfac_contender
 
 from mlhf_optax import LevenbergMarquardt, hessian_free
-from mlhf_optax.experiments.comparison import Contender
-from mlhf_optax.experiments.experiment import run_experiment
-from mlhf_optax.experiments.experiment_options import (
+from mlhf_optax.comparison.comparison import Contender
+from mlhf_optax.comparison.experiment import run_experiment
+from mlhf_optax.comparison.experiment_options import (
     add_network_options,
     apply_quick,
     experiment_parser,
     limit_data,
     network_options,
 )
-from mlhf_optax.experiments.mlhf_contenders import mlhf_contenders
-from mlhf_optax.image_tasks import cifar10_convnet
-from mlhf_optax.task import Task
+from mlhf_optax.comparison.mlhf_contenders import mlhf_contenders
+from mlhf_optax.tasks.image_tasks import cifar10_convnet
+from mlhf_optax.tasks.task import Task
 
 LEARNING_RATES = DAMPINGS = (1.0, 0.1, 0.01, 0.001)
 DECAYS = (2 / 3, 0.9, 0.99, 0.999)

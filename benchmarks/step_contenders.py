@@ -13,8 +13,8 @@ from flax import linen as nn
 from mlhf_optax import SoftmaxCrossEntropy, ggn_matvec, hessian_free, init_meta_params, layer_types, mlhf
 from mlhf_optax.controls import Inputs, run_network
 from mlhf_optax.coordinate_lstm import init_carry
-from mlhf_optax.models import MLP, ConvNet
-from mlhf_optax.resnet import mini_resnet
+from mlhf_optax.tasks.models import MLP, ConvNet
+from mlhf_optax.tasks.resnet import mini_resnet
 
 NUM_CG_STEPS = 4
 # Network, shape of an image, batch sizes.

@@ -44,9 +44,9 @@ from step_contenders import (
     step_contenders,
 )
 
-from mlhf_optax.experiments.benchmarking import Timing, interleaved, timing_parser
-from mlhf_optax.experiments.figures import require_matplotlib
-from mlhf_optax.experiments.reporting import command_line, report, write_json
+from mlhf_optax.comparison.benchmarking import Timing, interleaved, timing_parser
+from mlhf_optax.comparison.figures import require_matplotlib
+from mlhf_optax.comparison.reporting import command_line, report, write_json
 
 TASKS = tuple(name for name in NETWORKS if name != "tiny-convnet")
 FIRST_CALL_LIMITS = {"digits-mlp": 5.0, "mlp-784-512x3-10": 5.0, "cuda-convnet": 10.0}

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlhf_optax.experiments.comparison import compare, grid_contenders, mlhf_contender
-from mlhf_optax.experiments.reporting import command_line, report, write_json
-from mlhf_optax.experiments.results import best_of
+from mlhf_optax.comparison.comparison import compare, grid_contenders, mlhf_contender
+from mlhf_optax.comparison.reporting import command_line, report, write_json
+from mlhf_optax.comparison.results import best_of
 from mlhf_optax.pretrained import load_pretrained
 from mlhf_optax.tasks import digits_mlp
 

@@ -18,9 +18,6 @@ from mlhf_optax.meta_params import MetaParams as MetaParams
 from mlhf_optax.meta_params import Settings as Settings
 from mlhf_optax.meta_params import extend_meta_params as extend_meta_params
 from mlhf_optax.meta_params import init_meta_params as init_meta_params
-from mlhf_optax.meta_params_io import Pretrained as Pretrained
-from mlhf_optax.meta_params_io import load_meta_params as load_meta_params
-from mlhf_optax.meta_params_io import save_meta_params as save_meta_params
 from mlhf_optax.mlhf import mlhf as mlhf
 from mlhf_optax.mlhf import scale_by_mlhf as scale_by_mlhf
 from mlhf_optax.mlhf_step import MLHFInfo as MLHFInfo
@@ -28,6 +25,9 @@ from mlhf_optax.mlhf_step import ScaleByMLHFState as ScaleByMLHFState
 from mlhf_optax.pcg import pcg as pcg
 from mlhf_optax.pretrained import list_pretrained as list_pretrained
 from mlhf_optax.pretrained import load_pretrained as load_pretrained
+from mlhf_optax.pretrained.files import Pretrained as Pretrained
+from mlhf_optax.pretrained.files import load_meta_params as load_meta_params
+from mlhf_optax.pretrained.files import save_meta_params as save_meta_params
 from mlhf_optax.safeguards import limit_update_ratio as limit_update_ratio
 
 __version__ = "0.1.0"

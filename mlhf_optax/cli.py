@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         remedy = "run `pip install 'mlhf-optax[experiments]'`"
         print(f"mlhf-optax needs {error.name}, which is not installed; {remedy}", file=sys.stderr)
         sys.exit(1)
-    from mlhf_optax.experiments.commands import app
+    from mlhf_optax.comparison.commands import app
 
     app(args=arguments, prog_name="mlhf-optax", obj=shlex.join(["mlhf-optax", *arguments]))
 

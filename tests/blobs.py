@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlhf_optax.datasets import Dataset
-from mlhf_optax.experiments.comparison import grid_contenders
+from mlhf_optax.comparison.comparison import grid_contenders
 from mlhf_optax.losses import SoftmaxCrossEntropy
-from mlhf_optax.task import Task
+from mlhf_optax.tasks.datasets import Dataset
+from mlhf_optax.tasks.task import Task
 
 
 def blobs(num_examples, seed):

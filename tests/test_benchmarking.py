@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mlhf_optax.experiments import benchmarking
-from mlhf_optax.experiments.benchmarking import Timing, interleaved
-from mlhf_optax.experiments.machine import free_memory, needed_memory
-from mlhf_optax.experiments.reporting import command_line, report, write_json
+from mlhf_optax.comparison import benchmarking
+from mlhf_optax.comparison.benchmarking import Timing, interleaved
+from mlhf_optax.comparison.machine import free_memory, needed_memory
+from mlhf_optax.comparison.reporting import command_line, report, write_json
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from prepared import write_cifar10
 
-from mlhf_optax.image_data import array_cache, cifar10, tfds_data
+from mlhf_optax.tasks import array_cache, cifar10, tfds_data
 
 SIZES = {"train": 10, "test": 4}
 

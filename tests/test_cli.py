@@ -11,7 +11,7 @@ import pytest
 
 import mlhf_optax
 from mlhf_optax import cli, init_meta_params, save_meta_params
-from mlhf_optax.experiments import train_command
+from mlhf_optax.comparison import train_command
 from mlhf_optax.tasks import TASKS
 
 RECORD = {
@@ -99,9 +99,9 @@ def test_arguments_of_train_reach_the_plan(monkeypatch, folder):
     def plan(task, options, **others):
         seen.update(others, task=task, options=options)
 
-    monkeypatch.setattr("mlhf_optax.experiments.commands.make_plan", plan)
+    monkeypatch.setattr("mlhf_optax.comparison.commands.make_plan", plan)
     monkeypatch.setattr(
-        "mlhf_optax.experiments.commands.run_plan", lambda plan, **options: seen.update(options) or True
+        "mlhf_optax.comparison.commands.run_plan", lambda plan, **options: seen.update(options) or True
     )
     arguments = (
         "train digits-convnet --seeds 3 --steps 40 --batch-size 64 --learning-rate 0.5 --cg-steps 2 --all"
@@ -124,7 +124,7 @@ def test_arguments_of_train_reach_the_plan(monkeypatch, folder):
 
 @pytest.mark.parametrize(("text", "part"), [("32", 32), ("0.25", 0.25), (None, None)])
 def test_curvature_batch_is_a_number_or_a_share(text, part):
-    from mlhf_optax.experiments.arguments import parse_part
+    from mlhf_optax.comparison.arguments import parse_part
 
     assert parse_part(text) == part
     assert type(parse_part(text)) is type(part)
@@ -190,9 +190,9 @@ def test_ctrl_c_shows_what_was_done_and_writes_nothing(monkeypatch, capsys, fold
 @pytest.fixture
 def driver_calls(monkeypatch):
     calls = []
-    module = types.ModuleType("mlhf_optax.experiments.meta_train_command")
+    module = types.ModuleType("mlhf_optax.comparison.meta_train_command")
     module.run_meta_training = lambda **options: calls.append(options)
-    monkeypatch.setitem(sys.modules, "mlhf_optax.experiments.meta_train_command", module)
+    monkeypatch.setitem(sys.modules, "mlhf_optax.comparison.meta_train_command", module)
     return calls
 
 
@@ -275,9 +275,9 @@ def test_meta_train_says_at_once_what_is_wrong_with_the_task(driver_calls, capsy
 def test_options_of_image_tasks_reach_them(monkeypatch, folder):
     seen = {}
     monkeypatch.setattr(
-        "mlhf_optax.experiments.commands.make_plan", lambda task, options, **others: seen.update(options)
+        "mlhf_optax.comparison.commands.make_plan", lambda task, options, **others: seen.update(options)
     )
-    monkeypatch.setattr("mlhf_optax.experiments.commands.run_plan", lambda plan, **options: True)
+    monkeypatch.setattr("mlhf_optax.comparison.commands.run_plan", lambda plan, **options: True)
     assert run("train", "cifar10-convnet", "--channels", "8, 16", "--hidden", "16", "--data-dir", "here") == 0
     assert seen == {"channels": (8, 16), "hidden": (16,), "data_dir": Path("here")}
     assert run("train", "cifar10-resnet9", "--channels", "4") == 0
@@ -306,7 +306,7 @@ def test_meta_train_refuses_unknown_settings(driver_calls, capsys):
 
 
 def test_list_shows_every_task_and_what_is_shipped(monkeypatch, capsys):
-    monkeypatch.setattr("mlhf_optax.experiments.commands.list_pretrained", lambda: {"shipped": RECORD})
+    monkeypatch.setattr("mlhf_optax.comparison.commands.list_pretrained", lambda: {"shipped": RECORD})
     assert run("list") == 0
     out = capsys.readouterr().out
     assert all(name in out for name in TASKS)

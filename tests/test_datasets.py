@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from mlhf_optax import datasets
+from mlhf_optax.tasks import datasets
 
 PARTS = ("meta_train", "train", "test")
 

@@ -147,7 +147,7 @@ class Moments:
 
     FILES = (
         *(module.__file__ for module in (driver, json_log, checkpoints)),
-        sys.modules["mlhf_optax.meta_params_io"].__file__,
+        sys.modules["mlhf_optax.pretrained.files"].__file__,
     )
 
     def __init__(self, stop_at=None):

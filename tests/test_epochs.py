@@ -11,13 +11,13 @@ import optax
 import pytest
 from blobs import SGD, TASK
 
-from mlhf_optax.experiments import epochs, first_order, training
-from mlhf_optax.experiments.comparison import Contender
-from mlhf_optax.experiments.epoch_results import EpochResult
-from mlhf_optax.experiments.epochs import Plan, default_judge_at, train_epochs
-from mlhf_optax.experiments.trainings import Program, Trainings
-from mlhf_optax.image_data.streaming import Stream
-from mlhf_optax.task import no_augmentation
+from mlhf_optax.comparison import epochs, first_order, training
+from mlhf_optax.comparison.comparison import Contender
+from mlhf_optax.comparison.epoch_results import EpochResult
+from mlhf_optax.comparison.epochs import Plan, default_judge_at, train_epochs
+from mlhf_optax.comparison.trainings import Program, Trainings
+from mlhf_optax.tasks.streaming import Stream
+from mlhf_optax.tasks.task import no_augmentation
 
 SEQUENTIAL = dataclasses.replace(TASK, sequential_on_cpu=True)
 

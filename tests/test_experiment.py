@@ -7,20 +7,20 @@ import jax
 import pytest
 from blobs import SGD, TASK
 
-from mlhf_optax.experiments import experiment
-from mlhf_optax.experiments import mlhf_contenders as contenders
-from mlhf_optax.experiments.comparison import grid_contenders
-from mlhf_optax.experiments.epoch_figures import save_epoch_comparison
-from mlhf_optax.experiments.epoch_results import EpochResult
-from mlhf_optax.experiments.experiment import ForeignContender, run_experiment
-from mlhf_optax.experiments.experiment_options import (
+from mlhf_optax.comparison import experiment
+from mlhf_optax.comparison import mlhf_contenders as contenders
+from mlhf_optax.comparison.comparison import grid_contenders
+from mlhf_optax.comparison.epoch_figures import save_epoch_comparison
+from mlhf_optax.comparison.epoch_results import EpochResult
+from mlhf_optax.comparison.experiment import ForeignContender, run_experiment
+from mlhf_optax.comparison.experiment_options import (
     add_network_options,
     apply_quick,
     experiment_parser,
     network_options,
 )
-from mlhf_optax.experiments.mlhf_contenders import mlhf_contenders
-from mlhf_optax.experiments.trainings import Program
+from mlhf_optax.comparison.mlhf_contenders import mlhf_contenders
+from mlhf_optax.comparison.trainings import Program
 
 
 def parse(folder, *arguments):

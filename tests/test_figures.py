@@ -7,8 +7,8 @@ import sys
 import pytest
 from matplotlib.figure import Figure
 
-from mlhf_optax.experiments.figures import save_comparison
-from mlhf_optax.experiments.results import Result
+from mlhf_optax.comparison.figures import save_comparison
+from mlhf_optax.comparison.results import Result
 
 STEPS = (1, 3, 10, 30, 100)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlhf_optax.image_data.image_augmentation import augment_batch, augment_images, network_input, standardize
+from mlhf_optax.tasks.image_augmentation import augment_batch, augment_images, network_input, standardize
 
 
 def random_images(*shape, seed=0):

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import lax
 
 from mlhf_optax import layer_types
-from mlhf_optax.models import ACTIVATIONS, MLP, ConvNet, DigitsConvNet, max_pool
+from mlhf_optax.tasks.models import ACTIVATIONS, MLP, ConvNet, DigitsConvNet, max_pool
 
 NUMPY_ACTIVATIONS = {
     "relu": lambda x: np.maximum(x, 0),

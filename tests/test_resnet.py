@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from mlhf_optax import layer_types
-from mlhf_optax.resnet import ResNet, batch_statistics, mini_resnet, overlapping_max_pool, resnet18
+from mlhf_optax.tasks.resnet import ResNet, batch_statistics, mini_resnet, overlapping_max_pool, resnet18
 
 SMALL = ResNet(stages=((1, 2), (1, 4)), num_outputs=3)
 

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from mlhf_optax import init_meta_params
-from mlhf_optax.experiments import comparison
-from mlhf_optax.experiments.machine import machine_info, versions
-from mlhf_optax.experiments.results import Result, best_of, leaders, report, table_steps
-from mlhf_optax.experiments.tables import comparison_table, format_loss
+from mlhf_optax.comparison import comparison
+from mlhf_optax.comparison.machine import machine_info, versions
+from mlhf_optax.comparison.results import Result, best_of, leaders, report, table_steps
+from mlhf_optax.comparison.tables import comparison_table, format_loss
 from mlhf_optax.tasks import digits_mlp
 
 STEPS = (1, 10, 30, 100)

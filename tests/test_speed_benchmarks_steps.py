@@ -12,7 +12,7 @@ import step_contenders
 import step_time
 from jax.flatten_util import ravel_pytree
 
-from mlhf_optax.models import MLP
+from mlhf_optax.tasks.models import MLP
 
 OPTIMIZERS = ["sgd", "adam", "hessian-free-20", "mlhf", "mlhf-half", "mlhf-quarter"]
 

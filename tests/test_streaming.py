@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlhf_optax.image_data import imagenet
-from mlhf_optax.image_data.imagenet import Stretch, central_crop, random_crop
-from mlhf_optax.image_data.streaming import Stream
+from mlhf_optax.tasks import imagenet
+from mlhf_optax.tasks.imagenet import Stretch, central_crop, random_crop
+from mlhf_optax.tasks.streaming import Stream
 
 
 class Numbers:

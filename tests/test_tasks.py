@@ -11,15 +11,14 @@ import numpy as np
 import optax
 import pytest
 
-from mlhf_optax import image_tasks, imagenet_tasks, layer_types, tasks
-from mlhf_optax.datasets import Dataset, in_memory
-from mlhf_optax.experiments.inner_training import draw_batch, evaluation_state, mean_loss
-from mlhf_optax.experiments.training import train
-from mlhf_optax.image_data import imagenet
-from mlhf_optax.image_data.streaming import Stream
+from mlhf_optax import layer_types, tasks
+from mlhf_optax.comparison.inner_training import draw_batch, evaluation_state, mean_loss
+from mlhf_optax.comparison.training import train
 from mlhf_optax.layer_types import PAPER_LAYER_TYPES
-from mlhf_optax.resnet import ResNet
-from mlhf_optax.tasks import TASKS, digits_mlp, get_task
+from mlhf_optax.tasks import TASKS, digits_mlp, get_task, image_tasks, imagenet, imagenet_tasks
+from mlhf_optax.tasks.datasets import Dataset, in_memory
+from mlhf_optax.tasks.resnet import ResNet
+from mlhf_optax.tasks.streaming import Stream
 
 
 def noise(count, side, num_classes):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlhf_optax.image_data import array_cache, tiny_imagenet
+from mlhf_optax.tasks import array_cache, tiny_imagenet
 
 WNIDS = ("n01", "n02", "n03")
 
@@ -79,7 +79,7 @@ def test_the_number_of_classes_must_be_that_of_the_task(packed):
 
 def test_a_missing_file_is_explained(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"no Tiny-ImageNet in .*python -m mlhf_optax.image_data.tiny"
+        FileNotFoundError, match=r"no Tiny-ImageNet in .*python -m mlhf_optax.tasks.tiny_imagenet"
     ):
         tiny_imagenet.tiny_imagenet(tmp_path)
     with pytest.raises(FileNotFoundError, match="is not tiny-imagenet-200 unpacked"):

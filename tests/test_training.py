@@ -9,12 +9,12 @@ import optax
 import pytest
 
 from mlhf_optax import init_meta_params
-from mlhf_optax.datasets import Dataset, take
-from mlhf_optax.experiments import comparison, first_order, inner_training, training, trainings
-from mlhf_optax.experiments.inner_training import accuracy, draw_order, init_training, mean_loss
-from mlhf_optax.experiments.timing import seconds_per_step
+from mlhf_optax.comparison import comparison, first_order, inner_training, training, trainings
+from mlhf_optax.comparison.inner_training import accuracy, draw_order, init_training, mean_loss
+from mlhf_optax.comparison.timing import seconds_per_step
 from mlhf_optax.losses import SoftmaxCrossEntropy
 from mlhf_optax.tasks import Task
+from mlhf_optax.tasks.datasets import Dataset, take
 
 
 def blobs(num_examples, seed):

@@ -4,7 +4,7 @@ import os
 from importlib import resources
 from typing import Any
 
-from mlhf_optax.meta_params_io import Pretrained, load_meta_params, read_pair, read_record
+from mlhf_optax.pretrained.files import Pretrained, load_meta_params, read_pair, read_record
 
 
 def load_pretrained(name_or_path: str | os.PathLike) -> Pretrained:

@@ -1,0 +1,100 @@
+"""Training data that do not fit in memory, read by worker processes while the device computes."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from mlhf_optax.tasks.datasets import Examples
+from mlhf_optax.tasks.tfds_data import Source
+
+# transform(example, random numbers) -> what makes up a batch, all of one shape
+Transform = Callable[[Mapping[str, Any], np.random.Generator], Examples]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Examples that are read, decoded and transformed when they are needed, in a shuffled order.
+
+    Order and random numbers follow from seed and position alone: a training that goes on at any step
+    sees what it would have seen without a break, however many workers there are.
+
+    Attributes:
+      source: what gives examples by number; picklable if there are workers.
+      transform: makes an example ready, with random numbers of its own.
+      sample: some of the examples, ready and in memory, where the whole would be too many: for taking
+        the training loss, for statistics and for measurements of time.
+      num_workers: processes that read ahead; 0 for threads of this one.
+      read_ahead: batches that every worker has ready.
+
+    Example:
+      >>> source = [{"x": number} for number in range(5)]
+      >>> stream = Stream(source, lambda example, rng: {"x": np.int32(example["x"])}, sample={})
+      >>> batches = stream.batches(seed=0, batch_size=2)
+      >>> len({int(x) for _ in range(2) for x in next(batches)["x"]})
+      4
+    """
+
+    source: Source
+    transform: Transform
+    sample: Examples
+    num_workers: int = 0
+    read_ahead: int = 4
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.source)
+
+    def batches(self, seed: int, batch_size: int, start: int = 0) -> Iterator[Examples]:
+        """Returns mini-batches without end, by epochs that are shuffled anew.
+
+        What is left over at the end of an epoch, fewer than ``batch_size`` examples, is dropped.
+
+        Args:
+          seed: decides order and random numbers.
+          batch_size: examples a batch B, at most the number of examples.
+          start: batches to leave out at the start; costs nothing.
+
+        Returns:
+          An iterator of dicts of arrays with leading size B.
+
+        Raises:
+          ImportError: if grain is missing.
+          ValueError: if ``batch_size`` is out of range or ``start`` negative.
+
+        Example:
+          See :class:`Stream`.
+        """
+        if not 1 <= batch_size <= len(self) or start < 0:
+            raise ValueError(
+                f"`batch_size` must lie between 1 and the number of examples, {len(self)}, and `start` be at "
+                f"least 0, got {batch_size} and {start}"
+            )
+        grain = _import_grain()
+        dataset = grain.MapDataset.source(self.source).seed(seed).shuffle().random_map(self.transform)
+        dataset = dataset.batch(batch_size, drop_remainder=True).repeat()[start:]
+        threads = 1 if self.num_workers else 16
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self.read_ahead)
+        dataset = dataset.to_iter_dataset(options)
+        if self.num_workers:
+            workers = grain.multiprocessing.MultiprocessingOptions(self.num_workers, self.read_ahead)
+            dataset = dataset.mp_prefetch(workers)
+        return iter(dataset)
+
+
+def _import_grain() -> Any:
+    try:
+        import grain
+        from absl import flags
+    except ImportError as error:
+        raise ImportError(
+            f"data that do not fit in memory are read with grain, but {error.name} is not installed; run "
+            "`pip install 'mlhf-optax[data]'`"
+        ) from error
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain's workers look at flags, which only absl's own programs parse
+    return grain
+
+
+__all__ = ["Stream", "Transform"]

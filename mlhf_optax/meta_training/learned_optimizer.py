@@ -64,10 +64,13 @@ class LearnedOptimizer(NamedTuple):
       meta_gradient: ``meta_gradient(meta_params, task, params, opt_state, batches, key) ->``
         :class:`MetaGradient`; ``batches`` has leaves (T + 1, B, ...), ``opt_state`` comes from
         ``build(meta_params, task).init(params)`` or from the previous unroll.
+      init: ``init(key, task) -> meta_params``, untrained ones; ``task`` says what kinds of parameters
+        there are. None if those who meta-train bring their own.
     """
 
     build: Callable[[Any, Task], optax.GradientTransformationExtraArgs]
     meta_gradient: Callable[..., MetaGradient]
+    init: Callable[[chex.PRNGKey, Task], Any] | None = None
 
 
 class Trajectory(NamedTuple):
@@ -111,6 +114,7 @@ def unrolled_optimizer(
     build: Callable[[Any, Task], optax.GradientTransformationExtraArgs],
     meta_loss: Callable[[Trajectory], jax.Array],
     *,
+    init: Callable[[chex.PRNGKey, Task], Any] | None = None,
     second_derivatives: bool = False,
     remat: bool = False,
 ) -> LearnedOptimizer:
@@ -123,6 +127,7 @@ def unrolled_optimizer(
     Args:
       build: how meta-parameters become an optimizer.
       meta_loss: scalar to minimise, a function of the :class:`Trajectory`.
+      init: ``init(key, task) -> meta_params``, untrained ones.
       second_derivatives: differentiate through the gradients that the optimizer is given.
       remat: recompute each step in the backward pass; memory for T carries instead of T steps.
 
@@ -163,7 +168,7 @@ def unrolled_optimizer(
         (value, (losses, w, state, norm)), gradient = jax.value_and_grad(unroll, has_aux=True)(meta_params)
         return MetaGradient(gradient, {"meta_loss": value}, w, state, losses, norm, value)
 
-    return LearnedOptimizer(build, meta_gradient)
+    return LearnedOptimizer(build, meta_gradient, init)
 
 
 __all__ = [

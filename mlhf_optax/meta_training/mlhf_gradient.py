@@ -25,7 +25,7 @@ from mlhf_optax.controls import Inputs, run_network
 from mlhf_optax.coordinate_lstm import LayerCarry
 from mlhf_optax.curvature import CurvatureBatch
 from mlhf_optax.layer_types import LayerTypesFn, layer_types
-from mlhf_optax.meta_params import MetaParams
+from mlhf_optax.meta_params import MetaParams, init_meta_params
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, MetaGradient, task_loss
 from mlhf_optax.meta_training.losses import StepLoss
 from mlhf_optax.meta_training.mlhf_unroll import Inner, Options, Record, inner_step
@@ -73,7 +73,7 @@ def mlhf_optimizer(
     Example:
       >>> learned = mlhf_optimizer(learning_rate=1.0, step_loss="difference")
       >>> sorted(learned._fields)
-      ['build', 'meta_gradient']
+      ['build', 'init', 'meta_gradient']
     """
     options = Options(
         learning_rate,
@@ -103,7 +103,11 @@ def mlhf_optimizer(
             unroll=unroll,
         )
 
-    return LearnedOptimizer(build, functools.partial(mlhf_meta_gradient, options))
+    def init(key, task) -> MetaParams:
+        shapes = jax.eval_shape(task.init_fn, jax.random.key(0))
+        return init_meta_params(key, layer_types=sorted(set(jax.tree.leaves(layer_types_fn(shapes)))))
+
+    return LearnedOptimizer(build, functools.partial(mlhf_meta_gradient, options), init)
 
 
 def mlhf_meta_gradient(

@@ -1,0 +1,28 @@
+"""Learned optimizers by name. Each is one file and one line here; everything else reads this registry."""
+
+from mlhf_optax.learned.adam_rates import ADAM_RATES
+from mlhf_optax.learned.mlhf import MLHF
+from mlhf_optax.learned.registry import LearnedFamily as LearnedFamily
+
+LEARNED: dict[str, LearnedFamily] = {family.name: family for family in (MLHF, ADAM_RATES)}
+
+
+def get_learned(name: str) -> LearnedFamily:
+    """Returns a learned optimizer by name.
+
+    Args:
+      name: a key of :data:`LEARNED`.
+
+    Returns:
+      Its record.
+
+    Raises:
+      ValueError: if there is none of that name; it lists those there are.
+
+    Example:
+      >>> get_learned("mlhf").label
+      'MLHF'
+    """
+    if name not in LEARNED:
+        raise ValueError(f"there is no learned optimizer {name!r}; there are {', '.join(LEARNED)}")
+    return LEARNED[name]

@@ -75,6 +75,13 @@ def ggn_matvec(predict_fn: PredictFn, loss_fn: LossFn, params: chex.ArrayTree, b
       >>> matvec(jnp.array([1.0, 0.0]))
       Array([1., 2.], dtype=float32)
     """
+    return loss_and_ggn(predict_fn, loss_fn, params, batch)[1]
+
+
+def loss_and_ggn(
+    predict_fn: PredictFn, loss_fn: LossFn, params: chex.ArrayTree, batch: Batch
+) -> tuple[jax.Array, Matvec]:
+    """Returns the loss at ``params``, which the linearization has the outputs for, and :func:`ggn_matvec`."""
     if not jax.tree.leaves(params):
         raise ValueError("`params` has no arrays, so there is no curvature to take; pass parameters")
     outputs, push_forward = jax.linearize(lambda p: predict_fn(p, batch), params)
@@ -86,7 +93,7 @@ def ggn_matvec(predict_fn: PredictFn, loss_fn: LossFn, params: chex.ArrayTree, b
         # v -> J v -> H_l J v -> J^T H_l J v
         return pull_back(curvature(push_forward(vector)))[0]
 
-    return matvec
+    return loss_fn(outputs, batch), matvec
 
 
 def curvature_subset(predict_fn: PredictFn, params: chex.ArrayTree, batch: Batch, part: CurvatureBatch):

@@ -10,7 +10,7 @@ Differences from a textbook routine (paper, supplement, Algorithm 1), and why:
 3. All scalars are kept in at least float32, whatever the dtype of the vectors.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mlhf_optax.curvature import Matvec
-
-PreconditionerForm = Literal["divide", "multiply"]
+from mlhf_optax.trees import vdot
 
 
 class Info(NamedTuple):
@@ -50,8 +49,7 @@ def pcg(
     x0: chex.ArrayTree | None = None,
     *,
     num_steps: int,
-    preconditioner: chex.ArrayTree | None = None,
-    preconditioner_form: PreconditionerForm = "divide",
+    preconditioner: Matvec | None = None,
     initial_residual: chex.ArrayTree | None = None,
     tolerance: chex.Numeric = 0.0,
     early_exit: bool = False,
@@ -64,9 +62,8 @@ def pcg(
       b: right-hand side, a pytree of arrays.
       x0: start vector, shaped like ``b``; zeros if None (which saves one product).
       num_steps: number of steps K >= 0, a Python int.
-      preconditioner: positive diagonal P, shaped like ``b``; None is the identity.
-      preconditioner_form: ``"divide"`` solves ``P y = r`` (paper), ``"multiply"`` takes ``y = P r``
-        (the authors' code), so the P of one is the inverse of the P of the other.
+      preconditioner: maps a residual r to ``y = P^-1 r``, linear, symmetric positive definite, on pytrees
+        shaped like ``b``; None is the identity.
       initial_residual: ``b - A x0`` if it is known already, which saves one product.
       tolerance: absolute norm of the residual below which no further step is taken.
       early_exit: leave the loop at convergence instead of idling to the end. Saves time where the
@@ -79,7 +76,7 @@ def pcg(
 
     Raises:
       TypeError: if ``num_steps`` is not an int (traced values have no reverse-mode derivative).
-      ValueError: if ``num_steps`` is negative or ``preconditioner_form`` is unknown.
+      ValueError: if ``num_steps`` is negative.
 
     Example:
       >>> import jax.numpy as jnp
@@ -89,7 +86,7 @@ def pcg(
       (Array([0.0909, 0.6364], dtype=float32), 2)
     """
     check_num_steps(num_steps)
-    invert = _inverse_preconditioner(preconditioner, preconditioner_form)
+    invert = preconditioner or (lambda r: r)
     if x0 is None:
         x0 = jax.tree.map(jnp.zeros_like, b)
         initial_residual = b
@@ -148,27 +145,6 @@ def check_num_steps(num_steps: Any, name: str = "num_steps") -> None:
         raise ValueError(f"`{name}` must be at least 0, got {num_steps}")
 
 
-def _inverse_preconditioner(preconditioner, form: PreconditionerForm) -> Matvec:
-    if form not in ("divide", "multiply"):
-        raise ValueError(f"`preconditioner_form` must be 'divide' or 'multiply', got {form!r}")
-    if preconditioner is None:
-        return lambda r: r
-    if form == "divide":
-        # One division a solve instead of one a step.
-        preconditioner = jax.tree.map(lambda p: 1.0 / p, preconditioner)
-    return lambda r: jax.tree.map(lambda p, leaf: (p * leaf).astype(leaf.dtype), preconditioner, r)
-
-
-def vdot(a: Any, b: Any) -> Any:
-    """Returns the inner product of two trees, a scalar of at least float32."""
-
-    def leaf(x, y):
-        dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
-        return jnp.sum(x.astype(dtype) * y.astype(dtype))
-
-    return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)))
-
-
 def _add_scaled(a: chex.ArrayTree, scale: jax.Array, b: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(lambda x, y: x + (scale * y).astype(x.dtype), a, b)
 
@@ -188,6 +164,3 @@ def _divide_jvp(primals, tangents):
 def _where_divide(condition: jax.Array, numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     safe = jnp.where(condition, denominator, 1.0)
     return jnp.where(condition, _divide(numerator, safe), 0.0)
-
-
-__all__ = ["Info", "PreconditionerForm", "check_num_steps", "pcg", "vdot"]

@@ -14,8 +14,8 @@ from mlhf_optax.comparison.inner_training import MakeOptimizer
 from mlhf_optax.comparison.results import Result
 from mlhf_optax.comparison.timing import seconds_per_step
 from mlhf_optax.comparison.training import default_record_steps, train
+from mlhf_optax.controllers.coordinate_lstm import MetaParams
 from mlhf_optax.curvature import CurvatureBatch
-from mlhf_optax.meta_params import MetaParams
 from mlhf_optax.mlhf import mlhf
 from mlhf_optax.tasks import Task
 
@@ -50,7 +50,7 @@ def mlhf_contender(
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
     max_update_ratio: float | None = 0.25,
-    momentum: float = 0.0,
+    momentum: float | None = None,
     carry_dtype: str = "float32",
     source: str = "",
 ) -> Contender:

@@ -117,7 +117,7 @@ def run_meta_training(
     about |= {"settings": point.name, "start": start, "learning_rate": learning_rate}
     about |= {"validation_steps": list(validation_steps)}
     about |= {"same_batch_weight": same_batch_weight, "curvature_batch_size": curvature_batch_size}
-    about |= dataclasses.asdict(meta_params.settings)
+    about |= {"lstm_settings": meta_params.settings.to_json()}
     examples = jax.tree.map(jnp.asarray, problem.data.meta_train)
     shape = (num_tasks, unroll_length + 1, batch_size)
     schedule = mt.Schedule(iterations, checkpoint_every, validate_every, stop_after=stop_after)

@@ -10,8 +10,8 @@ import numpy as np
 
 from mlhf_optax.comparison.comparison import Contender, mlhf_contender
 from mlhf_optax.comparison.experiment_options import UNTRAINED
+from mlhf_optax.controllers.coordinate_lstm import init_meta_params
 from mlhf_optax.layer_types import layer_types
-from mlhf_optax.meta_params import init_meta_params
 from mlhf_optax.pretrained import load_pretrained
 from mlhf_optax.pretrained.files import Pretrained
 from mlhf_optax.tasks.task import Task

@@ -16,5 +16,6 @@ from mlhf_optax.meta_training.meta_step import MetaState as MetaState
 from mlhf_optax.meta_training.meta_step import make_meta_step as make_meta_step
 from mlhf_optax.meta_training.meta_step import meta_optimizer as meta_optimizer
 from mlhf_optax.meta_training.mlhf_gradient import mlhf_optimizer as mlhf_optimizer
+from mlhf_optax.meta_training.mlhf_unroll import UnrollOptions as UnrollOptions
 from mlhf_optax.meta_training.validation import Validation as Validation
 from mlhf_optax.meta_training.validation import make_validation as make_validation

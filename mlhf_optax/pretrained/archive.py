@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlhf_optax.controllers.coordinate_lstm import MetaParams, init_meta_params
+from mlhf_optax.controllers.lstm_settings import Settings
 from mlhf_optax.layer_types import path_text
-from mlhf_optax.meta_params import MetaParams, Settings, init_meta_params
 
 FORMAT = "mlhf-optax meta-parameters"
 FORMAT_VERSION = 1
@@ -55,7 +56,7 @@ def encode(meta_params: MetaParams) -> tuple[bytes, str]:
     header = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
-        "settings": dataclasses.asdict(meta_params.settings),
+        "settings": meta_params.settings.to_json(),
         "layer_types": list(meta_params.layer_types),
         "units": list(meta_params.units),
     }
@@ -113,9 +114,36 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 def _template(header: Mapping[str, Any]) -> Any:
     """The meta-parameters that a header promises, as shapes only."""
-    settings, names, units = Settings(**header["settings"]), header["layer_types"], header["units"]
+    settings, names, units = from_flat(header["settings"]), header["layer_types"], header["units"]
     init = functools.partial(init_meta_params, settings=settings, layer_types=names, units=units)
     return jax.eval_shape(lambda: init(jax.random.key(0)))
+
+
+def from_flat(f):
+    """Settings of format version 1."""
+    from mlhf_optax.controllers import lstm_settings as ls
+
+    if "features" in f:
+        return Settings.from_json(f)
+    features = (
+        ls.TanhFeatures()
+        if f["input_features"] == "tanh"
+        else ls.LogFeatures(f["log_range"], f["input_features"] == "log-global")
+    )
+    output = {"softplus": ls.Softplus, "exp": ls.Exponential}[f["output_map"]](f["output_scale"])
+    names = ("gradient_power", "parameter_power", "gradient_floor", "parameter_floor")
+    unit = ls.Unit(**{n: f[n] for n in names if n in f})
+    form = {"divide": ls.Divide, "multiply": ls.Multiply, "jacobi": ls.Jacobi}[f["preconditioner_form"]]
+    return Settings(
+        features,
+        output,
+        unit,
+        form(),
+        f["initial_damping"],
+        f["initial_preconditioner"],
+        f["damping_floor"],
+        f["preconditioner_residual"] == "current",
+    )
 
 
 def _array_problem(arrays: Mapping[str, Any], template: Any) -> str | None:

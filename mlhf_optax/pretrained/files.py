@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import optax
 
+from mlhf_optax.controllers.coordinate_lstm import MetaParams
 from mlhf_optax.curvature import LossFn, PredictFn, check_curvature_batch
-from mlhf_optax.meta_params import MetaParams
 from mlhf_optax.mlhf import mlhf
 from mlhf_optax.pretrained.archive import RESTORE, decode, encode
 
@@ -44,7 +44,7 @@ class Pretrained(NamedTuple):
     def recommended(self) -> dict[str, Any]:
         """The arguments of :func:`mlhf_optax.mlhf` that the record recommends."""
         names = ("learning_rate", "num_cg_steps", "max_update_ratio")
-        others = {"curvature_batch_size": None, "momentum": 0.0}
+        others = {"curvature_batch_size": None, "momentum": None}
         return {name: self.record[name] for name in names} | {
             name: self.record.get(name, usual) for name, usual in others.items()
         }
@@ -194,7 +194,7 @@ def _record_problem(record: Mapping[str, Any]) -> str | None:
             return f"'{key}' must be a positive number, got {value!r}"
     if not isinstance(record["num_cg_steps"], int):
         return f"'num_cg_steps' must be an int, got {record['num_cg_steps']!r}"
-    momentum = record.get("momentum", 0.0)
+    momentum = record.get("momentum") or 0.0
     if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 <= momentum < 1:
         return f"'momentum' must be a number in [0, 1), got {momentum!r}"
     try:

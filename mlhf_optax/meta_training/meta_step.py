@@ -56,7 +56,7 @@ InitFn = Callable[[chex.PRNGKey, Any], MetaState]
 MetaStepFn = Callable[[MetaState, Any], tuple[MetaState, Metrics]]
 
 
-def meta_optimizer(config: MetaTrainingConfig) -> optax.GradientTransformation:
+def meta_optimizer(config: MetaTrainingConfig | Any) -> optax.GradientTransformation:
     """Returns the Adam that trains the meta-parameters, with the config's clipping, L2 and rate.
 
     Example:

@@ -41,7 +41,7 @@ class StepInfo(NamedTuple):
       smoothed_loss: running mean of ``loss`` (decay 0.9). One that is many times ``best_loss`` is the mark of
         a training that blows up although every number stays finite.
       loss: loss on the batch of the GGN products before the step.
-      descent: <d, g>; positive for a direction of descent.
+      descent: <d, b> for the right-hand side b, which is g for most; positive for a direction of descent.
       cg_steps: number of CG steps that changed the direction.
       cg_residual_norm: norm of ``g - A d`` after them.
       damping_min, damping_mean, damping_max: statistics of the damping over all coordinates.
@@ -109,6 +109,7 @@ class Solution(NamedTuple):
       num_steps: CG steps that changed the direction.
       residual_norm: norm of r.
       operators: damping and preconditioner.
+      right_hand_side: what the system was solved for, usually g.
     """
 
     direction: chex.ArrayTree
@@ -116,6 +117,7 @@ class Solution(NamedTuple):
     num_steps: jax.Array
     residual_norm: jax.Array
     operators: Operators
+    right_hand_side: chex.ArrayTree
 
 
 class Step(NamedTuple):
@@ -238,7 +240,7 @@ def damped_step(
     """
     control = controller.control(view, state.controller)
     solution, extra = around_solve(lambda signal: _solve(controller, solver, view, signal), control.signal)
-    descent = jnp.asarray(trees.vdot(solution.direction, view.gradient), jnp.float32)
+    descent = jnp.asarray(trees.vdot(solution.direction, solution.right_hand_side), jnp.float32)
     is_optimum = ~trees.is_any_nonzero(view.gradient)
     # A gradient may be finite and overflow in a product: then nothing was solved, and the norm shows it.
     numbers = (descent, solution.residual_norm, solution.direction, solution.residual)
@@ -249,6 +251,8 @@ def damped_step(
     observed = controller.observe(view, outcome, kept)
     is_taken = observed.is_accepted
     direction = trees.zero_unless(is_taken & ~is_optimum, solution.direction)
+    scale = solution.operators.step_scale
+    handed_on = direction if scale is None else jax.tree.map(lambda d: (scale * d).astype(d.dtype), direction)
     new_state = state._replace(
         count=jnp.where(is_taken, jnp.asarray(optax.safe_increment(state.count)), state.count),
         restart=is_finite & ~is_sound,
@@ -260,23 +264,27 @@ def damped_step(
             direction=trees.select(is_taken, direction, state.direction),
             residual=trees.select(is_taken, solution.residual, state.residual),
         )
-    return Step(direction, new_state, is_taken, control.seen, extra)
+    return Step(handed_on, new_state, is_taken, control.seen, extra)
 
 
 def _solve(controller: Controller, solver: Solver, view: View, signal: Any) -> Solution:
     """Solves ``(G + S) d = g`` by PCG, with S and P from the controller's signal."""
     operators = controller.operators(view, signal)
+    b = view.gradient if operators.right_hand_side is None else operators.right_hand_side
+    start = view.direction if operators.start is None else operators.start
+    is_inverted = operators.is_damping_inverted
     direction, residual, info = pcg(
-        damped(view.ggn, operators.damping),
-        view.gradient,
-        view.direction if controller.is_warm_started else None,
+        view.ggn if is_inverted else damped(view.ggn, operators.damping),
+        b,
+        start if controller.is_warm_started else None,
+        shift=operators.damping if is_inverted else None,
         num_steps=solver.num_steps,
         preconditioner=operators.preconditioner,
         tolerance=solver.tolerance,
         early_exit=solver.early_exit,
         unroll=solver.unroll,
     )
-    return Solution(direction, residual, info.steps, info.residual_norm, operators)
+    return Solution(direction, residual, info.steps, info.residual_norm, operators, b)
 
 
 def damped(ggn: Matvec, damping: Matvec) -> Matvec:

@@ -39,6 +39,7 @@ class _Loop(NamedTuple):
     x: Any
     r: Any
     p: Any
+    shifted: Any  # S p
     rho: jax.Array
     steps: jax.Array
 
@@ -50,6 +51,7 @@ def pcg(
     *,
     num_steps: int,
     preconditioner: Matvec | None = None,
+    shift: Matvec | None = None,
     initial_residual: chex.ArrayTree | None = None,
     tolerance: chex.Numeric = 0.0,
     early_exit: bool = False,
@@ -64,6 +66,8 @@ def pcg(
       num_steps: number of steps K >= 0, a Python int.
       preconditioner: maps a residual r to ``y = P^-1 r``, linear, symmetric positive definite, on pytrees
         shaped like ``b``; None is the identity.
+      shift: S, the inverse of ``preconditioner``, if the matrix of the system is ``A + S``. As p is made of
+        ``y = S^-1 r``, ``S p`` is known from r, and no step needs a product with S.
       initial_residual: ``b - A x0`` if it is known already, which saves one product.
       tolerance: absolute norm of the residual below which no further step is taken.
       early_exit: leave the loop at convergence instead of idling to the end. Saves time where the
@@ -91,7 +95,8 @@ def pcg(
         x0 = jax.tree.map(jnp.zeros_like, b)
         initial_residual = b
     elif initial_residual is None:
-        initial_residual = jax.tree.map(jnp.subtract, b, matvec(x0))
+        a_x0 = matvec(x0) if shift is None else jax.tree.map(jnp.add, matvec(x0), shift(x0))
+        initial_residual = jax.tree.map(jnp.subtract, b, a_x0)
     r0: Any = initial_residual
     y0 = invert(r0)
     rho0 = vdot(r0, y0)
@@ -110,6 +115,8 @@ def pcg(
     def step(state: _Loop) -> _Loop:
         active = is_active(state)
         a_p = matvec(state.p)
+        if shift is not None:
+            a_p = jax.tree.map(jnp.add, a_p, state.shifted)
         curvature = vdot(state.p, a_p)
         active &= curvature > limits.tiny
         alpha = _where_divide(active, state.rho, curvature)
@@ -118,12 +125,13 @@ def pcg(
         y = invert(r)
         rho = vdot(r, y)
         beta = _where_divide(active, rho, state.rho)
-        p = _add_scaled(y, beta, state.p)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(active, n, o), new, old)
+        p = _add_scaled(y, beta, state.p)
+        shifted = () if shift is None else keep(_add_scaled(r, beta, state.shifted), state.shifted)
         # alpha is 0 for an inactive step, so x and r are unchanged already.
-        return _Loop(x, r, keep(p, state.p), keep(rho, state.rho), state.steps + active)
+        return _Loop(x, r, keep(p, state.p), shifted, keep(rho, state.rho), state.steps + active)
 
-    state = _Loop(x0, r0, y0, rho0, jnp.zeros((), jnp.int32))
+    state = _Loop(x0, r0, y0, () if shift is None else r0, rho0, jnp.zeros((), jnp.int32))
     if early_exit:
         indexed = (jnp.zeros((), jnp.int32), state)
         go_on = lambda c: (c[0] < num_steps) & is_active(c[1])

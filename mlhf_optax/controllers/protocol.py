@@ -5,7 +5,7 @@ differ in their controller.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
@@ -87,6 +87,19 @@ class Quotient(NamedTuple):
         return jax.tree.map(lambda p, v: ((1.0 / p) * v).astype(v.dtype), self.values, vector)
 
 
+class Operator(Protocol):
+    """A linear map of trees like the parameters, with numbers that tell how large it is."""
+
+    @property
+    def values(self) -> chex.ArrayTree:
+        """A tree like the parameters, a scalar per tensor or a number per coordinate, for the info."""
+        ...
+
+    def __call__(self, vector: chex.ArrayTree, /) -> chex.ArrayTree:
+        """Returns the product."""
+        ...
+
+
 class Operators(NamedTuple):
     """The operators of one solve.
 
@@ -94,10 +107,18 @@ class Operators(NamedTuple):
       damping: S, positive semidefinite; ``values`` are shown in the info.
       preconditioner: approximates ``A^-1``, positive definite; None is the identity. Its ``values`` are
         shown, too.
+      right_hand_side: what the system is solved for, such as a running mean of gradients; None is g.
+      start: where CG starts; None is the previous direction.
+      step_scale: factor on the direction that is handed on, a scalar; None is 1.
+      is_damping_inverted: the preconditioner is ``S^-1``; the solve then needs no product with S per step.
     """
 
-    damping: Scale
-    preconditioner: Scale | Quotient | None = None
+    damping: Operator
+    preconditioner: Operator | None = None
+    right_hand_side: chex.ArrayTree | None = None
+    start: chex.ArrayTree | None = None
+    step_scale: jax.Array | None = None
+    is_damping_inverted: bool = False
 
 
 class Outcome(NamedTuple):
@@ -105,7 +126,7 @@ class Outcome(NamedTuple):
 
     Attributes:
       direction: d.
-      residual: ``r = g - (G + S) d``.
+      residual: ``r = b - (G + S) d`` for the right-hand side b, usually g.
       is_sound: whether all is finite and d is a direction of descent, shape ().
     """
 

@@ -38,8 +38,9 @@ def gauss_newton(
       predict_fn: ``predict_fn(params, batch) -> outputs``, any pytree of arrays.
       loss_fn: ``loss_fn(outputs, batch) -> scalar``, convex in the outputs.
       damping: the constant x, > 0. From 1 to 3 suits the first hundred steps, 3 to 10 later ones.
-      metric: M (:func:`mlhf_optax.controllers.constant`): ``"identity"``, without state, or ``"diagonal"``,
-        the root of the running mean of squared gradients, one number per parameter.
+      metric: M (:mod:`mlhf_optax.controllers.metrics`): ``"identity"``, without state; ``"diagonal"``, the
+        root of the running mean of squared gradients, one float per parameter; or ``"kronecker"``, factors
+        of every matrix as in Shampoo.
       num_cg_steps: CG steps K; the step costs K + 1 GGN products.
       curvature_batch_size: take GGN products on part of the batch
         (:func:`mlhf_optax.curvature.curvature_subset`).

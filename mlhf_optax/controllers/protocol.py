@@ -87,6 +87,22 @@ class Quotient(NamedTuple):
         return jax.tree.map(lambda p, v: ((1.0 / p) * v).astype(v.dtype), self.values, vector)
 
 
+class Product(NamedTuple):
+    """An operator that is given as a function.
+
+    Attributes:
+      values: tree like the parameters that shows how large the operator is.
+      times: the product with a vector.
+    """
+
+    values: chex.ArrayTree
+    times: Matvec
+
+    def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
+        """Returns the product."""
+        return self.times(vector)
+
+
 class Operator(Protocol):
     """A linear map of trees like the parameters, with numbers that tell how large it is."""
 

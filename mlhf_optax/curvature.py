@@ -25,6 +25,7 @@ PredictFn = Callable[[chex.ArrayTree, Batch], Outputs]  # predict_fn(params, bat
 LossFn = Callable[[Outputs, Batch], jax.Array]  # loss_fn(outputs, batch) -> scalar
 Matvec = Callable[[chex.ArrayTree], chex.ArrayTree]
 CurvatureBatch = int | float | Callable[[Batch], Batch] | None
+PerExample = Sequence[Hashable] | None
 
 
 def output_curvature(loss_fn: LossFn, outputs: Outputs, batch: Batch) -> Matvec:
@@ -117,7 +118,7 @@ def curvature_subset(
     params: chex.ArrayTree,
     batch: Batch,
     part: CurvatureBatch,
-    per_example: Sequence[Hashable] | None = None,
+    per_example: PerExample = None,
     *,
     loss_fn: LossFn | None = None,
 ) -> Batch:

@@ -189,7 +189,8 @@ def look(
     predict_fn, loss_fn = model
     # A step with numbers that are not finite is skipped. It is still computed, on zeros: derivatives through
     # a step would otherwise be NaN although nothing of it was used.
-    is_valid = trees.is_finite(gradient)
+    # A gradient whose square overflows is as bad: no inner product of the solve would be finite.
+    is_valid = trees.is_finite([trees.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradient)])
     gradient, batch = trees.zero_unless(is_valid, gradient), _shielded(is_valid, batch)
     part = curvature_subset(predict_fn, params, batch, curvature_batch_size, per_example, loss_fn=loss_fn)
     loss, ggn = loss_and_ggn(predict_fn, loss_fn, params, part)
@@ -258,7 +259,7 @@ def damped_step(
     handed_on = direction if scale is None else jax.tree.map(lambda d: (scale * d).astype(d.dtype), direction)
     new_state = state._replace(
         count=jnp.where(is_taken, jnp.asarray(optax.safe_increment(state.count)), state.count),
-        restart=is_finite & ~is_sound,
+        restart=jnp.where(is_finite, ~is_sound, state.restart),
         controller=observed.state,
         info=_info(state.info, view, solution, descent, is_taken, observed.reduction_ratio),
     )

@@ -26,7 +26,7 @@ class View(NamedTuple):
       loss: loss on the batch of the GGN products at w, a scalar of at least float32.
       loss_at: ``loss_at(params)``, the loss on the whole batch.
       initial_rms: root mean square of the parameters when the optimizer was initialised, a scalar.
-      is_valid: whether the gradient is finite, shape (); a step that is not valid is skipped.
+      is_valid: whether the gradient and its square are finite, shape (); a step that is not valid is skipped.
     """
 
     params: chex.ArrayTree

@@ -211,3 +211,19 @@ def test_it_is_a_damped_gauss_newton_step_in_the_metric(metric):
 def test_wrong_numbers_and_names_are_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_many_decompositions_in_a_loop_of_trainings_side_by_side_end():
+    """On a CPU with one thread they waited for each other for ever; CI runs with one thread."""
+    metric, params = kronecker(refresh_every=2), {name: jnp.ones((24, 20)) for name in "abc"}
+
+    def run(key):
+        def step(state, k):
+            keys = dict(zip("abc", jax.random.split(k, 3), strict=True))
+            g = {name: jax.random.normal(own, (24, 20)) for name, own in keys.items()}
+            state = metric.update(g, state)
+            return state, jnp.sum(metric.times(state, g, inverse=True)["a"])
+
+        return jax.lax.scan(step, metric.init(params), jax.random.split(key, 5))[1]
+
+    assert np.isfinite(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 4))).all()

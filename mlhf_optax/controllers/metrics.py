@@ -248,18 +248,27 @@ class _KroneckerRule:
         return side(entry[0], matrix), side(entry[1], matrix.T)
 
     def _refreshed(self, matrices: list) -> list:
-        return [tuple(map(self._with_powers, sides)) for sides in matrices]
+        fresh, done = [], jnp.zeros(())
+        for sides in matrices:
+            left, done = self._with_powers(sides[0], done)
+            right, done = self._with_powers(sides[1], done)
+            fresh.append((left, right))
+        return fresh
 
-    def _with_powers(self, side: Side) -> Side:
-        mean = jnp.mean(jnp.trace(side.factor, axis1=1, axis2=2)) / side.factor.shape[1]
-        eigenvalues, vectors = jnp.linalg.eigh(side.factor / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
+    def _with_powers(self, side: Side, before: jax.Array) -> tuple[Side, jax.Array]:
+        # Each decomposition waits for the one before: on CPUs, several at once in a loop may all wait for
+        # the same thread, and never end.
+        factor = side.factor + 0.0 * before
+        mean = jnp.mean(jnp.trace(factor, axis1=1, axis2=2)) / factor.shape[1]
+        eigenvalues, vectors = jnp.linalg.eigh(factor / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
         values = (jnp.maximum(eigenvalues, 0.0) + self.floor) ** self.power
         values = values / jnp.mean(values)
         product = lambda scale: jnp.einsum("bij,bj,bkj->bik", vectors, scale, vectors)
         fresh = product(values), product(1.0 / values)
         # A decomposition that did not converge, or a gradient of zeros, keeps what was there.
         is_sound = (mean > 0) & trees.is_finite(fresh)
-        return Side(side.factor, *trees.select(is_sound, fresh, (side.power, side.inverse)))
+        power, inverse = trees.select(is_sound, fresh, (side.power, side.inverse))
+        return Side(side.factor, power, inverse), jnp.ravel(power)[0]
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer as Learn
 from mlhf_optax.meta_training.learned_optimizer import MetaGradient as MetaGradient
 from mlhf_optax.meta_training.learned_optimizer import Task as Task
 from mlhf_optax.meta_training.learned_optimizer import Trajectory as Trajectory
+from mlhf_optax.meta_training.learned_optimizer import runs_in_sequence as runs_in_sequence
 from mlhf_optax.meta_training.learned_optimizer import unrolled_optimizer as unrolled_optimizer
 from mlhf_optax.meta_training.meta_step import MetaState as MetaState
 from mlhf_optax.meta_training.meta_step import make_meta_step as make_meta_step

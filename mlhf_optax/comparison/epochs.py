@@ -21,8 +21,7 @@ from mlhf_optax.comparison.epoch_results import EpochResult
 from mlhf_optax.comparison.reporting import write_json
 from mlhf_optax.comparison.trainings import Program, Trainings
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
-from mlhf_optax.tasks.datasets import part_size
-from mlhf_optax.tasks.task import Task
+from mlhf_optax.tasks import Task, part_size
 
 _WAIT_EVERY = 10  # steps
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlhf_optax.comparison.inner_training import draw_order
-from mlhf_optax.tasks.datasets import Examples, ExampleStream, take
-from mlhf_optax.tasks.task import Task
+from mlhf_optax.tasks import Examples, ExampleStream, Task, take
 
 
 class MemoryFeed:
@@ -57,7 +56,7 @@ class StreamFeed:
       ValueError: if the batch is larger than the stream.
 
     Example:
-      >>> from mlhf_optax.tasks.streaming import Stream
+      >>> from mlhf_optax.tasks import Stream
       >>> numbers = [{"x": number} for number in range(5)]
       >>> stream = Stream(numbers, lambda example, rng: {"x": np.int32(example["x"])}, sample={})
       >>> StreamFeed(stream, seeds=[0, 1], batch_size=4)(0)["x"].shape

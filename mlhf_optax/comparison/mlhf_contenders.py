@@ -14,7 +14,7 @@ from mlhf_optax.controllers.coordinate_lstm import init_meta_params
 from mlhf_optax.layer_types import layer_types
 from mlhf_optax.pretrained import load_pretrained
 from mlhf_optax.pretrained.files import Pretrained
-from mlhf_optax.tasks.task import Task
+from mlhf_optax.tasks import Task
 
 _UNTRAINED_RECORD = {"learning_rate": 1.0, "num_cg_steps": 4, "max_update_ratio": 0.25, "batch_size": 128}
 

@@ -16,8 +16,7 @@ from mlhf_optax.comparison.inner_training import (
     init_training,
     training_step,
 )
-from mlhf_optax.tasks import Task
-from mlhf_optax.tasks.datasets import in_memory
+from mlhf_optax.tasks import Task, in_memory
 
 
 def seconds_per_step(

@@ -22,8 +22,8 @@ from mlhf_optax.comparison.inner_training import (
     mean_loss,
     training_step,
 )
-from mlhf_optax.tasks import Task
-from mlhf_optax.tasks.datasets import Examples, in_memory, num_examples
+from mlhf_optax.meta_training import runs_in_sequence
+from mlhf_optax.tasks import Examples, Task, in_memory, num_examples
 
 _EVALUATION_CHUNK = 2048  # examples a forward pass, to bound the memory of an evaluation
 
@@ -38,14 +38,14 @@ class _Ready(NamedTuple):
 class Program:
     """The compiled functions of E x S trainings; made once, it serves any settings and seeds.
 
-    Trainings run side by side under ``vmap``, or one after the other where the task says that this is
-    faster (``sequential_on_cpu``). Then they are apart also for the compiler, since XLA on CPUs is slow
-    at the derivatives of convolutions within its loops.
+    Trainings run side by side under ``vmap``, or one after the other where that is faster
+    (:func:`mlhf_optax.meta_training.runs_in_sequence`). Then they are apart also for the compiler, since
+    XLA on CPUs is slow at the derivatives of convolutions within its loops.
 
     Args:
       task: what to train; mini-batches have its ``batch_size``.
       make_optimizer: returns the optimizer for given hyperparameters; its ``update`` gets ``batch=``.
-      sequential: run trainings one after the other; as the task says if None.
+      sequential: run trainings one after the other; where that is faster if None.
 
     Example:
       >>> import optax
@@ -59,8 +59,7 @@ class Program:
 
     def __init__(self, task: Task, make_optimizer: MakeOptimizer, sequential: bool | None = None):
         self.task = task
-        by_task = task.sequential_on_cpu and jax.default_backend() == "cpu"
-        self.is_sequential = by_task if sequential is None else sequential
+        self.is_sequential = runs_in_sequence(task) if sequential is None else sequential
 
         def init(setting, seed, _):
             return init_training(task, make_optimizer, setting[1], jax.random.key(seed["seed"]))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlhf_optax.comparison.machine import machine_info, versions
-from mlhf_optax.pretrained.files import write_atomically
+from mlhf_optax.files import write_atomically
 
 
 def command_line(script: str, arguments: Sequence[str] | None = None) -> str:

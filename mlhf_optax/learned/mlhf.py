@@ -218,9 +218,12 @@ def _structure(meta_params: MetaParams) -> dict[str, Any]:
 def _template(structure: Mapping[str, Any]) -> MetaParams:
     settings = Settings(**structure["settings"])
     names, units = structure["layer_types"], structure["units"]
-    return jax.eval_shape(
-        lambda: init_meta_params(jax.random.key(0), settings, layer_types=names, units=units)
+    # All layer types have networks of the same shapes, so it is enough to trace those of one.
+    one = jax.eval_shape(
+        lambda: init_meta_params(jax.random.key(0), settings, layer_types=names[:1], units=units)
     )
+    networks = lambda weights: dict.fromkeys(names, weights[names[0]])
+    return MetaParams(networks(one.damping), networks(one.preconditioner), settings)
 
 
 MLHF = LearnedFamily(

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import serialization
 
-from mlhf_optax.pretrained.files import write_atomically
+from mlhf_optax.files import write_atomically
 
 _MAGIC = b"mlhf-optax-checkpoint-1\n"
 _NAME = re.compile(r"checkpoint-(\d{8})\.msgpack$")

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mlhf_optax.pretrained.files import write_atomically
+from mlhf_optax.files import write_atomically
 
 
 class JsonLog:

@@ -219,11 +219,11 @@ def _template(structure: Mapping[str, Any]) -> MetaParams:
     settings = Settings(**structure["settings"])
     names, units = structure["layer_types"], structure["units"]
     # All layer types have networks of the same shapes, so it is enough to trace those of one.
-    one = jax.eval_shape(
+    one: MetaParams = jax.eval_shape(
         lambda: init_meta_params(jax.random.key(0), settings, layer_types=names[:1], units=units)
     )
-    networks = lambda weights: dict.fromkeys(names, weights[names[0]])
-    return MetaParams(networks(one.damping), networks(one.preconditioner), settings)
+    damping, preconditioner = one.damping[names[0]], one.preconditioner[names[0]]
+    return MetaParams(dict.fromkeys(names, damping), dict.fromkeys(names, preconditioner), settings)
 
 
 MLHF = LearnedFamily(

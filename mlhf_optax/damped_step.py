@@ -18,12 +18,13 @@ from mlhf_optax.curvature import (
     CurvatureBatch,
     LossFn,
     Matvec,
+    PerExample,
     PredictFn,
     check_curvature_batch,
     curvature_subset,
     loss_and_ggn,
 )
-from mlhf_optax.layer_types import check_whole_tree
+from mlhf_optax.layer_types import check_params, check_whole_tree
 from mlhf_optax.pcg import check_num_steps, pcg
 from mlhf_optax.transforms import require_batch, require_params
 
@@ -168,6 +169,7 @@ def look(
     gradient: chex.ArrayTree,
     batch: Any,
     curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
 ) -> View:
     """Returns what a step sees; linearizes the model.
 
@@ -179,6 +181,7 @@ def look(
       gradient: g.
       batch: the batch.
       curvature_batch_size: part of it for GGN products.
+      per_example: what of the batch has one entry per example.
 
     Returns:
       The view.
@@ -186,9 +189,10 @@ def look(
     predict_fn, loss_fn = model
     # A step with numbers that are not finite is skipped. It is still computed, on zeros: derivatives through
     # a step would otherwise be NaN although nothing of it was used.
-    is_valid = trees.is_finite(gradient)
+    # A gradient whose square overflows is as bad: no inner product of the solve would be finite.
+    is_valid = trees.is_finite([trees.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradient)])
     gradient, batch = trees.zero_unless(is_valid, gradient), _shielded(is_valid, batch)
-    part = curvature_subset(predict_fn, params, batch, curvature_batch_size)
+    part = curvature_subset(predict_fn, params, batch, curvature_batch_size, per_example, loss_fn=loss_fn)
     loss, ggn = loss_and_ggn(predict_fn, loss_fn, params, part)
     zeros = jax.tree.map(jnp.zeros_like, gradient)
     return View(
@@ -255,7 +259,7 @@ def damped_step(
     handed_on = direction if scale is None else jax.tree.map(lambda d: (scale * d).astype(d.dtype), direction)
     new_state = state._replace(
         count=jnp.where(is_taken, jnp.asarray(optax.safe_increment(state.count)), state.count),
-        restart=is_finite & ~is_sound,
+        restart=jnp.where(is_finite, ~is_sound, state.restart),
         controller=observed.state,
         info=_info(state.info, view, solution, descent, is_taken, observed.reduction_ratio),
     )
@@ -335,6 +339,7 @@ def scale_by_damped_step(
     name: str = "scale_by_damped_step",
     solver: Solver = Solver(),
     curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient by the direction of a damped step, in the sign of the gradient.
 
@@ -347,6 +352,8 @@ def scale_by_damped_step(
       solver: how the system is solved.
       curvature_batch_size: take GGN products on part of the batch: a number of examples, a
         fraction or a function of the batch (:func:`mlhf_optax.curvature.curvature_subset`).
+      per_example: with a number or a fraction, the names in the batch below which every array has one
+        entry per example; None if that is so for all of the batch.
 
     Returns:
       A transformation whose ``update(grads, state, params, *, batch)`` needs the batch.
@@ -374,10 +381,10 @@ def scale_by_damped_step(
         raise ValueError("`num_cg_steps` must be at least 1: without a step there is no direction")
     if isinstance(solver.tolerance, int | float) and not solver.tolerance >= 0:
         raise ValueError(f"`tolerance` must be a number >= 0, got {solver.tolerance}")
-    check_curvature_batch(curvature_batch_size)
+    check_curvature_batch(curvature_batch_size, per_example)
 
     def init_fn(params):
-        check_whole_tree(params)
+        check_params(params, name)
         return init_state(controller, params)
 
     def update_fn(updates, state, params: Any = None, *, batch=None, **extra_args):
@@ -386,7 +393,7 @@ def scale_by_damped_step(
         require_batch(batch, name)
         check_whole_tree(params)
         model = (predict_fn, loss_fn)
-        view = look(controller, state, model, params, updates, batch, curvature_batch_size)
+        view = look(controller, state, model, params, updates, batch, curvature_batch_size, per_example)
         step = damped_step(controller, solver, view, state)
         return step.direction, step.state
 

@@ -6,7 +6,7 @@ import optax
 
 from mlhf_optax.controllers.constant import constant
 from mlhf_optax.controllers.metrics import Metric
-from mlhf_optax.curvature import CurvatureBatch, LossFn, PredictFn
+from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn
 from mlhf_optax.damped_step import Solver, scale_by_damped_step
 from mlhf_optax.transforms import after_solve
 
@@ -20,6 +20,7 @@ def gauss_newton(
     metric: str | Metric = "identity",
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
     max_update_ratio: float | None = 0.25,
     momentum: float | None = None,
     weight_decay: float = 0.0,
@@ -38,11 +39,14 @@ def gauss_newton(
       predict_fn: ``predict_fn(params, batch) -> outputs``, any pytree of arrays.
       loss_fn: ``loss_fn(outputs, batch) -> scalar``, convex in the outputs.
       damping: the constant x, > 0. From 1 to 3 suits the first hundred steps, 3 to 10 later ones.
-      metric: M (:func:`mlhf_optax.controllers.constant`): ``"identity"``, without state, or ``"diagonal"``,
-        the root of the running mean of squared gradients, one number per parameter.
+      metric: M (:mod:`mlhf_optax.controllers.metrics`): ``"identity"``, without state; ``"diagonal"``, the
+        root of the running mean of squared gradients, one float per parameter; or ``"kronecker"``, factors
+        of every matrix as in Shampoo.
       num_cg_steps: CG steps K; the step costs K + 1 GGN products.
       curvature_batch_size: take GGN products on part of the batch
         (:func:`mlhf_optax.curvature.curvature_subset`).
+      per_example: with a number or a fraction of examples, names in the batch below which every array has
+        one entry per example; None if that is so for all of the batch.
       max_update_ratio: bound on the norm of the update as a share of that of the parameters; None for none.
       momentum: decay of a running average over updates; None for none.
       weight_decay: decoupled weight decay.
@@ -75,6 +79,7 @@ def gauss_newton(
         name="gauss_newton",
         solver=Solver(num_cg_steps, unroll=unroll),
         curvature_batch_size=curvature_batch_size,
+        per_example=per_example,
     )
     after = after_solve(
         learning_rate, max_update_ratio=max_update_ratio, momentum=momentum, weight_decay=weight_decay

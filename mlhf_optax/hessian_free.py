@@ -12,7 +12,7 @@ import optax
 from mlhf_optax.controllers.constant import scheduled
 from mlhf_optax.controllers.levenberg_marquardt import LevenbergMarquardt, levenberg_marquardt
 from mlhf_optax.controllers.protocol import Controller
-from mlhf_optax.curvature import CurvatureBatch, LossFn, PredictFn
+from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn
 from mlhf_optax.damped_step import Solver, scale_by_damped_step
 
 Damping = optax.ScalarOrSchedule | LevenbergMarquardt
@@ -27,6 +27,7 @@ def scale_by_hessian_free(
     num_cg_steps: int = 20,
     tolerance: float | jax.Array = 1e-5,
     curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
     early_exit: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the gradient g by the Hessian-free direction d, in the sign of the gradient.
@@ -49,6 +50,8 @@ def scale_by_hessian_free(
       tolerance: absolute norm of the residual at which CG stops.
       curvature_batch_size: take GGN products on part of the batch: a number of examples, a
         fraction or a function of the batch (:func:`mlhf_optax.curvature.curvature_subset`).
+      per_example: with a number or a fraction, names in the batch below which every array has one entry per
+        example, such as ``("image", "label")``; None if that is so for all of the batch.
       early_exit: leave the CG loop at the tolerance. Without it the loop is unrolled and idles to
         its end, which can be differentiated in reverse mode, takes longer to compile, and is
         faster for convolutional networks on CPUs (:func:`mlhf_optax.pcg.pcg`).
@@ -84,6 +87,7 @@ def scale_by_hessian_free(
         name="hessian_free",
         solver=Solver(num_cg_steps, tolerance, early_exit),
         curvature_batch_size=curvature_batch_size,
+        per_example=per_example,
     )
 
 
@@ -96,6 +100,7 @@ def hessian_free(
     num_cg_steps: int = 20,
     tolerance: float | jax.Array = 1e-5,
     curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
     early_exit: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Hessian-free optimization: :func:`scale_by_hessian_free` and the learning rate.
@@ -112,6 +117,7 @@ def hessian_free(
       num_cg_steps: largest number of CG steps.
       tolerance: norm of the residual at which CG stops.
       curvature_batch_size: part of the batch for GGN products.
+      per_example: what of the batch has one entry per example.
       early_exit: leave the CG loop at the tolerance.
 
     Returns:
@@ -141,6 +147,7 @@ def hessian_free(
         num_cg_steps=num_cg_steps,
         tolerance=tolerance,
         curvature_batch_size=curvature_batch_size,
+        per_example=per_example,
         early_exit=early_exit,
     )
     return optax.chain(direction, optax.scale_by_learning_rate(learning_rate))

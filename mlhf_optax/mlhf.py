@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from mlhf_optax.controllers.coordinate_lstm import MetaParams, coordinate_lstm
-from mlhf_optax.curvature import CurvatureBatch, LossFn, PredictFn
+from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn
 from mlhf_optax.damped_step import Solver, scale_by_damped_step
 from mlhf_optax.layer_types import LayerTypesFn
 from mlhf_optax.transforms import after_solve
@@ -18,6 +18,7 @@ def scale_by_mlhf(
     *,
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
     layer_types_fn: LayerTypesFn | None = None,
     carry_dtype: Any = "float32",
     unroll: bool | int = True,
@@ -42,6 +43,8 @@ def scale_by_mlhf(
       num_cg_steps: CG steps K; the step costs K + 1 GGN products.
       curvature_batch_size: take GGN products on part of the batch: a number of examples, a
         fraction or a function of the batch (:func:`mlhf_optax.curvature.curvature_subset`).
+      per_example: with a number or a fraction, names in the batch below which every array has one entry per
+        example, such as ``("image", "label")``; None if that is so for all of the batch.
       layer_types_fn: maps the parameters to a tree of layer type names;
         :func:`mlhf_optax.layer_types` if None.
       carry_dtype: dtype in which the LSTM states are stored.
@@ -79,6 +82,7 @@ def scale_by_mlhf(
         name="mlhf",
         solver=Solver(num_cg_steps, unroll=unroll),
         curvature_batch_size=curvature_batch_size,
+        per_example=per_example,
     )
 
 
@@ -90,6 +94,7 @@ def mlhf(
     *,
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
     max_update_ratio: float | None = 0.25,
     momentum: float | None = None,
     weight_decay: float = 0.0,
@@ -103,11 +108,12 @@ def mlhf(
       learning_rate: a number or an optax schedule. The paper's rule is the batch size in use over
         the batch size of meta-training; the record of shipped meta-parameters says what to use.
       meta_params: see :func:`scale_by_mlhf`, as ``predict_fn``, ``loss_fn``, ``num_cg_steps``,
-        ``curvature_batch_size``, ``layer_types_fn``, ``carry_dtype`` and ``unroll``.
+        ``curvature_batch_size``, ``per_example``, ``layer_types_fn``, ``carry_dtype`` and ``unroll``.
       predict_fn: the model.
       loss_fn: the loss.
       num_cg_steps: CG steps.
       curvature_batch_size: part of the batch for GGN products.
+      per_example: what of the batch has one entry per example.
       max_update_ratio: bound on the norm of the whole update as a share of the norm of the
         parameters (:func:`mlhf_optax.limit_update_ratio`). The authors' code has this bound at 0.25,
         but only in meta-training; meta-parameters trained under it diverge without it. None for
@@ -147,6 +153,7 @@ def mlhf(
         loss_fn,
         num_cg_steps=num_cg_steps,
         curvature_batch_size=curvature_batch_size,
+        per_example=per_example,
         layer_types_fn=layer_types_fn,
         carry_dtype=carry_dtype,
         unroll=unroll,

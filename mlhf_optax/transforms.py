@@ -108,8 +108,8 @@ def decay_weights(weight_decay: float | jax.Array) -> optax.GradientTransformati
 
     def update_fn(updates, state, params=None):
         require_params(params, "decay_weights")
-        factor = jnp.where(trees.is_any_nonzero(updates), weight_decay, 0.0)
-        decay = lambda u, w: u + (factor * w).astype(u.dtype)
+        is_step = trees.is_any_nonzero(updates)
+        decay = lambda u, w: u + jnp.where(is_step, weight_decay * w, 0.0).astype(u.dtype)
         return jax.tree.map(decay, updates, params), state
 
     return optax.GradientTransformation(optax.init_empty_state, update_fn)

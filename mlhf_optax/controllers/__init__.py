@@ -10,6 +10,7 @@ from mlhf_optax.controllers.protocol import Controller as Controller
 from mlhf_optax.controllers.protocol import Observed as Observed
 from mlhf_optax.controllers.protocol import Operators as Operators
 from mlhf_optax.controllers.protocol import Outcome as Outcome
+from mlhf_optax.controllers.protocol import Product as Product
 from mlhf_optax.controllers.protocol import Quotient as Quotient
 from mlhf_optax.controllers.protocol import Scale as Scale
 from mlhf_optax.controllers.protocol import View as View

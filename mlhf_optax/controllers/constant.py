@@ -1,5 +1,6 @@
 """Controllers without learning or adaptation: damping is one number."""
 
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from mlhf_optax.controllers.protocol import (
     Controller,
     Operators,
     Outcome,
-    Quotient,
+    Product,
     Scale,
     View,
     accept,
@@ -54,8 +55,8 @@ def constant(damping: float | jax.Array = 3.0, metric: str | Metric = "identity"
 
     Args:
       damping: the constant x, > 0.
-      metric: M, ``"identity"``, ``"diagonal"`` or a :class:`mlhf_optax.controllers.metrics.Metric`; one that
-        is not the identity also preconditions CG.
+      metric: M, ``"identity"``, ``"diagonal"``, ``"kronecker"`` or a
+        :class:`mlhf_optax.controllers.metrics.Metric`; one that is not the identity also preconditions CG.
 
     Returns:
       The controller.
@@ -73,14 +74,26 @@ def constant(damping: float | jax.Array = 3.0, metric: str | Metric = "identity"
 
     def control(view: View, state: Any) -> Control:
         state = rule.update(view.gradient, state)
-        return Control(rule.values(view.gradient, state), state)
+        return Control(state, state)
 
     def operators(view: View, signal: Any) -> Operators:
         scale = damping * unit(view.gradient, view.initial_rms)
-        values = jax.tree.map(lambda m: scale * m, signal)
-        return Operators(Scale(values), None if is_identity else Quotient(values))
+        values = jax.tree.map(lambda m: scale * m, rule.values(signal, view.gradient))
+        if is_identity:
+            return Operators(Scale(values))
+        times = functools.partial(rule.times, signal)
+        return Operators(
+            Product(values, lambda v: scaled(scale, times(v))),
+            Product(values, lambda v: scaled(1.0 / scale, times(v, inverse=True))),
+            is_damping_inverted=True,
+        )
 
     return Controller(rule.init, control, operators)
+
+
+def scaled(scale: jax.Array, tree: Any) -> Any:
+    """Returns the tree times a scalar, in its own dtypes."""
+    return jax.tree.map(lambda x: (scale * x).astype(x.dtype), tree)
 
 
 def scheduled(damping: optax.ScalarOrSchedule) -> Controller:

@@ -26,7 +26,7 @@ class View(NamedTuple):
       loss: loss on the batch of the GGN products at w, a scalar of at least float32.
       loss_at: ``loss_at(params)``, the loss on the whole batch.
       initial_rms: root mean square of the parameters when the optimizer was initialised, a scalar.
-      is_valid: whether the gradient is finite, shape (); a step that is not valid is skipped.
+      is_valid: whether the gradient and its square are finite, shape (); a step that is not valid is skipped.
     """
 
     params: chex.ArrayTree
@@ -85,6 +85,22 @@ class Quotient(NamedTuple):
         """Returns the product with the inverse."""
         # The reciprocal does not depend on the vector, so a compiled solve takes it once, not in every step.
         return jax.tree.map(lambda p, v: ((1.0 / p) * v).astype(v.dtype), self.values, vector)
+
+
+class Product(NamedTuple):
+    """An operator that is given as a function.
+
+    Attributes:
+      values: tree like the parameters that shows how large the operator is.
+      times: the product with a vector.
+    """
+
+    values: chex.ArrayTree
+    times: Matvec
+
+    def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
+        """Returns the product."""
+        return self.times(vector)
 
 
 class Operator(Protocol):

@@ -10,8 +10,8 @@ import optax
 
 from mlhf_optax.controllers.coordinate_lstm import MetaParams, extend_meta_params, init_meta_params
 from mlhf_optax.controllers.lstm_settings import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, Unit
-from mlhf_optax.curvature import CurvatureBatch, LossFn, PredictFn, check_curvature_batch
-from mlhf_optax.layer_types import LayerTypesFn, layer_types
+from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn, check_curvature_batch
+from mlhf_optax.layer_types import LayerTypesFn, distinct_layer_types
 from mlhf_optax.learned.registry import LearnedFamily
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer
 from mlhf_optax.meta_training.mlhf_gradient import mlhf_optimizer
@@ -107,7 +107,7 @@ def _learned(options: MLHFOptions, start: Any = None) -> LearnedOptimizer:
     )
 
     def init(key, task) -> MetaParams:
-        types = sorted(set(jax.tree.leaves(layer_types(jax.eval_shape(task.init_fn, jax.random.key(0))))))
+        types = distinct_layer_types(jax.eval_shape(task.init_fn, jax.random.key(0)))
         if start is None:
             return init_meta_params(key, settings, layer_types=types)
         return extend_meta_params(key, start.meta_params, types)
@@ -145,6 +145,7 @@ def _optimizer(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
     max_update_ratio: float | None = 0.25,
     momentum: float | None = None,
     weight_decay: float = 0.0,
@@ -160,6 +161,7 @@ def _optimizer(
         loss_fn,
         num_cg_steps=num_cg_steps,
         curvature_batch_size=curvature_batch_size,
+        per_example=per_example,
         max_update_ratio=max_update_ratio,
         momentum=momentum,
         weight_decay=weight_decay,

@@ -9,17 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from blobs import SGD, TASK
+from blobs import SEQUENTIAL, SGD, TASK
 
 from mlhf_optax.comparison import epochs, first_order, training
 from mlhf_optax.comparison.comparison import Contender
 from mlhf_optax.comparison.epoch_results import EpochResult
 from mlhf_optax.comparison.epochs import Plan, default_judge_at, train_epochs
 from mlhf_optax.comparison.trainings import Program, Trainings
-from mlhf_optax.tasks.streaming import Stream
-from mlhf_optax.tasks.task import no_augmentation
-
-SEQUENTIAL = dataclasses.replace(TASK, sequential_on_cpu=True)
+from mlhf_optax.tasks import Stream, no_augmentation
 
 
 @pytest.mark.parametrize("task", [TASK, SEQUENTIAL])
@@ -79,8 +76,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(task, steps, tmp_path):
     resumed = train_epochs(task, contender, plan, lambda steps, loss: taken.append(steps))
     assert resumed == whole
     # Whole epochs are done again from the last one judged, and no more than that.
-    done = 6 * task.sequential_on_cpu * (steps > 12)
-    assert sum(1 for number in taken if number) < (36 if task.sequential_on_cpu else 12) - done
+    is_sequential = task is SEQUENTIAL
+    done = 6 * is_sequential * (steps > 12)
+    assert sum(1 for number in taken if number) < (36 if is_sequential else 12) - done
     assert train_epochs(task, contender, plan, stop_after(0)) == whole
     assert not list((tmp_path / "parts").glob("*/checkpoint*"))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import blobs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,28 +13,10 @@ from mlhf_optax import init_meta_params
 from mlhf_optax.comparison import comparison, first_order, inner_training, training, trainings
 from mlhf_optax.comparison.inner_training import accuracy, draw_order, init_training, mean_loss
 from mlhf_optax.comparison.timing import seconds_per_step
-from mlhf_optax.losses import SoftmaxCrossEntropy
-from mlhf_optax.tasks import Task
-from mlhf_optax.tasks.datasets import Dataset, take
+from mlhf_optax.tasks import no_augmentation, take
 
-
-def blobs(num_examples, seed):
-    rng = np.random.default_rng(seed)
-    label = rng.integers(0, 3, num_examples).astype(np.int32)
-    image = (np.eye(3)[label] + 0.3 * rng.normal(size=(num_examples, 3))).astype(np.float32)
-    return {"image": image, "label": label}
-
-
-# A linear classifier of three blobs, small enough to train in the blink of an eye.
-TASK = Task(
-    name="blobs",
-    description="three blobs",
-    init_fn=lambda key: {"kernel": jax.random.normal(key, (3, 3)), "bias": jnp.zeros(3)},
-    predict_fn=lambda params, batch: batch["image"] @ params["kernel"] + params["bias"],
-    loss_fn=SoftmaxCrossEntropy(),
-    load_data=lambda: Dataset(blobs(40, 0), blobs(30, 1), blobs(20, 2)),
-    num_classes=3,
-    batch_size=8,
+TASK, SEQUENTIAL = (
+    dataclasses.replace(task, augment_fn=no_augmentation) for task in (blobs.TASK, blobs.SEQUENTIAL)
 )
 
 
@@ -53,10 +36,9 @@ def train_naively(optimizer, seed, num_steps):
 
 
 @pytest.mark.parametrize("family", first_order.FAMILIES)
-@pytest.mark.parametrize("sequential", [False, True])
-def test_trainings_side_by_side_are_those_one_by_one(family, sequential):
+@pytest.mark.parametrize("task", [TASK, SEQUENTIAL])
+def test_trainings_side_by_side_are_those_one_by_one(family, task):
     entries = first_order.grid(8, [family])[1::4]
-    task = dataclasses.replace(TASK, sequential_on_cpu=sequential)
     stacked = first_order.stack_hyperparameters(entries)
     curves = training.train(task, first_order.FAMILIES[family], stacked, seeds=[3, 5], num_steps=4)
     assert curves.steps == (1, 2, 3, 4)
@@ -190,8 +172,8 @@ def test_evaluation_in_chunks_is_that_of_the_whole(monkeypatch):
     np.testing.assert_allclose(evaluate(), whole, rtol=1e-6)
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-def test_mini_batches_are_augmented_anew_in_every_step_and_training(sequential):
+@pytest.mark.parametrize("task", [TASK, SEQUENTIAL])
+def test_mini_batches_are_augmented_anew_in_every_step_and_training(task):
     """The augmentation writes a random number into each label; the optimizer remembers them."""
 
     def remember(updates, state, params=None, *, batch):
@@ -199,8 +181,7 @@ def test_mini_batches_are_augmented_anew_in_every_step_and_training(sequential):
         return jax.tree.map(jnp.zeros_like, updates), (count + 1, seen.at[count].set(batch["label"]))
 
     task = dataclasses.replace(
-        TASK,
-        sequential_on_cpu=sequential,
+        task,
         augment_fn=lambda key, batch: {**batch, "label": jax.random.bits(key, batch["label"].shape)},
         loss_fn=lambda outputs, batch: jnp.mean(outputs),
     )

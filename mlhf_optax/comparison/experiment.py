@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -23,8 +22,8 @@ from mlhf_optax.comparison.results import report
 from mlhf_optax.comparison.tables import comparison_table, format_loss
 from mlhf_optax.comparison.timing import seconds_per_step
 from mlhf_optax.comparison.trainings import Program
-from mlhf_optax.tasks.datasets import part_size
-from mlhf_optax.tasks.task import Task
+from mlhf_optax.meta_training import runs_in_sequence
+from mlhf_optax.tasks import Task, part_size
 
 
 class ForeignContender(Contender):
@@ -150,8 +149,7 @@ def _timed(task: Task, contenders: Sequence[Contender], folder: Path) -> dict[st
         for contender in contenders
         if not isinstance(contender, ForeignContender)
     }
-    is_slow = task.sequential_on_cpu and jax.default_backend() == "cpu"
-    num_steps, repeats = (5, 5) if is_slow else (25, 9)
+    num_steps, repeats = (5, 5) if runs_in_sequence(task) else (25, 9)
     seconds |= seconds_per_step(task, first, num_steps=num_steps, repeats=repeats)
     for contender in foreign:
         if contender.names[0] not in seconds:

@@ -7,8 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mlhf_optax.tasks.datasets import Dataset, Examples
-from mlhf_optax.tasks.task import Task
+from mlhf_optax.tasks import Dataset, Examples, Task
 
 UNTRAINED = "untrained"
 
@@ -94,7 +93,7 @@ def narrow(options: argparse.Namespace) -> None:
 
 
 def network_options(options: argparse.Namespace) -> dict[str, tuple[int, ...]]:
-    """Returns the arguments of :func:`mlhf_optax.tasks.image_tasks.cifar10_convnet` for the options."""
+    """Returns the arguments of :func:`mlhf_optax.tasks.cifar10_convnet` for the options."""
     return {"channels": tuple(options.channels), "hidden": tuple(options.hidden)}
 
 
@@ -102,7 +101,7 @@ def limit_data(task: Task, num_meta_train: int, num_train: int, num_test: int) -
     """Returns the task with the first examples of every part of its data only.
 
     Example:
-      >>> from mlhf_optax.tasks.datasets import part_size
+      >>> from mlhf_optax.tasks import part_size
       >>> from mlhf_optax.tasks import get_task
       >>> part_size(limit_data(get_task("digits-mlp"), 10, 20, 30).data.train)
       20

@@ -17,8 +17,7 @@ from mlhf_optax.comparison.meta_train_start import learned_options, starting_poi
 from mlhf_optax.curvature import CurvatureBatch
 from mlhf_optax.layer_types import layer_types
 from mlhf_optax.pretrained.files import save_meta_params
-from mlhf_optax.tasks import Task, get_task
-from mlhf_optax.tasks.datasets import epoch_indices, num_examples, sample_batches, take
+from mlhf_optax.tasks import Task, epoch_indices, get_task, num_examples, sample_batches, take
 
 _VALIDATION_EXAMPLES = 4096  # on which the loss is taken; all at once, so their number is bounded
 _NUM_CG_STEPS = 4

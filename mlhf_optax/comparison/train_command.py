@@ -19,8 +19,7 @@ from mlhf_optax.comparison.results import Result, report
 from mlhf_optax.comparison.tables import comparison_table, format_loss
 from mlhf_optax.curvature import CurvatureBatch
 from mlhf_optax.pretrained import load_pretrained
-from mlhf_optax.tasks import Task, get_task
-from mlhf_optax.tasks.datasets import in_memory, num_examples
+from mlhf_optax.tasks import Task, get_task, in_memory, num_examples
 
 FAMILIES = ("mlhf", *first_order.FAMILIES)
 

@@ -11,6 +11,7 @@ from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer as Learn
 from mlhf_optax.meta_training.learned_optimizer import MetaGradient as MetaGradient
 from mlhf_optax.meta_training.learned_optimizer import Task as Task
 from mlhf_optax.meta_training.learned_optimizer import Trajectory as Trajectory
+from mlhf_optax.meta_training.learned_optimizer import runs_in_sequence as runs_in_sequence
 from mlhf_optax.meta_training.learned_optimizer import unrolled_optimizer as unrolled_optimizer
 from mlhf_optax.meta_training.long_horizon import LongHorizonConfig as LongHorizonConfig
 from mlhf_optax.meta_training.long_horizon import LongHorizonState as LongHorizonState

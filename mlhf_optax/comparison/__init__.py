@@ -1,1 +1,17 @@
-"""Running trainings and meta-trainings, comparing optimizers, and showing what came out."""
+"""Comparisons: train a task with many optimizers, record curves, show them in a table and a figure."""
+
+from mlhf_optax.comparison.contenders import Contender as Contender
+from mlhf_optax.comparison.contenders import default_adam as default_adam
+from mlhf_optax.comparison.contenders import grid_contenders as grid_contenders
+from mlhf_optax.comparison.contenders import learned_contender as learned_contender
+from mlhf_optax.comparison.contenders import rates_per_decade as rates_per_decade
+from mlhf_optax.comparison.engine import Progress as Progress
+from mlhf_optax.comparison.engine import compare as compare
+from mlhf_optax.comparison.engine import epoch_steps as epoch_steps
+from mlhf_optax.comparison.engine import log_steps as log_steps
+from mlhf_optax.comparison.figures import save_figure as save_figure
+from mlhf_optax.comparison.results import Comparison as Comparison
+from mlhf_optax.comparison.tables import comparison_markdown as comparison_markdown
+from mlhf_optax.comparison.tables import comparison_table as comparison_table
+from mlhf_optax.comparison.timing import interleaved as interleaved
+from mlhf_optax.comparison.timing import seconds_per_step as seconds_per_step

@@ -1,15 +1,15 @@
-"""The curves of a comparison, by steps and by time."""
+"""The figure of a comparison: training loss and test accuracy, by steps and by time."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from mlhf_optax.comparison.results import Result, best_of, leaders
-from mlhf_optax.comparison.training import TABLE_STEPS
+from mlhf_optax.comparison.results import Comparison, Curve, best_at
+from mlhf_optax.comparison.tables import Unit
 
-_COLOURS = {"mlhf": "#c1121f", "sgd": "#1f77b4", "rmsprop": "#2a9d5c", "adam": "#e08a1e"}
-_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
+_LEARNED_COLOURS = ("#c1121f", "#7b2cbf", "#f77f00")
+_OTHER_COLOURS = ("#1f77b4", "#2a9d5c", "#b8860b", "#17becf", "#8c564b")
 
 
 def require_matplotlib() -> None:
@@ -22,16 +22,17 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def save_comparison(results: Sequence[Result], path: str | Path, title: str) -> Path:
-    """Draws training loss by steps and by time, and writes the figure to a file.
+def save_figure(comparison: Comparison, path: str | Path, title: str, unit: Unit = "step") -> Path:
+    """Draws loss, and accuracy where it was recorded, by steps or epochs and by time.
 
-    Shown are MLHF, the optimizers that are the best of their family halfway (in the logarithm of the
-    steps) and at the end, and, by steps, the lowest loss of all others at each step.
+    Shown are the learned optimizers; of every other family the setting of lowest loss at the end, and the
+    one of highest accuracy; and the best of all others at each step, a different one at a time.
 
     Args:
-      results: of one comparison, at least one.
+      comparison: with at least one optimizer.
       path: where to write; the ending says the format (png, svg, pdf).
       title: title of the figure.
+      unit: ``"step"`` for a logarithmic axis of steps, ``"epoch"`` for one of epochs.
 
     Returns:
       The path.
@@ -39,126 +40,71 @@ def save_comparison(results: Sequence[Result], path: str | Path, title: str) -> 
     Raises:
       ImportError: if matplotlib is missing.
       ValueError: if there are no results.
-
-    Example:
-      >>> import tempfile
-      >>> result = Result("mlhf", "mlhf", {}, 1, (1, 10), (2.0, 1.0), 0.9, 1e-3)
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     save_comparison([result], f"{folder}/curves.png", "one curve").name
-      'curves.png'
     """
-    if not results:
-        raise ValueError("`results` is empty; there is nothing to draw")
+    curves = comparison.curves()
+    if not curves:
+        raise ValueError("`comparison` is empty; there is nothing to draw")
     require_matplotlib()
     # The figure object alone: pyplot keeps a global state and may look for a screen.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    has_accuracy = all(value is not None for curve in curves for value in curve.test_accuracy)
+    rows = ["train_loss", "test_accuracy"] if has_accuracy else ["train_loss"]
+    figure = Figure(figsize=(12, 1.5 + 3.5 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 2, sharey="row", sharex="col", squeeze=False)
     figure.suptitle(title, fontweight="bold")
-    labels = [_draw_curve(by_step, by_time, result, style) for result, style in _styles(_shown(results))]
-    others = [result for result in results if result.family != "mlhf"]
-    if others:
-        labels.append(_draw_envelope(by_step, others))
-    for axes, name in ((by_step, "steps"), (by_time, "seconds of training (steps x seconds a step)")):
-        axes.set(xscale="log", yscale="log", xlabel=name)
-        axes.grid(True, which="major", color="0.9")
-        axes.spines[["top", "right"]].set_visible(False)
-    ticks = [step for step in (1, 3, *TABLE_STEPS, 1000, 10000) if step <= results[0].steps[-1]]
-    by_step.set_xticks(ticks, [str(step) for step in ticks])
-    by_step.minorticks_off()
-    by_step.set_ylabel("training loss (nats, mean over seeds)")
-    _label_ends(by_step, labels)
+    others = [curve for curve in curves if not curve.is_learned]
+    drawn = [*_styled(curves), *([(_best_of(others), _style("0.2", 1.2, ":"))] if others else [])]
+    for curve, style in drawn:
+        per_unit = (curve.steps_per_epoch or 1) if unit == "epoch" else 1
+        # A line through a single point cannot be seen.
+        style = style | ({"marker": "o", "markersize": 4} if len(curve.steps) <= 10 else {})
+        for row, measure in zip(axes, rows, strict=True):
+            values = [math.nan if x is None or math.isinf(x) else x for x in getattr(curve, measure)]
+            row[0].plot([step / per_unit for step in curve.steps], values, label=curve.label, **style)
+            if curve.seconds_per_step is not None:
+                row[1].plot([step * curve.seconds_per_step for step in curve.steps], values, **style)
+    axes[0, 0].set(yscale="log", ylabel="training loss (mean over seeds)")
+    if has_accuracy:
+        axes[1, 0].set(ylabel="test accuracy (mean over seeds)")
+    axes[-1, 0].set(xscale="log" if unit == "step" else "linear", xlabel=f"{unit}s")
+    axes[-1, 1].set(xscale="log", xlabel="seconds of training (steps x seconds per step)")
+    for axis in axes.flat:
+        axis.grid(True, which="major", color="0.9")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=150)
     return Path(path)
 
 
-def _shown(results: Sequence[Result]) -> list[Result]:
-    steps = results[0].steps
-    halfway = min(steps, key=lambda step: abs(math.log(step) - math.log(steps[-1]) * 0.6))
-    shown = []
-    for family in dict.fromkeys(result.family for result in results):
-        shown += leaders([result for result in results if result.family == family], [halfway, steps[-1]])
-    return shown
+def _style(colour: str, width: float, dash: str = "-") -> dict[str, Any]:
+    return {"color": colour, "linewidth": width, "linestyle": dash, "zorder": 2 + width}
 
 
-def _styles(results: Sequence[Result]) -> list[tuple[Result, dict[str, Any]]]:
-    styled, seen = [], dict[str, int]()
-    for result in results:
-        number = seen.get(result.family, 0)
-        seen[result.family] = number + 1
-        style = {"color": _COLOURS.get(result.family, "0.4"), "linestyle": _DASHES[number % len(_DASHES)]}
-        is_learned = result.family == "mlhf"
-        styled.append(
-            (result, style | {"linewidth": 3.0 if is_learned else 1.5, "zorder": 4 if is_learned else 3})
-        )
+def _styled(curves: Sequence[Curve]) -> list[tuple[Curve, dict[str, Any]]]:
+    """Returns the curves to show one by one, with their styles."""
+    learned = [curve for curve in curves if curve.is_learned]
+    pick = lambda colours, number: colours[number % len(colours)]
+    styled = [(curve, _style(pick(_LEARNED_COLOURS, i), 2.5)) for i, curve in enumerate(learned)]
+    families = dict.fromkeys(curve.family for curve in curves if not curve.is_learned)
+    for number, family in enumerate(families):
+        members = [curve for curve in curves if curve.family == family]
+        lowest = best_at(members, members[0].steps[-1])
+        highest = max(members, key=lambda curve: curve.accuracy)
+        styled.append((lowest, _style(pick(_OTHER_COLOURS, number), 1.3)))
+        if highest is not lowest:
+            styled.append((highest, _style(pick(_OTHER_COLOURS, number), 1.3, "--")))
     return styled
 
 
-class _Label(NamedTuple):
-    """Text for the end of a curve by steps."""
-
-    text: str
-    colour: str
-    weight: str
-    step: int
-    loss: float
-
-
-def _draw_curve(by_step, by_time, result: Result, style: dict[str, Any]) -> _Label:
-    """Draws one curve on both axes and returns the label for its end."""
-    losses = [result.loss_at(step) for step in result.steps]
-    by_step.plot(result.steps, _drawable(losses), **style)
-    by_time.plot([step * result.seconds_per_step for step in result.steps], _drawable(losses), **style)
-    is_learned = result.family == "mlhf"
-    text, weight = ("MLHF", "bold") if is_learned else (result.name, "normal")
-    return _Label(text, style["color"], weight, *_end(result.steps, losses))
-
-
-def _draw_envelope(by_step, others: Sequence[Result]) -> _Label:
-    steps = others[0].steps
-    lowest = [best_of(others, step).loss_at(step) for step in steps]
-    by_step.plot(steps, _drawable(lowest), color="0.2", linewidth=1.2, linestyle=":", zorder=3.5)
-    text = f"best of the other {len(others)} at each step"
-    return _Label(text, "0.2", "normal", *_end(steps, lowest))
-
-
-def _drawable(losses: Sequence[float]) -> list[float]:
-    return [loss if math.isfinite(loss) else math.nan for loss in losses]
-
-
-def _end(steps: Sequence[int], losses: Sequence[float]) -> tuple[int, float]:
-    """Returns the last point that a logarithmic axis can show; the loss is 0 if there is none."""
-    points = [(step, loss) for step, loss in zip(steps, losses, strict=True) if 0 < loss < math.inf]
-    return points[-1] if points else (steps[-1], 0.0)
-
-
-def _label_ends(axes, labels: Sequence[_Label], gap: float = 0.05) -> None:
-    """Writes each label right of the axes at the height of its curve's end, apart from the others."""
-    low, high = (math.log(limit) for limit in axes.get_ylim())
-    placed = sorted((label for label in labels if label.loss > 0), key=lambda label: label.loss)
-    height = -math.inf
-    for label in placed:
-        height = max((math.log(label.loss) - low) / (high - low), height + gap)
-        axes.annotate(
-            label.text,
-            xy=(label.step, label.loss),
-            xytext=(1.04, height),
-            textcoords="axes fraction",
-            color=label.colour,
-            fontweight=label.weight,
-            fontsize=9,
-            verticalalignment="center",
-            arrowprops={
-                "arrowstyle": "-",
-                "color": label.colour,
-                "linewidth": 0.6,
-                "shrinkA": 0,
-                "shrinkB": 2,
-                "relpos": (0, 0.5),
-            },
-            annotation_clip=False,
-        )
-
-
-__all__ = ["require_matplotlib", "save_comparison"]
+def _best_of(others: Sequence[Curve]) -> Curve:
+    """Returns lowest loss and highest accuracy of all at each step, which takes no time of its own."""
+    loss = [min(values) for values in zip(*(curve.train_loss for curve in others), strict=True)]
+    known = zip(*(curve.test_accuracy for curve in others), strict=True)
+    accuracy = [max((x for x in values if x is not None), default=None) for values in known]
+    return others[0]._replace(
+        label=f"best of {len(others)} hand-made at each step",
+        train_loss=loss,
+        test_accuracy=accuracy,
+        seconds_per_step=None,
+    )

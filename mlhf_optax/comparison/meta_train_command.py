@@ -54,7 +54,7 @@ def run_meta_training(
 
     Args:
       task: name of a ready task; only its part for meta-training is used.
-      output: folder for metrics, checkpoints and the result, ``meta_params.npz``.
+      output: folder for metrics, checkpoints and the result, ``meta_params.safetensors``.
       iterations: meta-iterations.
       num_tasks: inner trainings side by side.
       unroll_length: steps of an unroll.
@@ -137,7 +137,7 @@ def run_meta_training(
         )
     about |= {"seed": seed, "stopped_after": schedule.last, "config": dataclasses.asdict(config)}
     record = make_record(problem, output, done, about, {"num_cg_steps": _NUM_CG_STEPS, **options})
-    path = save_meta_params(output / "meta_params.npz", done.best_meta_params, record)
+    path = save_meta_params(output / "meta_params.safetensors", done.best_meta_params, record)
     best = int(done.best_iteration)
     console.print(f"best meta-parameters by validation: iteration {best} of {schedule.last}, in {path}")
     console.print(f"try them: mlhf-optax train {task} --meta-params {path}", soft_wrap=True)

@@ -1,98 +1,207 @@
-"""What came out of a comparison of optimizers: records, the best of them, and their JSON form."""
+"""What comes out of a comparison: one tidy frame and a record of how it was made."""
 
 import dataclasses
+import json
 import math
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from mlhf_optax.comparison import reporting
-from mlhf_optax.comparison.training import TABLE_STEPS
-from mlhf_optax.tasks import Task
+import polars as pl
+
+from mlhf_optax.comparison.record import write_json
+from mlhf_optax.learned import LEARNED
+
+SCHEMA = {
+    "optimizer": pl.String,
+    "family": pl.String,
+    "label": pl.String,
+    "setting": pl.String,
+    "seed": pl.Int64,
+    "step": pl.Int64,
+    "epoch": pl.Float64,
+    "train_loss": pl.Float64,
+    "test_loss": pl.Float64,
+    "test_accuracy": pl.Float64,
+    "seconds_per_step": pl.Float64,
+}
+MEASURES = ("train_loss", "test_loss", "test_accuracy")
+
+
+class Curve(NamedTuple):
+    """Means over seeds of one optimizer, at R recorded steps.
+
+    Attributes:
+      optimizer: its name, unique in the comparison.
+      family: a key of :data:`mlhf_optax.learned.LEARNED` or the name of a family of hand-made ones.
+      label: what tables and figures call it.
+      setting: its hyperparameters.
+      seeds: number of seeds.
+      steps: numbers of steps.
+      train_loss: in nats, infinite where any seed diverged.
+      test_accuracy: in [0, 1], None where it was not measured.
+      seconds_per_step: of a single run; None if it was not measured.
+      steps_per_epoch: mini-batches per epoch, None for results that do not know it.
+    """
+
+    optimizer: str
+    family: str
+    label: str
+    setting: dict[str, Any]
+    seeds: int
+    steps: list[int]
+    train_loss: list[float]
+    test_accuracy: list[float | None]
+    seconds_per_step: float | None
+    steps_per_epoch: int | None
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether it is a learned optimizer."""
+        return self.family in LEARNED
+
+    def loss_at(self, step: int) -> float:
+        """Returns the training loss after ``step`` steps."""
+        return self.train_loss[self.steps.index(step)]
+
+    @property
+    def accuracy(self) -> float:
+        """The test accuracy after the last step."""
+        last = self.test_accuracy[-1]
+        return math.nan if last is None else last
+
+
+def best_at(curves: Sequence[Curve], step: int) -> Curve:
+    """Returns the curve of lowest training loss after ``step`` steps."""
+    return min(curves, key=lambda curve: curve.loss_at(step))
+
+
+def leaders(curves: Sequence[Curve], steps: Sequence[int]) -> list[Curve]:
+    """Returns the curves that are best of all at one of the steps or more, in the order of the steps."""
+    best = {best_at(curves, step).optimizer: best_at(curves, step) for step in steps}
+    return list(best.values())
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """What one optimizer did, averaged over seeds.
+class Comparison:
+    """Results of a comparison.
 
     Attributes:
-      name: name of the optimizer, unique in a comparison; ``"mlhf"`` for MLHF.
-      family: ``"mlhf"`` or a key of :data:`mlhf_optax.comparison.first_order.FAMILIES`.
-      hyperparameters: its settings.
-      seeds: number of seeds.
-      steps: numbers of steps at which the loss was taken.
-      train_loss: mean over seeds on the whole training part, in nats; not finite where any diverged.
-      test_accuracy: mean over seeds after the last step, in [0, 1].
-      seconds_per_step: of a single training.
-    """
-
-    name: str
-    family: str
-    hyperparameters: dict[str, Any]
-    seeds: int
-    steps: tuple[int, ...]
-    train_loss: tuple[float, ...]
-    test_accuracy: float
-    seconds_per_step: float
-
-    def loss_at(self, step: int) -> float:
-        """Returns the loss after ``step`` steps, infinite if it diverged."""
-        loss = self.train_loss[self.steps.index(step)]
-        return loss if math.isfinite(loss) else math.inf
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain JSON values; a loss that is not finite becomes None."""
-        fields = dataclasses.asdict(self)
-        del fields["family"]
-        losses = [loss if math.isfinite(loss) else None for loss in self.train_loss]
-        return fields | {"steps": list(self.steps), "train_loss": losses}
-
-
-def table_steps(results: Sequence[Result]) -> list[int]:
-    """Returns the steps that make columns: 10, 30, 100, 200, 500 as far as trained, and the last one.
-
-    Args:
-      results: at least one result.
-
-    Returns:
-      Ascending steps.
+      frame: a row for every optimizer, seed and recorded step, with the columns of :data:`SCHEMA`. Losses
+        are in nats, infinite where a run diverged; ``setting`` is JSON.
+      record: task, sizes, machine, versions, command and date; JSON.
+      is_complete: False if the comparison was stopped.
 
     Example:
-      >>> result = Result("mlhf", "mlhf", {}, 1, (1, 10, 20), (2.0, 1.0, 0.5), 0.9, 1e-3)
-      >>> table_steps([result])
-      [10, 20]
-    """
-    steps = results[0].steps
-    return sorted({*(step for step in TABLE_STEPS if step in steps), steps[-1]})
-
-
-def best_of(results: Sequence[Result], step: int) -> Result:
-    """Returns the result of lowest loss after ``step`` steps."""
-    return min(results, key=lambda result: result.loss_at(step))
-
-
-def leaders(results: Sequence[Result], steps: Sequence[int]) -> list[Result]:
-    """Returns the results that are best of all at one of the steps or more, in the order of the steps."""
-    best = [best_of(results, step) for step in steps]
-    return [result for index, result in enumerate(best) if result not in best[:index]]
-
-
-def report(task: Task, results: Sequence[Result], command: str) -> dict[str, Any]:
-    """Returns results with what is needed to judge and repeat them, as plain JSON values.
-
-    Args:
-      task: the task that was trained.
-      results: what came out.
-      command: the command line that did it.
-
-    Returns:
-      A dict with ``task``, ``machine``, ``versions``, ``command``, ``date`` and ``results``.
-
-    Example:
+      >>> from mlhf_optax.comparison import compare, grid_contenders
       >>> from mlhf_optax.tasks import get_task
-      >>> sorted(report(get_task("digits-mlp"), [], "mlhf-optax train"))
-      ['command', 'date', 'machine', 'results', 'task', 'versions']
+      >>> sgd, = grid_contenders(["sgd"], rates=[0.1, 0.01])
+      >>> comparison = compare(get_task("digits-mlp"), [sgd], [1, 2], seeds=[0, 1], timed=False)
+      >>> comparison.frame.shape, len(comparison.curves())
+      ((8, 11), 2)
     """
-    return {"task": task.name} | reporting.report(command, results=[result.to_json() for result in results])
+
+    frame: pl.DataFrame
+    record: dict[str, Any]
+    is_complete: bool = True
+
+    def curves(self) -> list[Curve]:
+        """Returns the mean over seeds of every optimizer, in the order in which they were trained."""
+        keys = ("optimizer", "family", "label", "setting", "seconds_per_step")
+        means = [pl.col(name).mean() for name in MEASURES]
+        grouped = self.frame.group_by([*keys, "step"], maintain_order=True)
+        mean = grouped.agg(*means, pl.col("seed").len().alias("seeds"))
+        curves, counts = [], self.record.get("num_seeds", {})
+        for values, part in mean.group_by(keys, maintain_order=True):
+            about = dict(zip(keys, values, strict=True))
+            about["setting"] = json.loads(about["setting"])
+            columns = {name: part[name].to_list() for name in ("train_loss", "test_accuracy")}
+            seeds = counts.get(about["optimizer"], part["seeds"][0])
+            per_epoch = self.record.get("steps_per_epoch")
+            curve = Curve(
+                **about, **columns, seeds=seeds, steps=part["step"].to_list(), steps_per_epoch=per_epoch
+            )
+            curves.append(curve)
+        return curves
+
+    def last_losses(self, optimizer: str) -> list[float]:
+        """Returns the last training loss of an optimizer, one number per seed."""
+        if optimizer in self.record.get("last_losses", {}):
+            return self.record["last_losses"][optimizer]
+        own = self.frame.filter(pl.col("optimizer") == optimizer)
+        return own.filter(pl.col("step") == pl.col("step").max())["train_loss"].to_list()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes record and frame as JSON; an infinite loss becomes null."""
+        write_json(path, self.record | {"optimizers": _entries(self.frame)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Comparison":
+        """Reads what :meth:`save` wrote, and files of version 0.1, which hold means over seeds only.
+
+        Raises:
+          ValueError: if the file is no comparison.
+        """
+        content = json.loads(Path(path).read_text())
+        if "optimizers" not in content and "results" not in content:
+            raise ValueError(f"{path} holds no comparison: it has neither 'optimizers' nor 'results'")
+        if "results" in content:
+            content = _from_version_0_1(content)
+        entries = content.pop("optimizers")
+        return cls(frame_of(entries, content.get("steps_per_epoch")), content)
 
 
-__all__ = ["Result", "best_of", "leaders", "report", "table_steps"]
+def frame_of(entries: Sequence[Mapping[str, Any]], steps_per_epoch: int | None) -> pl.DataFrame:
+    """Returns the tidy frame of entries, each of which holds the curves of one optimizer."""
+    rows = []
+    for entry in entries:
+        about = {name: entry[name] for name in ("optimizer", "family", "label", "seconds_per_step")}
+        about["setting"] = json.dumps(entry["setting"])
+        for curve in entry["curves"]:
+            for index, step in enumerate(entry["steps"]):
+                epoch = step / steps_per_epoch if steps_per_epoch else None
+                values = {name: curve[name][index] for name in MEASURES if name in curve}
+                rows.append(about | values | {"seed": curve["seed"], "step": step, "epoch": epoch})
+    frame = pl.DataFrame(rows, schema=SCHEMA)
+    measured = [name for name in ("train_loss", "test_loss") if not frame[name].is_null().all()]
+    return frame.with_columns(pl.col(name).fill_null(math.inf).fill_nan(math.inf) for name in measured)
+
+
+def _entries(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    """Returns what :func:`frame_of` makes the frame of."""
+    entries = []
+    for (name,), own in frame.group_by(["optimizer"], maintain_order=True):
+        first = own.row(0, named=True)
+        curves = []
+        for (seed,), part in own.group_by(["seed"], maintain_order=True):
+            columns = {measure: [_json(x) for x in part[measure]] for measure in MEASURES}
+            curves.append({"seed": seed, **columns})
+        steps = own["step"].unique(maintain_order=True).to_list()
+        about = {key: first[key] for key in ("family", "label", "seconds_per_step")}
+        setting = json.loads(first["setting"])
+        entries.append({"optimizer": name, **about, "setting": setting, "steps": steps, "curves": curves})
+    return entries
+
+
+def _json(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _from_version_0_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns the content of a file of version 0.1 in today's form: means over seeds, without the seeds."""
+    entries, counts, last = [], {}, {}
+    for old in content.pop("results"):
+        name, losses = old["name"], old["train_loss"]
+        family = name.split()[0]
+        counts[name] = old["seeds"]
+        if "final_losses" in old:
+            last[name] = [math.inf if loss is None else loss for loss in old["final_losses"]]
+            content["steps_per_epoch"] = old["steps_per_epoch"]
+        accuracies = old.get("test_curve", [None] * (len(losses) - 1) + [old["test_accuracy"]])
+        curve = {"seed": None, "train_loss": losses, "test_accuracy": accuracies}
+        label = name.replace(family, LEARNED[family].label, 1) if family in LEARNED else name
+        about = {"optimizer": name, "family": family, "label": label, "setting": old["hyperparameters"]}
+        numbers = {"steps": old["steps"], "seconds_per_step": old["seconds_per_step"]}
+        entries.append({**about, **numbers, "curves": [curve]})
+    return content | {"optimizers": entries, "num_seeds": counts, "last_losses": last}

@@ -1,108 +1,113 @@
-"""Results as tables for people."""
+"""The table of a comparison, for terminals and as Markdown."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
+import numpy as np
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mlhf_optax.comparison.results import Result, best_of, leaders, table_steps
+from mlhf_optax.comparison.engine import TABLE_STEPS
+from mlhf_optax.comparison.results import Comparison, Curve, best_at, leaders
+
+Unit = Literal["step", "epoch"]
+_MOST_COLUMNS = 7
+
+
+class _Row(NamedTuple):
+    """A row: cells as text, and for each whether it is good (True), bad (False) or neither (None)."""
+
+    cells: list[str]
+    is_good: list[bool | None]
+    is_new_part: bool = False
 
 
 def comparison_table(
-    results: Sequence[Result], title: str, *, show_all: bool = False, columns: Mapping[int, str] | None = None
+    comparison: Comparison, title: str, *, show_all: bool = False, unit: Unit = "step"
 ) -> Table:
-    """Returns MLHF, the best of the others at each step, how they compare, and the others.
+    """Returns the learned optimizers, the best of the others at each step, how they compare, and the others.
 
     Args:
-      results: of one comparison, at least one.
+      comparison: with at least one optimizer.
       title: title of the table.
-      show_all: a row for every result, instead of those that are best of their family at some step.
-      columns: heads of the columns of losses by step; those of
-        :func:`mlhf_optax.comparison.results.table_steps` if None.
+      show_all: a row for every optimizer, instead of those that are best of their family at some step.
+      unit: what the columns count.
 
     Returns:
       A rich table; print it with a :class:`rich.console.Console`.
 
     Example:
-      >>> result = Result("mlhf", "mlhf", {}, 1, (1, 10), (2.0, 1.0), 0.9, 1e-3)
-      >>> comparison_table([result], "one step").row_count
+      >>> from mlhf_optax.comparison import compare, grid_contenders
+      >>> from mlhf_optax.tasks import get_task
+      >>> sgd = grid_contenders(["sgd"], rates=[0.1])
+      >>> comparison_table(compare(get_task("digits-mlp"), sgd, [2], seeds=[0], timed=False), "SGD").row_count
       1
     """
-    columns = columns or {step: str(step) for step in table_steps(results)}
-    steps = list(columns)
-    learned = [result for result in results if result.family == "mlhf"]
-    others = [result for result in results if result.family != "mlhf"]
+    head, *rows = _rows(comparison.curves(), unit, show_all)
     # Narrow enough for a terminal of 80 columns, which is also what rich assumes for a file.
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("training loss after step", overflow="fold")
-    for step in steps:
-        table.add_column(columns[step], justify="right", no_wrap=True)
-    table.add_column("test", justify="right", no_wrap=True)
-    table.add_column("ms", justify="right", no_wrap=True)
-    for result in learned:
-        rate, name = result.hyperparameters.get("learning_rate", ""), result.name.replace("mlhf", "MLHF", 1)
-        table.add_row(f"{name} lr={rate:g}" if rate else name, *_cells(result, steps), style="bold")
-    if others:
-        if learned:
-            _add_verdict(table, learned[0], others, steps)
-        table.add_section()
-        _add_others(table, others, steps, show_all)
+    table.add_column(f"training loss after {unit}", overflow="fold")
+    for name in [*head.cells[1:-2], "test", "ms"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if row.is_new_part and table.row_count:
+            table.add_section()
+        styles = {True: "bold green", False: "bold red", None: ""}
+        cells = [Text(cell, styles[good]) for cell, good in zip(row.cells, row.is_good, strict=True)]
+        table.add_row(*cells)
     return table
 
 
-def _add_verdict(table: Table, learned: Result, others: Sequence[Result], steps: Sequence[int]) -> None:
-    losses = [best_of(others, step).loss_at(step) for step in steps]
-    accuracy = max(result.test_accuracy for result in others)
-    fastest = min(result.seconds_per_step for result in others)
-    best = [*map(format_loss, losses), f"{accuracy:.1%}", f"{1e3 * fastest:.2f}"]
-    table.add_row(f"best of the other {len(others)} there", *best)
-    ratios = [_ratio(learned.loss_at(step), loss) for step, loss in zip(steps, losses, strict=True)]
-    points = 100 * (learned.test_accuracy - accuracy)
-    slower = Text(f"{_short(learned.seconds_per_step / fastest)}x")
-    table.add_row("MLHF / that best", *ratios, _coloured(f"{points:+.1f}", points >= -0.5), slower)
+def comparison_markdown(comparison: Comparison, unit: Unit = "step") -> list[str]:
+    """Returns the same table as Markdown lines; of every family the setting of lowest loss at the end.
+
+    Args:
+      comparison: with at least one optimizer.
+      unit: what the columns count; with ``"epoch"`` rows compare at equal time, too.
+    """
+    head, *rows = _rows(comparison.curves(), unit, show_all=False, at_end=True)
+    bold = lambda row: [f"**{cell}**" if good else cell for cell, good in zip(*row[:2], strict=True)]
+    return markdown_table([head.cells, *map(bold, rows)])
 
 
-def _add_others(table: Table, others: Sequence[Result], steps: Sequence[int], show_all: bool) -> None:
-    best = {step: best_of(others, step) for step in steps}
-    for family in dict.fromkeys(result.family for result in others):
-        members = [result for result in others if result.family == family]
-        for result in members if show_all else leaders(members, steps):
-            cells = _cells(result, steps)
-            for index, step in enumerate(steps):
-                if result is best[step]:
-                    cells[index].stylize("bold underline")
-            table.add_row(result.name, *cells)
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a Markdown table; the first row is its head.
+
+    Example:
+      >>> markdown_table([["step", "loss"], ["10", "0.5"]])
+      ['| step | loss |', '| --- | ---: |', '| 10 | 0.5 |']
+    """
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
 
 
-def _cells(result: Result, steps: Sequence[int]) -> list[Text]:
-    losses = [Text(format_loss(result.loss_at(step))) for step in steps]
-    return [*losses, Text(f"{result.test_accuracy:.1%}"), Text(f"{1e3 * result.seconds_per_step:.2f}")]
+def table_steps(curve: Curve, unit: Unit = "step") -> list[int]:
+    """Returns the recorded steps that make columns.
+
+    They are 10, 30, 100, 200, 500 and the last one; of epochs up to seven, evenly spaced in the logarithm.
+    """
+    if unit == "step":
+        return sorted({*(step for step in TABLE_STEPS if step in curve.steps), curve.steps[-1]})
+    wanted = np.geomspace(curve.steps[0], curve.steps[-1], _MOST_COLUMNS)
+    return sorted({curve.steps[int(np.argmin(np.abs(np.subtract(curve.steps, x))))] for x in wanted})
 
 
-def _ratio(own: float, other: float) -> Text:
-    if not (math.isfinite(own) and other > 0):
-        return _coloured("diverged" if not math.isfinite(own) else "-", False)
-    return _coloured(f"{_short(own / other)}x", own < other)
+def losses_by_time(others: Sequence[Curve], curve: Curve) -> list[float]:
+    """Returns the best loss of others by the time at which ``curve`` was recorded, one number per record.
 
-
-def _short(ratio: float) -> str:
-    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
-
-
-def _coloured(text: str, is_good: bool) -> Text:
-    return Text(text, style="bold green" if is_good else "bold red")
+    Between two records the loss is taken on a straight line. NaN before the first record of the fastest of
+    the others, and after its last one: what was not reached is not made up.
+    """
+    best = [best_at(others, step).loss_at(step) for step in curve.steps]
+    factor = (curve.seconds_per_step or math.nan) / min(one.seconds_per_step or math.nan for one in others)
+    steps = np.array(curve.steps, float)
+    return np.interp(steps * factor, steps, best, left=math.nan, right=math.nan).tolist()
 
 
 def format_loss(loss: float) -> str:
-    """Writes a loss in a few characters.
-
-    Args:
-      loss: in nats; not finite for a training that diverged.
-
-    Returns:
-      At most 8 characters.
+    """Writes a loss in at most 8 characters.
 
     Example:
       >>> format_loss(0.1534), format_loss(3.9712e-06), format_loss(float("nan"))
@@ -116,4 +121,90 @@ def format_loss(loss: float) -> str:
     return f"{loss:.3f}"
 
 
-__all__ = ["comparison_table", "format_loss"]
+def format_ratio(own: float, best: float) -> str:
+    """Writes one loss as a multiple of another; with two decimals around one.
+
+    Example:
+      >>> format_ratio(1.02, 1.0), format_ratio(0.5, 10.0), format_ratio(31.0, 1.0)
+      ('1.02', '0.05', '31')
+    """
+    if not math.isfinite(own):
+        return "diverged"
+    if not best > 0:
+        return "-"
+    return f"{own / best:.2f}" if 0.1 <= own / best < 10 else f"{own / best:.2g}"
+
+
+def _rows(curves: Sequence[Curve], unit: Unit, show_all: bool, at_end: bool = False) -> list[_Row]:
+    """Returns the rows of a table, the head first."""
+    steps = table_steps(curves[0], unit)
+    per_unit = (curves[0].steps_per_epoch or 1) if unit == "epoch" else 1
+    learned = [curve for curve in curves if curve.is_learned]
+    others = [curve for curve in curves if not curve.is_learned]
+    head = [f"training loss after {unit}", *(f"{step / per_unit:g}" for step in steps), "test accuracy", "ms per step"]
+    rows = [_plain(head)]
+    for curve in learned:
+        rate = curve.setting.get("learning_rate")
+        title = f"{curve.label} lr={rate:g}" if isinstance(rate, int | float) else curve.label
+        rows.append(_plain([title, *_cells(curve, steps)]))
+    if learned and others:
+        rows += _verdict(learned, others, steps, unit)
+    for family in dict.fromkeys(curve.family for curve in others):
+        members = [curve for curve in others if curve.family == family]
+        shown = members if show_all else leaders(members, steps[-1:] if at_end else steps)
+        for index, curve in enumerate(shown):
+            is_first = index == 0 and family == others[0].family
+            best = [best_at(others, step) is curve or None for step in steps]
+            rows.append(_Row([curve.label, *_cells(curve, steps)], [None, *best, None, None], is_first))
+    return rows
+
+
+def _plain(cells: list[str]) -> _Row:
+    return _Row(cells, [None] * len(cells))
+
+
+def _cells(curve: Curve, steps: Sequence[int]) -> list[str]:
+    losses = [format_loss(curve.loss_at(step)) for step in steps]
+    return [*losses, _percent(curve.accuracy), _milliseconds(curve.seconds_per_step)]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if math.isfinite(share) else "-"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.2f}" if seconds < 0.01 else f"{1e3 * seconds:.3g}"
+
+
+def _verdict(
+    learned: Sequence[Curve], others: Sequence[Curve], steps: Sequence[int], unit: Unit
+) -> list[_Row]:
+    """Returns the best of the others in each column, and how every learned optimizer compares with it."""
+    best = [best_at(others, step).loss_at(step) for step in steps]
+    accuracy = max(curve.accuracy for curve in others)
+    times = [curve.seconds_per_step for curve in others if curve.seconds_per_step is not None]
+    fastest = min(times, default=None)
+    cells = [*map(format_loss, best), _percent(accuracy), _milliseconds(fastest)]
+    rows = [_plain([f"best of the other {len(others)} there", *cells])]
+    for curve in learned:
+        own = [curve.loss_at(step) for step in steps]
+        pairs = list(zip(own, best, strict=True))
+        points = 100 * (curve.accuracy - accuracy)
+        slower = f"{curve.seconds_per_step / fastest:.1f}x" if fastest and curve.seconds_per_step else "-"
+        ratios = [f"{format_ratio(*pair)}x".replace("dx", "d") for pair in pairs]
+        signs = [None, *(a < b for a, b in pairs), points >= -0.5, None]
+        rows.append(_Row([f"{curve.label} / that best", *ratios, f"{points:+.1f}", slower], signs))
+        if unit == "epoch" and fastest and curve.seconds_per_step:
+            rows += _by_time(curve, others, steps)
+    return rows
+
+
+def _by_time(curve: Curve, others: Sequence[Curve], steps: Sequence[int]) -> list[_Row]:
+    """Returns a row on the others by the time of a learned optimizer, where they had got anywhere by then."""
+    by_time = dict(zip(curve.steps, losses_by_time(others, curve), strict=True))
+    if not any(math.isfinite(by_time[step]) for step in steps):
+        return []
+    pairs = [(curve.loss_at(step), by_time[step]) for step in steps]
+    ratios = [f"{format_ratio(*pair)}x" if math.isfinite(pair[1]) else "-" for pair in pairs]
+    signs = [own < other if math.isfinite(other) else None for own, other in pairs]
+    return [_Row([f"{curve.label} / best at equal time", *ratios, "", ""], [None, *signs, None, None])]

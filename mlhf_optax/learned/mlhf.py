@@ -214,9 +214,12 @@ def _structure(meta_params: MetaParams) -> dict[str, Any]:
 def _template(structure: Mapping[str, Any]) -> MetaParams:
     settings = Settings.from_json(structure["settings"])
     names, units = structure["layer_types"], structure["units"]
-    return jax.eval_shape(
-        lambda: init_meta_params(jax.random.key(0), settings, layer_types=names, units=units)
+    # All layer types have networks of the same shapes, so it is enough to trace those of one.
+    one: MetaParams = jax.eval_shape(
+        lambda: init_meta_params(jax.random.key(0), settings, layer_types=names[:1], units=units)
     )
+    damping, preconditioner = one.damping[names[0]], one.preconditioner[names[0]]
+    return MetaParams(dict.fromkeys(names, damping), dict.fromkeys(names, preconditioner), settings)
 
 
 MLHF = LearnedFamily(

@@ -1,7 +1,7 @@
-"""Many trainings of one task that advance together: E settings of an optimizer times S seeds.
+"""Runs that advance together: E settings of an optimizer times S seeds.
 
 For a seed, the initial parameters, the order of the mini-batches and their augmentation are the same
-whatever the optimizer, so that differences between curves are differences between optimizers.
+whatever the optimizer, so differences between curves are differences between optimizers.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,21 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlhf_optax.comparison.feeds import draw, make_feed
-from mlhf_optax.comparison.inner_training import (
+from mlhf_optax.comparison.run import (
     Hyperparameters,
     MakeOptimizer,
     accuracy,
     augmentation_key,
+    draw_order,
     evaluation_state,
-    init_training,
+    init_run,
     mean_loss,
-    training_step,
+    run_step,
 )
 from mlhf_optax.meta_training import runs_in_sequence
-from mlhf_optax.tasks import Examples, Task, in_memory, num_examples
+from mlhf_optax.tasks import Examples, ExampleStream, Task, in_memory, num_examples, take
 
-_EVALUATION_CHUNK = 2048  # examples a forward pass, to bound the memory of an evaluation
+_EVALUATION_CHUNK = 2048  # examples per forward pass, to bound the memory of an evaluation
 
 
 class _Ready(NamedTuple):
@@ -36,7 +36,7 @@ class _Ready(NamedTuple):
 
 
 class Program:
-    """The compiled functions of E x S trainings; made once, it serves any settings and seeds.
+    """The compiled functions of E x S runs; made once, it serves any settings and seeds.
 
     Trainings run side by side under ``vmap``, or one after the other where that is faster
     (:func:`mlhf_optax.meta_training.runs_in_sequence`). Then they are apart also for the compiler, since
@@ -51,9 +51,9 @@ class Program:
       >>> import optax
       >>> from mlhf_optax.tasks import get_task
       >>> program = Program(get_task("digits-mlp"), optax.adam)
-      >>> trainings = Trainings(program, {"learning_rate": np.array([1e-2, 1e-3])}, seeds=[0], num_steps=3)
-      >>> trainings.step()
-      >>> trainings.train_loss().shape
+      >>> grid = RunGrid(program, {"learning_rate": np.array([1e-2, 1e-3])}, seeds=[0], num_steps=3)
+      >>> grid.step()
+      >>> grid.train_loss().shape
       (2, 1)
     """
 
@@ -62,28 +62,32 @@ class Program:
         self.is_sequential = runs_in_sequence(task) if sequential is None else sequential
 
         def init(setting, seed, _):
-            return init_training(task, make_optimizer, setting[1], jax.random.key(seed["seed"]))
+            return init_run(task, make_optimizer, setting[1], jax.random.key(seed["seed"]))
 
         # The data are arguments, not constants of the compiled program, which would copy them.
         def step(setting, seed, state, examples, number):
             key = augmentation_key(jax.random.key(seed["seed"]), number)
-            batch = task.augment_fn(key, draw(examples, seed["fed"]))
-            return training_step(task, make_optimizer, setting[1], batch, state)
+            fed = seed["fed"] if examples is None else take(examples, seed["fed"])
+            return run_step(task, make_optimizer, setting[1], task.augment_fn(key, fed), state)
 
         def ready(setting, seed, state, examples):
             return _Ready(state.params, evaluation_state(task, state.params, examples))
 
+        def loss(setting, seed, ready, examples):
+            return mean_loss(task, ready.params, examples, ready.model_state)
+
+        def right(setting, seed, ready, examples):
+            return accuracy(task, ready.params, examples, ready.model_state)
+
         self.init = self.over_runs(init)
         self.step = self.over_runs(step, donate=True)
-        self.ready = self.over_runs(ready)
-        self.loss = self.over_runs(lambda _, __, run, x: mean_loss(task, run.params, x, run.model_state))
-        self.accuracy = self.over_runs(lambda _, __, run, x: accuracy(task, run.params, x, run.model_state))
+        self.ready, self.loss, self.accuracy = map(self.over_runs, (ready, loss, right))
 
     def over_runs(self, one: Callable, donate: bool = False, jit: bool = True) -> Callable:
         """Maps ``one(setting, per_seed, run, *shared)`` over settings (E), per_seed (S) and runs (E, S).
 
         Args:
-          one: works on a single training; a setting is its number and its hyperparameters.
+          one: works on a single run; a setting is its number and its hyperparameters.
           donate: the runs may be overwritten.
           jit: compile ``one``; only sequential programs can do without.
 
@@ -96,13 +100,8 @@ class Program:
             pick = lambda tree, index: jax.tree.map(lambda leaf: leaf[index], tree)
 
             def in_sequence(settings, per_seed, runs, *shared):
-                return [
-                    [
-                        compiled(pick(settings, e), pick(per_seed, s), run, *shared)
-                        for s, run in enumerate(row)
-                    ]
-                    for e, row in enumerate(runs)
-                ]
+                of = lambda e, s, run: compiled(pick(settings, e), pick(per_seed, s), run, *shared)
+                return [[of(e, s, run) for s, run in enumerate(row)] for e, row in enumerate(runs)]
 
             return in_sequence
 
@@ -114,15 +113,15 @@ class Program:
         return jax.jit(side_by_side, donate_argnums=donated)
 
 
-class Trainings:
-    """E x S trainings of a :class:`Program`, from their start.
+class RunGrid:
+    """E x S runs of a :class:`Program`, from their start.
 
     Args:
       program: the compiled functions.
       hyperparameters: arguments of ``make_optimizer``, arrays of shape (E,) for E settings; empty for a
         function without arguments, E = 1.
       seeds: S seeds of the initial parameters, the order of the batches and their augmentation.
-      num_steps: length of every training.
+      num_steps: length of every run.
 
     Attributes:
       state: pytree of arrays, all that changes; can be saved, and set to go on from there.
@@ -154,27 +153,36 @@ class Trainings:
         # Without hyperparameters, numbers stand for the settings, so that there is something to map over.
         self._settings = (np.arange(self.num_settings), values)
         self._seeds = {"seed": np.asarray(seeds, np.int32)}
-        self._feed = make_feed(task, seeds, num_steps)
-        self._train = self._feed.examples or jax.tree.map(jnp.asarray, in_memory(task.data.train))
+        train = task.data.train
+        self._train = jax.tree.map(jnp.asarray, in_memory(train))
         self._test = jax.tree.map(jnp.asarray, task.data.test)
+        if isinstance(train, dict):
+            # Only numbers of examples are handed over; the examples lie on the device.
+            orders = np.stack([draw_order(task, jax.random.key(seed), num_steps) for seed in seeds])
+            self._feed, self._examples = lambda step: orders[:, step], self._train
+        else:
+            self._feed, self._examples = _StreamFeed(train, seeds, task.batch_size), None
         nothing = [[None] * self.num_seeds] * self.num_settings if program.is_sequential else None
         self.state = program.init(self._settings, self._seeds, nothing)
         self.steps_done = 0
 
     def step(self) -> None:
-        """Takes the next step of every training."""
+        """Takes the next step of every run."""
         seeds = {**self._seeds, "fed": self._feed(self.steps_done)}
         number = np.int32(self.steps_done)
-        self.state = self._program.step(self._settings, seeds, self.state, self._feed.examples, number)
+        self.state = self._program.step(self._settings, seeds, self.state, self._examples, number)
         self.steps_done += 1
 
-    def train_loss(self) -> np.ndarray:
-        """Returns the loss on the training part (the sample in memory of a stream), in nats, shape (E, S)."""
-        return self._mean(self._program.loss, self._train)
+    def train_loss(self, examples: Examples | None = None) -> np.ndarray:
+        """Returns the loss in nats, shape (E, S), on the training part or on some of its examples.
 
-    def loss_on(self, examples: Examples) -> np.ndarray:
-        """Returns the loss on examples, such as a sample of a part, in nats, shape (E, S)."""
-        return self._mean(self._program.loss, examples)
+        Of a stream the part is the sample in memory.
+        """
+        return self._mean(self._program.loss, self._train if examples is None else examples)
+
+    def test_loss(self) -> np.ndarray:
+        """Returns the loss on the test part in nats, shape (E, S)."""
+        return self._mean(self._program.loss, self._test)
 
     def test_accuracy(self) -> np.ndarray:
         """Returns the accuracy on the test part, in [0, 1], shape (E, S)."""
@@ -195,4 +203,16 @@ class Trainings:
         return mean
 
 
-__all__ = ["Program", "Trainings"]
+class _StreamFeed:
+    """Mini-batches of S seeds that are read while they are needed."""
+
+    def __init__(self, stream: ExampleStream, seeds: Sequence[int], batch_size: int):
+        self._open = lambda step: [stream.batches(seed, batch_size, step) for seed in seeds]
+        self._iterators, self._next_step = self._open(0), 0
+
+    def __call__(self, step: int) -> Any:
+        """Returns the mini-batches of a step, leaves (S, B, ...)."""
+        if step != self._next_step:  # a run that was restored
+            self._iterators = self._open(step)
+        self._next_step = step + 1
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *map(next, self._iterators))

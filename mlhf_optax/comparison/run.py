@@ -1,4 +1,4 @@
-"""One training of one network: how it starts, its step, and how it is judged."""
+"""One run: the training of one network from one seed. How it starts, its step, and how it is judged."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,8 +14,8 @@ MakeOptimizer = Callable[..., optax.GradientTransformation]  # make_optimizer(**
 Hyperparameters = Mapping[str, Any]
 
 
-class TrainingState(NamedTuple):
-    """What one training carries from step to step.
+class RunState(NamedTuple):
+    """What a run carries from step to step.
 
     Attributes:
       params: parameters of the network.
@@ -26,25 +26,25 @@ class TrainingState(NamedTuple):
     opt_state: Any
 
 
-def init_training(
+def init_run(
     task: Task, make_optimizer: MakeOptimizer, hyperparameters: Hyperparameters, key: chex.PRNGKey
-) -> TrainingState:
-    """Returns the state of one training before its first step; ``key`` decides the parameters."""
+) -> RunState:
+    """Returns the state of a run before its first step; ``key`` decides the parameters."""
     params = task.init_fn(jax.random.fold_in(key, 0))
-    return TrainingState(params, make_optimizer(**hyperparameters).init(params))
+    return RunState(params, make_optimizer(**hyperparameters).init(params))
 
 
 def draw_order(task: Task, key: chex.PRNGKey, num_steps: int) -> jax.Array:
-    """Returns the mini-batches of one training as example numbers, shape (num_steps, B).
+    """Returns the mini-batches of a run as example numbers, shape (num_steps, B).
 
-    They are of the part that is in memory; a stream that is not has an order of its own.
+    They are numbers of the part that is in memory; a stream has an order of its own.
     """
     size = num_examples(in_memory(task.data.train))
     return epoch_indices(jax.random.fold_in(key, 1), size, task.batch_size, num_steps)
 
 
 def augmentation_key(key: chex.PRNGKey, step: int | jax.Array) -> chex.PRNGKey:
-    """Returns the key for the augmentation of a step, counted from 0, of the training with ``key``."""
+    """Returns the key for the augmentation at a step, counted from 0, of the run with ``key``."""
     return jax.random.fold_in(jax.random.fold_in(key, 2), step)
 
 
@@ -53,19 +53,19 @@ def draw_batch(task: Task, examples: Examples, indices: jax.Array, key: chex.PRN
     return task.augment_fn(key, take(examples, indices))
 
 
-def training_step(
+def run_step(
     task: Task,
     make_optimizer: MakeOptimizer,
     hyperparameters: Hyperparameters,
     batch: Examples,
-    state: TrainingState,
-) -> TrainingState:
-    """Takes one step of one training on a mini-batch."""
+    state: RunState,
+) -> RunState:
+    """Takes one step of a run on a mini-batch."""
     optimizer = optax.with_extra_args_support(make_optimizer(**hyperparameters))
     loss = lambda params: task.loss_fn(task.predict_fn(params, batch), batch)
     grads = jax.grad(loss)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, batch=batch)
-    return TrainingState(optax.apply_updates(state.params, updates), opt_state)
+    return RunState(optax.apply_updates(state.params, updates), opt_state)
 
 
 def evaluation_state(task: Task, params: Any, examples: Examples) -> Any:
@@ -78,12 +78,6 @@ def evaluation_state(task: Task, params: Any, examples: Examples) -> Any:
 
     Returns:
       What ``task.model_state_fn`` makes of them; None for a network without state.
-
-    Example:
-      >>> from mlhf_optax.tasks import get_task
-      >>> task = get_task("digits-mlp")
-      >>> evaluation_state(task, task.init_fn(jax.random.key(0)), task.data.train) is None
-      True
     """
     return None if task.model_state_fn is None else task.model_state_fn(params, examples)
 
@@ -122,12 +116,6 @@ def accuracy(task: Task, params: Any, examples: Examples, model_state: Any = Non
 
     Returns:
       A scalar in [0, 1]; outputs that are not finite count as wrong.
-
-    Example:
-      >>> from mlhf_optax.tasks import get_task
-      >>> task = get_task("digits-mlp")
-      >>> bool(0 <= accuracy(task, task.init_fn(jax.random.key(0)), task.data.test) <= 1)
-      True
     """
     outputs = task.predict_fn(params, _with_state(examples, model_state))
     is_right = jnp.argmax(outputs, axis=-1) == examples["label"]
@@ -136,18 +124,3 @@ def accuracy(task: Task, params: Any, examples: Examples, model_state: Any = Non
 
 def _with_state(examples: Examples, model_state: Any) -> Examples:
     return examples if model_state is None else {**examples, "model_state": model_state}
-
-
-__all__ = [
-    "Hyperparameters",
-    "MakeOptimizer",
-    "TrainingState",
-    "accuracy",
-    "augmentation_key",
-    "draw_batch",
-    "draw_order",
-    "evaluation_state",
-    "init_training",
-    "mean_loss",
-    "training_step",
-]

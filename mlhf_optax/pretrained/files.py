@@ -171,7 +171,7 @@ def load_meta_params(path: str | os.PathLike) -> Pretrained:
       See :func:`save_meta_params`.
     """
     file = _with_ending(path)
-    old = file.with_suffix(".npz")
+    old = file.with_name(f"{file.name.removesuffix(_ENDING).removesuffix('.npz')}.npz")
     if not file.is_file() and old.is_file():
         raise ValueError(
             f"{old}: an earlier mlhf_optax wrote this, with a .json beside it; this one reads a single "

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mlhf_optax.curvature import LossFn, PredictFn
 from mlhf_optax.files import pack_arrays, unpack_arrays, write_atomically
 from mlhf_optax.layer_types import path_text
 from mlhf_optax.learned import LearnedFamily, get_learned

@@ -49,7 +49,7 @@ def test_classes_take_turns_and_the_first_fifth_is_for_meta_training(packed):
         assert part["image"].mean(axis=(1, 2, 3)) == pytest.approx(levels, abs=1)
         assert part["image"].shape[1:] == (64, 64, 3)
         assert (part["image"].dtype, part["label"].dtype) == (np.uint8, np.int32)
-        assert not (part["image"].flags.writeable or part["label"].flags.writeable)
+        assert not any(array.flags.writeable for array in part.values())
 
 
 def test_a_folder_may_be_given_and_decoding_is_done_once(packed, monkeypatch):

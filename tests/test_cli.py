@@ -143,7 +143,7 @@ def test_curvature_batch_is_a_number_or_a_share(text, part):
         (["--hidden", "4,x"], "--hidden must be widths separated by commas, like 32 or 32,32, got '4,x'"),
         (["digits-convnet", "--hidden", "4"], "the task 'digits-convnet' has no option 'hidden'"),
         (["--activation", "swish"], "`activation` must be one of"),
-        (["--batch-size", "9999"], "`batch_size` must lie between 1 and the number of examples, 719"),
+        (["--batch-size", "9999"], "number of training examples of 'digits-mlp', 719, got 9999"),
         (
             ["--curvature-batch-size", "half"],
             "--curvature-batch-size must be a number or a share, got 'half'",

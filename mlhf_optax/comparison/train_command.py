@@ -6,20 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlhf_optax.comparison import first_order
 from mlhf_optax.comparison.comparison import Contender, OnProgress, compare, grid_contenders, mlhf_contender
 from mlhf_optax.comparison.figures import require_matplotlib, save_comparison
-from mlhf_optax.comparison.inner_training import draw_order
 from mlhf_optax.comparison.machine import machine_info
 from mlhf_optax.comparison.results import Result, report
 from mlhf_optax.comparison.tables import comparison_table, format_loss
 from mlhf_optax.curvature import CurvatureBatch
 from mlhf_optax.pretrained import load_pretrained
-from mlhf_optax.tasks import Task, get_task, in_memory, num_examples
+from mlhf_optax.tasks import Task, check_batch_size, get_task, in_memory, num_examples
 
 FAMILIES = ("mlhf", *first_order.FAMILIES)
 
@@ -92,7 +90,7 @@ def make_plan(
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"the folder of {path} does not exist; make it first")
     require_matplotlib()
-    draw_order(task, jax.random.key(0), 1)  # loads the data, and refuses a batch that is too large
+    check_batch_size(task)  # also loads the data
     contenders = grid_contenders(task.batch_size, [f for f in first_order.FAMILIES if f in families])
     if "mlhf" in families:
         source = meta_params or task.pretrained

@@ -15,6 +15,7 @@ from mlhf_optax.comparison import train_command
 from mlhf_optax.tasks import TASKS
 
 RECORD = {
+    "optimizer": "mlhf",
     "task": "digits-mlp",
     "learning_rate": 0.5,
     "batch_size": 64,

@@ -16,7 +16,13 @@ from mlhf_optax.pretrained import load_pretrained
 from mlhf_optax.pretrained.files import Pretrained
 from mlhf_optax.tasks.task import Task
 
-_UNTRAINED_RECORD = {"learning_rate": 1.0, "num_cg_steps": 4, "max_update_ratio": 0.25, "batch_size": 128}
+_UNTRAINED_RECORD = {
+    "optimizer": "mlhf",
+    "learning_rate": 1.0,
+    "num_cg_steps": 4,
+    "max_update_ratio": 0.25,
+    "batch_size": 128,
+}
 
 
 def find_meta_params(task: Task, name_or_path: str | None) -> tuple[str, Pretrained]:

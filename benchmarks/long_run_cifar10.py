@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {
         "meta_params": source,
         "learning_rate": rate,
-        "momentum": learned.recommended["momentum"],
+        "momentum": learned.recommended.get("momentum", 0.0),
         "curvature_share": options.curvature_share,
         "batch_size": task.batch_size,
         "record_every": options.record_every,

@@ -15,6 +15,7 @@ from mlhf_optax.comparison import train_command
 from mlhf_optax.tasks import TASKS
 
 RECORD = {
+    "optimizer": "mlhf",
     "task": "digits-mlp",
     "learning_rate": 0.5,
     "batch_size": 64,
@@ -33,7 +34,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def meta_params(folder):
-    return str(save_meta_params(folder / "mine.npz", init_meta_params(jax.random.key(0)), RECORD))
+    return str(save_meta_params(folder / "mine", init_meta_params(jax.random.key(0)), RECORD))
 
 
 def run(*arguments):
@@ -247,8 +248,8 @@ def test_meta_train_hands_on_its_arguments(driver_calls):
 def test_meta_train_goes_on_from_other_meta_parameters(driver_calls, capsys):
     assert run("meta-train", "--start", "digits") == 0
     assert driver_calls.pop()["start"] == "digits"
-    assert run("meta-train", "--start", "nowhere.npz") == 2
-    assert "nowhere.npz: there is no such file" in capsys.readouterr().err
+    assert run("meta-train", "--start", "nowhere.safetensors") == 2
+    assert "nowhere.safetensors: there is no such file" in capsys.readouterr().err
     assert run("meta-train", "--start", "digits", "--settings", "relative", "--initial-damping", "3") == 2
     assert "leave out initial_damping, settings" in " ".join(capsys.readouterr().err.split())
     assert not driver_calls

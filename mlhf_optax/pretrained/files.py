@@ -281,3 +281,6 @@ def _record_problem(record: Mapping[str, Any]) -> str | None:
 def _with_ending(path: str | os.PathLike) -> Path:
     path = Path(path)
     return path.with_name(f"{path.name.removesuffix(_ENDING)}{_ENDING}")
+
+
+__all__ = ["FORMAT", "VERSION", "Pretrained", "decode", "load_meta_params", "save_meta_params"]

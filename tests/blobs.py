@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlhf_optax.comparison.comparison import grid_contenders
+from mlhf_optax.comparison import grid_contenders
 from mlhf_optax.losses import SoftmaxCrossEntropy
 from mlhf_optax.tasks.datasets import Dataset
 from mlhf_optax.tasks.task import Task
@@ -32,4 +32,4 @@ TASK = Task(
     batch_size=8,
     augment_fn=jitter,
 )
-SGD = grid_contenders(8, ["sgd"])[0]
+SGD = grid_contenders(["sgd"], batch_size=8)[0]

@@ -40,9 +40,7 @@ from mlhf_optax.comparison.meta_train_command import draw_batches
 from mlhf_optax.comparison.meta_train_start import SETTINGS, learned_options
 from mlhf_optax.comparison.reporting import command_line, report, write_json
 from mlhf_optax.meta_params import MetaParams, init_meta_params
-from mlhf_optax.tasks.datasets import num_examples
-from mlhf_optax.tasks.image_tasks import cifar10_convnet
-from mlhf_optax.tasks.task import Task
+from mlhf_optax.tasks import Task, cifar10_convnet, num_examples
 
 UNROLL = 10
 

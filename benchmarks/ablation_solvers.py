@@ -14,7 +14,7 @@ from mlhf_optax.curvature import ggn_matvec
 from mlhf_optax.meta_params import MetaParams, Settings
 from mlhf_optax.meta_training.losses import preconditioner_loss
 from mlhf_optax.mlhf_step import mlhf_step, solve, start_vector
-from mlhf_optax.tasks.task import Task
+from mlhf_optax.tasks import Task
 
 
 class Configuration(NamedTuple):

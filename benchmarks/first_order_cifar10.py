@@ -23,7 +23,7 @@ from mlhf_optax.comparison.experiment_options import (
     network_options,
 )
 from mlhf_optax.comparison.mlhf_contenders import mlhf_contenders
-from mlhf_optax.tasks.image_tasks import cifar10_convnet
+from mlhf_optax.tasks import cifar10_convnet
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from mlhf_optax.comparison.experiment import ForeignContender
 from mlhf_optax.comparison.feeds import draw
 from mlhf_optax.comparison.inner_training import TrainingState, augmentation_key
 from mlhf_optax.comparison.trainings import Program, Trainings
-from mlhf_optax.tasks.task import Task
+from mlhf_optax.tasks import Task
 
 LEARNING_RATES = DAMPINGS = (1.0, 0.1, 0.01, 0.001)
 DECAYS = (0.9, 0.99, 0.999)

@@ -25,9 +25,7 @@ from mlhf_optax.comparison.mlhf_contenders import find_meta_params
 from mlhf_optax.comparison.reporting import command_line, report, write_json
 from mlhf_optax.comparison.trainings import Program, Trainings
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
-from mlhf_optax.tasks.datasets import take
-from mlhf_optax.tasks.image_tasks import cifar10_convnet
-from mlhf_optax.tasks.task import Task
+from mlhf_optax.tasks import Task, cifar10_convnet, take
 
 SAMPLE = 2048  # training examples on which the loss is recorded
 STATISTICS = tuple(

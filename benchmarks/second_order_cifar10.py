@@ -41,8 +41,7 @@ from mlhf_optax.comparison.experiment_options import (
     network_options,
 )
 from mlhf_optax.comparison.mlhf_contenders import mlhf_contenders
-from mlhf_optax.tasks.image_tasks import cifar10_convnet
-from mlhf_optax.tasks.task import Task
+from mlhf_optax.tasks import Task, cifar10_convnet
 
 LEARNING_RATES = DAMPINGS = (1.0, 0.1, 0.01, 0.001)
 DECAYS = (2 / 3, 0.9, 0.99, 0.999)

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 from mlhf_optax import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, init_meta_params
 from mlhf_optax import meta_training as mt
 from mlhf_optax.comparison.reporting import command_line, report, write_json
-from mlhf_optax.tasks import get_task
-from mlhf_optax.tasks.datasets import epoch_indices, num_examples, sample_batches, take
+from mlhf_optax.tasks import epoch_indices, get_task, num_examples, sample_batches, take
 
 FAITHFUL = {
     "max_update_ratio": None,

@@ -19,9 +19,7 @@ from mlhf_optax.comparison.comparison import grid_contenders
 from mlhf_optax.comparison.experiment import run_experiment
 from mlhf_optax.comparison.experiment_options import apply_quick, experiment_parser, limit_data
 from mlhf_optax.comparison.mlhf_contenders import mlhf_contenders
-from mlhf_optax.tasks import get_task
-from mlhf_optax.tasks.datasets import num_examples, part_size
-from mlhf_optax.tasks.task import Task
+from mlhf_optax.tasks import Task, get_task, num_examples, part_size
 
 BASELINE_BATCH_SIZE = 256  # that of which the grid's learning rates are (Table 1)
 

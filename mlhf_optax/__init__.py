@@ -2,33 +2,33 @@
 
 from typing import TYPE_CHECKING
 
+from mlhf_optax.controllers.coordinate_lstm import MetaParams as MetaParams
+from mlhf_optax.controllers.coordinate_lstm import extend_meta_params as extend_meta_params
+from mlhf_optax.controllers.coordinate_lstm import init_meta_params as init_meta_params
+from mlhf_optax.controllers.levenberg_marquardt import LevenbergMarquardt as LevenbergMarquardt
+from mlhf_optax.controllers.lstm_settings import AUTHORS_SETTINGS as AUTHORS_SETTINGS
+from mlhf_optax.controllers.lstm_settings import PAPER_SETTINGS as PAPER_SETTINGS
+from mlhf_optax.controllers.lstm_settings import Settings as Settings
 from mlhf_optax.curvature import ggn_matvec as ggn_matvec
-from mlhf_optax.hessian_free import HessianFreeInfo as HessianFreeInfo
-from mlhf_optax.hessian_free import ScaleByHessianFreeState as ScaleByHessianFreeState
+from mlhf_optax.damped_step import DampedStepState as DampedStepState
+from mlhf_optax.damped_step import StepInfo as StepInfo
+from mlhf_optax.damped_step import scale_by_damped_step as scale_by_damped_step
+from mlhf_optax.gauss_newton import gauss_newton as gauss_newton
 from mlhf_optax.hessian_free import hessian_free as hessian_free
 from mlhf_optax.hessian_free import scale_by_hessian_free as scale_by_hessian_free
 from mlhf_optax.layer_types import layer_types as layer_types
-from mlhf_optax.levenberg_marquardt import LevenbergMarquardt as LevenbergMarquardt
 from mlhf_optax.losses import SigmoidCrossEntropy as SigmoidCrossEntropy
 from mlhf_optax.losses import SoftmaxCrossEntropy as SoftmaxCrossEntropy
 from mlhf_optax.losses import SquaredError as SquaredError
-from mlhf_optax.meta_params import AUTHORS_SETTINGS as AUTHORS_SETTINGS
-from mlhf_optax.meta_params import PAPER_SETTINGS as PAPER_SETTINGS
-from mlhf_optax.meta_params import MetaParams as MetaParams
-from mlhf_optax.meta_params import Settings as Settings
-from mlhf_optax.meta_params import extend_meta_params as extend_meta_params
-from mlhf_optax.meta_params import init_meta_params as init_meta_params
 from mlhf_optax.mlhf import mlhf as mlhf
 from mlhf_optax.mlhf import scale_by_mlhf as scale_by_mlhf
-from mlhf_optax.mlhf_step import MLHFInfo as MLHFInfo
-from mlhf_optax.mlhf_step import ScaleByMLHFState as ScaleByMLHFState
 from mlhf_optax.pcg import pcg as pcg
 from mlhf_optax.pretrained import list_pretrained as list_pretrained
 from mlhf_optax.pretrained import load_pretrained as load_pretrained
 from mlhf_optax.pretrained.files import Pretrained as Pretrained
 from mlhf_optax.pretrained.files import load_meta_params as load_meta_params
 from mlhf_optax.pretrained.files import save_meta_params as save_meta_params
-from mlhf_optax.safeguards import limit_update_ratio as limit_update_ratio
+from mlhf_optax.transforms import limit_update_ratio as limit_update_ratio
 
 __version__ = "0.1.0"
 

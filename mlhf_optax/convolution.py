@@ -53,8 +53,9 @@ def convolve(
 
     Pass it to a Flax layer: ``nn.Conv(8, (3, 3), conv_general_dilated=convolve)``. Its own way is taken
     for two-dimensional convolutions in the layout of Flax without groups and dilation; all others are
-    handed to ``jax.lax.conv_general_dilated``. On other machines than CPUs the two are the same program,
-    but that strided 1x1 convolutions pick their pixels first.
+    handed to ``jax.lax.conv_general_dilated``, and so are negative padding and convolutions of or to
+    empty arrays (a kernel larger than the padded images). On other machines than CPUs the two are the
+    same program, but that strided 1x1 convolutions pick their pixels first.
 
     Args:
       images: shape (B, height, width, in_channels) in the layout of Flax.
@@ -109,11 +110,14 @@ def convolve(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], strides, padding)
     top, left = ((int(low), int(high)) for low, high in padding)
-    if kernel.shape[:2] == (1, 1) and (top, left) == ((0, 0), (0, 0)):
-        # Which pixels count is decided here, once for all products that share these images.
-        images, strides = images[:, :: strides[0], :: strides[1]], (1, 1)
     image, window = images.shape[1:3], kernel.shape[:2]
     geometry = Geometry((image[0], image[1]), (window[0], window[1]), strides, (top, left), precision)
+    if min(*top, *left) < 0 or min(*images.shape, *kernel.shape, *geometry.outputs) < 1:
+        return plain(images, kernel)
+    if window == (1, 1) and (top, left) == ((0, 0), (0, 0)):
+        # Which pixels count is decided here, once for all products that share these images.
+        images = images[:, :: strides[0], :: strides[1]]
+        geometry = geometry._replace(image=geometry.outputs, strides=(1, 1))
     return _convolution_p.bind(images[None], kernel[None], wanted="outputs", geometry=geometry)[0]
 
 

@@ -7,11 +7,17 @@ pass, a product with ``H_l`` and a reverse-mode pass; all products of one step s
 linearization of the model (paper, section 2.2).
 """
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Sequence, Set
 from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlhf_optax.layer_types import path_text
 
 Batch = Any
 Outputs = Any
@@ -19,6 +25,7 @@ PredictFn = Callable[[chex.ArrayTree, Batch], Outputs]  # predict_fn(params, bat
 LossFn = Callable[[Outputs, Batch], jax.Array]  # loss_fn(outputs, batch) -> scalar
 Matvec = Callable[[chex.ArrayTree], chex.ArrayTree]
 CurvatureBatch = int | float | Callable[[Batch], Batch] | None
+PerExample = Sequence[Hashable] | None
 
 
 def output_curvature(loss_fn: LossFn, outputs: Outputs, batch: Batch) -> Matvec:
@@ -54,6 +61,16 @@ def ggn_matvec(predict_fn: PredictFn, loss_fn: LossFn, params: chex.ArrayTree, b
     under ``jit``, ``vmap`` and inside ``lax`` loops, and its derivative with respect to ``v`` is
     again a GGN product: no second derivative of the model is ever taken (paper, section 3.1).
 
+    On several devices use ``jax.jit`` on a global batch sharded over a mesh: the product is then that of
+    the whole batch. Where the code runs per device and ``loss_fn`` is the mean over the device's own
+    shard, products are *not* averaged as gradients are, and nothing fails. Under ``jax.pmap``, and under
+    ``jax.shard_map`` with ``check_vma=False``, each device multiplies by the GGN of its own shard:
+    directions differ from device to device, and so do the parameters after the first step. Under
+    ``jax.shard_map`` with replicated parameters, JAX sums the product over the n devices, as it does for
+    ``jax.grad``: the result is n times the product of the whole batch, n times too much beside an
+    averaged gradient. There, a loss that averages over the devices itself, ``lambda z, b:
+    jax.lax.pmean(loss(z, b), axis_name)``, gives the gradient and the product of the whole batch.
+
     Args:
       predict_fn: ``predict_fn(params, batch) -> outputs``, any pytree of arrays of any shape.
       loss_fn: ``loss_fn(outputs, batch) -> scalar``, convex in ``outputs``.
@@ -75,6 +92,13 @@ def ggn_matvec(predict_fn: PredictFn, loss_fn: LossFn, params: chex.ArrayTree, b
       >>> matvec(jnp.array([1.0, 0.0]))
       Array([1., 2.], dtype=float32)
     """
+    return loss_and_ggn(predict_fn, loss_fn, params, batch)[1]
+
+
+def loss_and_ggn(
+    predict_fn: PredictFn, loss_fn: LossFn, params: chex.ArrayTree, batch: Batch
+) -> tuple[jax.Array, Matvec]:
+    """Returns the loss at ``params``, which the linearization has the outputs for, and :func:`ggn_matvec`."""
     if not jax.tree.leaves(params):
         raise ValueError("`params` has no arrays, so there is no curvature to take; pass parameters")
     outputs, push_forward = jax.linearize(lambda p: predict_fn(p, batch), params)
@@ -86,68 +110,108 @@ def ggn_matvec(predict_fn: PredictFn, loss_fn: LossFn, params: chex.ArrayTree, b
         # v -> J v -> H_l J v -> J^T H_l J v
         return pull_back(curvature(push_forward(vector)))[0]
 
-    return matvec
+    return loss_fn(outputs, batch), matvec
 
 
-def curvature_subset(predict_fn: PredictFn, params: chex.ArrayTree, batch: Batch, part: CurvatureBatch):
+def curvature_subset(
+    predict_fn: PredictFn,
+    params: chex.ArrayTree,
+    batch: Batch,
+    part: CurvatureBatch,
+    per_example: PerExample = None,
+    *,
+    loss_fn: LossFn | None = None,
+) -> Batch:
     """Returns the part of ``batch`` on which curvature is taken: its first examples.
 
-    Mini-batches are drawn at random, so their first examples are a random sample. The number of
-    examples ``B`` is the leading dimension of the outputs; every leaf of ``batch`` with that
-    leading dimension is cut, every other leaf (model state, keys) is kept whole. Where that rule
-    does not fit, pass a function of the batch.
+    Mini-batches are drawn at random, so their first examples are a random sample. Which arrays have one
+    entry per example is not guessed: it is all of them, or those that ``per_example`` names. The claim
+    is tested with shapes alone whenever this is traced: on a larger batch (all per-example arrays made
+    longer) model and loss must still work, and the outputs must grow with it. Without ``per_example`` no
+    array may be one that is longer or shorter without any effect on a shape, as a table of class weights
+    is: that would be cut unnoticed.
 
     Args:
-      predict_fn: ``predict_fn(params, batch) -> outputs``; only its output shape is used.
+      predict_fn: ``predict_fn(params, batch) -> outputs``.
       params: parameters for ``predict_fn``.
       batch: pytree of arrays.
       part: ``None`` (whole batch), a number of examples (``int`` >= 1), a fraction (``float`` in
-        (0, 1]) or a function ``batch -> smaller batch``.
+        (0, 1], rounded to at least one example) or a function ``batch -> smaller batch``.
+      per_example: names at the top level of the batch (keys of a dict, fields of a dataclass or
+        NamedTuple, positions of a tuple) below which every array has one entry per example along its
+        first axis; all else, such as model state and keys, is kept whole. ``None``: every array of the
+        batch has.
+      loss_fn: ``loss_fn(outputs, batch) -> scalar``; with it, what only the loss reads is tested too.
 
     Returns:
       The smaller batch.
 
     Raises:
-      TypeError: if ``part`` is of another type.
-      ValueError: if ``part`` is out of range or the number of examples cannot be told.
+      TypeError: if ``part`` or ``per_example`` is of another type.
+      ValueError: if ``part`` is out of range, or the batch is not as ``per_example`` says; the message
+        names the array and the remedy.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> predict = lambda w, batch: batch["x"] @ w
-      >>> batch = {"x": jnp.ones((8, 2)), "state": jnp.ones(3)}
-      >>> small = curvature_subset(predict, jnp.ones(2), batch, 0.25)
-      >>> small["x"].shape, small["state"].shape
-      ((2, 2), (3,))
+      >>> predict = lambda w, batch: (batch["x"] - batch["mean"]) @ w
+      >>> batch = {"x": jnp.ones((8, 2)), "mean": jnp.ones(2)}
+      >>> small = curvature_subset(predict, jnp.ones(2), batch, 0.25, per_example=("x",))
+      >>> small["x"].shape, small["mean"].shape
+      ((2, 2), (2,))
     """
-    check_curvature_batch(part)
-    if part is None:
+    check_curvature_batch(part, per_example)
+    if part is None or (part == 1.0 and isinstance(part, float)):
         return batch
     if callable(part):
         return part(batch)
-    shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(predict_fn, params, batch))]
-    leading = {shape[0] if shape else 0 for shape in shapes}
-    if len(leading) != 1 or 0 in leading:
-        raise ValueError(
-            "`curvature_batch_size` needs outputs that share one leading batch dimension, got output "
-            f"shapes {shapes}; pass a function `batch -> smaller batch` instead of {part!r}"
-        )
-    size = leading.pop()
+
+    def run(some: Batch) -> tuple[Outputs, Any]:
+        outputs = predict_fn(params, some)
+        return outputs, None if loss_fn is None else loss_fn(outputs, some)
+
+    is_cut = _is_per_example(batch, per_example)
+    shapes = _output_shapes(run, batch, jax.tree.map(lambda _: 1, batch))
+    size = _num_examples(batch, is_cut, shapes if per_example is None else None)
     count = part if isinstance(part, int) else max(1, round(part * size))
     if count > size:
         raise ValueError(
             f"`curvature_batch_size`={part} is larger than the batch of {size} examples; use a "
             "smaller number, a fraction such as 0.25, or None for the whole batch"
         )
+    if count == size:
+        return batch
+    # A multiple, as a model may work on groups of examples or shards of a mesh; no length of another axis.
+    taken = {
+        length for tree in (params, batch) for leaf in jax.tree.leaves(tree) for length in np.shape(leaf)
+    }
+    times = next(times for times in itertools.count(2) if times * size not in taken)
+    _check_longer_batch(run, batch, is_cut, shapes, times)
+    if per_example is None:
+        _check_every_length_counts(run, batch, shapes, times)
+    return jax.tree.map(lambda leaf, cut: leaf[:count] if cut else leaf, batch, is_cut)
 
-    def cut(leaf):
-        is_per_example = getattr(leaf, "ndim", 0) > 0 and leaf.shape[0] == size
-        return leaf[:count] if is_per_example else leaf
 
-    return jax.tree.map(cut, batch)
+def check_curvature_batch(part: CurvatureBatch, per_example: Sequence[Hashable] | None = None) -> None:
+    """Raises an error that says what is wanted if the arguments cannot name a part of a batch.
 
+    Args:
+      part: the argument ``curvature_batch_size`` of an optimizer.
+      per_example: its argument ``per_example``; see :func:`curvature_subset` for both.
 
-def check_curvature_batch(part: CurvatureBatch) -> None:
-    """Raises an error that says what is wanted if ``part`` cannot name a part of a batch."""
+    Raises:
+      TypeError: for values of another type.
+      ValueError: for values out of range, or names beside a function, which cuts the batch itself.
+    """
+    if per_example is not None:
+        if isinstance(per_example, str) or not isinstance(per_example, Sequence | Set):
+            raise TypeError(f"`per_example` must be names such as `{_NAMES}`, got {per_example!r}")
+        if not per_example:
+            raise ValueError(f"`per_example` names nothing; pass names such as `{_NAMES}`, or None for all")
+        if callable(part):
+            raise ValueError(
+                "`per_example` has no effect if `curvature_batch_size` is a function, which cuts the batch "
+                "itself; pass one of them"
+            )
     if part is None or callable(part):
         return
     if isinstance(part, bool) or not isinstance(part, int | float):
@@ -158,7 +222,100 @@ def check_curvature_batch(part: CurvatureBatch) -> None:
     if isinstance(part, int) and part < 1:
         raise ValueError(f"`curvature_batch_size` must be at least 1 example, got {part}")
     if isinstance(part, float) and not 0.0 < part <= 1.0:
-        raise ValueError(f"`curvature_batch_size` as a fraction must lie in (0, 1], got {part}")
+        raise ValueError(
+            f"`curvature_batch_size` as a fraction must lie in (0, 1], got {part}; a number of examples is "
+            "an int"
+        )
+
+
+_NAMES = '("image", "label")'
+_REMEDY = (
+    f"name what has one entry per example, as in `per_example={_NAMES}`, or pass a function "
+    "`batch -> smaller batch` as `curvature_batch_size`"
+)
+_Run = Callable[[Batch], tuple[Outputs, Any]]  # the outputs, and the loss if it is known
+
+
+def _is_per_example(batch: Batch, per_example: Sequence[Hashable] | None) -> Any:
+    """Returns a tree of booleans shaped like the batch: which leaves are said to be per example."""
+    with_none = jax.tree_util.tree_leaves_with_path(batch, is_leaf=lambda leaf: leaf is None)
+    has = {path_text(path[:1]) for path, _ in with_none}
+    names = has if per_example is None else set(map(str, per_example))
+    if not names <= has:
+        unknown = ", ".join(sorted(names - has))
+        raise ValueError(f"`per_example` names {unknown}, but the batch has {', '.join(sorted(has))}")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_text(path[:1]) in names, batch)
+
+
+def _num_examples(batch: Batch, is_cut: Any, output_shapes: list[tuple[int, ...]] | None) -> int:
+    """Returns the length that all per-example leaves share, and the outputs where they are given."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    cut = [leaf for leaf, is_one in zip(leaves, jax.tree.leaves(is_cut), strict=True) if is_one]
+    source, shapes = "other per-example arrays", [np.shape(leaf) for _, leaf in cut]
+    size = max((shape[0] for shape in shapes if shape), default=0)
+    if output_shapes is not None:
+        source, size = "the outputs", output_shapes[0][0] if output_shapes and output_shapes[0] else 0
+        if size == 0 or {shape[:1] for shape in output_shapes} != {(size,)}:
+            raise ValueError(
+                "`curvature_batch_size` needs outputs that share one leading batch dimension, got shapes "
+                f"{output_shapes}; {_REMEDY}"
+            )
+    for (path, _), shape in zip(cut, shapes, strict=True):
+        if shape[:1] != (size,):
+            raise ValueError(
+                f"`curvature_batch_size` cuts per-example arrays, but '{path_text(path)}' of shape {shape} "
+                f"does not begin with the {size} examples of {source}; {_REMEDY}"
+            )
+    return size
+
+
+def _output_shapes(run: _Run, batch: Batch, repeats: Any) -> list[tuple[int, ...]]:
+    """Returns the shapes of the outputs on a batch of repeated leaves."""
+    repeat = lambda leaf, times: leaf if times == 1 else jnp.concatenate([leaf] * times)
+    outputs, _ = jax.eval_shape(lambda: run(jax.tree.map(repeat, batch, repeats)))
+    return [leaf.shape for leaf in jax.tree.leaves(outputs)]
+
+
+def _check_longer_batch(
+    run: _Run, batch: Batch, is_cut: Any, shapes: list[tuple[int, ...]], times: int
+) -> None:
+    """Checks that a batch with more examples, all else unchanged, gives as many more outputs."""
+    message = (
+        f"`curvature_batch_size` cuts per-example arrays, but with {times} times as many entries in them the "
+        "model or the loss does not work, or gives other than as many more outputs: some array is no "
+        "per-example one, but model state that happens to be as long as the batch, or a per-example array "
+        f"is not named; {_REMEDY}"
+    )
+    try:
+        longer = _output_shapes(run, batch, jax.tree.map(lambda cut: times if cut else 1, is_cut))
+    except Exception as error:  # whatever the model raises
+        raise ValueError(message) from error
+    if longer != [tuple(times * n if axis == 0 else n for axis, n in enumerate(shape)) for shape in shapes]:
+        raise ValueError(message)
+
+
+def _check_every_length_counts(run: _Run, batch: Batch, shapes: list[tuple[int, ...]], times: int) -> None:
+    """Checks that no leaf can be longer by itself, as a table of class weights or a pool of vectors can."""
+    leaves, treedef = jax.tree.flatten(batch)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(batch)]
+    for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        alone = treedef.unflatten([times if j == i else 1 for j in range(len(leaves))])
+        unread = treedef.unflatten([object() if j == i else other for j, other in enumerate(leaves)])
+        is_free = _attempt(_output_shapes, run, batch, alone) == shapes
+        if is_free and _attempt(jax.eval_shape, functools.partial(run, unread)) is None:
+            raise ValueError(
+                f"'{path_text(path)}' of shape {np.shape(leaf)} is as long as the batch, but model and loss "
+                "do not need it to be: it may be no per-example array, and `curvature_batch_size` would cut "
+                f"it unnoticed; {_REMEDY}"
+            )
+
+
+def _attempt(function: Callable, *args: Any) -> Any:
+    """Returns what the function returns, None if it fails."""
+    try:
+        return function(*args)
+    except Exception:  # whatever the model raises
+        return None
 
 
 def _check_scalar_loss(loss_fn: LossFn, outputs: Outputs, batch: Batch) -> None:

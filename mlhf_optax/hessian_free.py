@@ -2,69 +2,20 @@
 
 The direction solves ``(G + damping * I) d = g`` by conjugate gradient from zero, without a
 preconditioner; the damping is a number, a schedule, or adapted by the Levenberg-Marquardt rule
-(:mod:`mlhf_optax.levenberg_marquardt`).
+(:mod:`mlhf_optax.controllers.levenberg_marquardt`).
 Source: paper, section 4.2 and table 1, HF(Fixed) and HF(LM); Martens 2010.
 """
 
-from typing import Any, NamedTuple
-
 import jax
-import jax.numpy as jnp
 import optax
 
-from mlhf_optax.curvature import (
-    CurvatureBatch,
-    LossFn,
-    Matvec,
-    PredictFn,
-    check_curvature_batch,
-    curvature_subset,
-    ggn_matvec,
-)
-from mlhf_optax.layer_types import check_whole_tree
-from mlhf_optax.levenberg_marquardt import LevenbergMarquardt, Solution, reduction_ratio
-from mlhf_optax.pcg import check_num_steps, pcg, vdot
-from mlhf_optax.safeguards import require_batch, require_params, select_tree, tree_is_finite
+from mlhf_optax.controllers.constant import scheduled
+from mlhf_optax.controllers.levenberg_marquardt import LevenbergMarquardt, levenberg_marquardt
+from mlhf_optax.controllers.protocol import Controller
+from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn
+from mlhf_optax.damped_step import Solver, scale_by_damped_step
 
 Damping = optax.ScalarOrSchedule | LevenbergMarquardt
-
-
-class HessianFreeInfo(NamedTuple):
-    """What the last step did, for looking at, never for computing the next one.
-
-    All but ``skipped_steps`` describe the last step that was tried, also if it was skipped.
-
-    Attributes:
-      skipped_steps: number of steps so far that moved no parameter because something was not
-        finite or the direction was not one of descent.
-      descent: <d, g>; positive for a descent direction.
-      cg_steps: number of CG steps until the tolerance or the limit.
-      cg_residual_norm: norm of ``g - (G + damping) d`` after them.
-      reduction_ratio: change of the loss over the change that the quadratic model predicts; 0 if
-        the damping is not adapted by it, for then it is not measured.
-    """
-
-    skipped_steps: jax.Array  # shape=(), dtype=int32
-    descent: jax.Array  # shape=(), dtype=float32
-    cg_steps: jax.Array  # shape=(), dtype=int32
-    cg_residual_norm: jax.Array  # shape=(), dtype=float32
-    reduction_ratio: jax.Array  # shape=(), dtype=float32
-
-
-class ScaleByHessianFreeState(NamedTuple):
-    """State of :func:`scale_by_hessian_free`.
-
-    Attributes:
-      count: number of updates, skipped ones included, so that schedules run as in the rest of a
-        chain.
-      damping_value: the damping that the next step uses if it is adapted, else the one that the
-        last step used.
-      info: what the last step did.
-    """
-
-    count: jax.Array  # shape=(), dtype=int32
-    damping_value: jax.Array  # shape=(), dtype=float32
-    info: HessianFreeInfo
 
 
 def scale_by_hessian_free(
@@ -76,6 +27,7 @@ def scale_by_hessian_free(
     num_cg_steps: int = 20,
     tolerance: float | jax.Array = 1e-5,
     curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
     early_exit: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the gradient g by the Hessian-free direction d, in the sign of the gradient.
@@ -84,7 +36,7 @@ def scale_by_hessian_free(
       d \approx (J^T H_l J + \lambda I)^{-1} g
 
     A step whose gradient or direction is not finite, or whose direction is not one of descent,
-    gives a zero update and leaves the state as it was, but for its counters. With adapted damping
+    gives a zero update and leaves the state as it was, but for counters. With adapted damping
     a step to a loss that is not finite gives a zero update, too, and the damping grows.
 
     Args:
@@ -98,12 +50,15 @@ def scale_by_hessian_free(
       tolerance: absolute norm of the residual at which CG stops.
       curvature_batch_size: take GGN products on part of the batch: a number of examples, a
         fraction or a function of the batch (:func:`mlhf_optax.curvature.curvature_subset`).
+      per_example: with a number or a fraction, names in the batch below which every array has one entry per
+        example, such as ``("image", "label")``; None if that is so for all of the batch.
       early_exit: leave the CG loop at the tolerance. Without it the loop is unrolled and idles to
         its end, which can be differentiated in reverse mode, takes longer to compile, and is
         faster for convolutional networks on CPUs (:func:`mlhf_optax.pcg.pcg`).
 
     Returns:
-      A transformation whose ``update(grads, state, params, *, batch)`` needs the batch.
+      A transformation whose ``update(grads, state, params, *, batch)`` needs the batch; its state is a
+      :class:`mlhf_optax.DampedStepState` without vectors.
 
     Raises:
       TypeError: for arguments of a wrong type, and from ``update`` if ``batch`` is missing.
@@ -125,43 +80,15 @@ def scale_by_hessian_free(
       Martens, `Deep learning via Hessian-free optimization
       <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`_, 2010.
     """
-    _check_arguments(predict_fn, loss_fn, damping, num_cg_steps, tolerance, curvature_batch_size)
-    rule = damping if isinstance(damping, LevenbergMarquardt) else None
-
-    def init_fn(params):
-        check_whole_tree(params)
-        start = rule.initial_damping if rule else _at(damping, 0)
-        # Every leaf has a buffer of its own, so that the state may be donated.
-        none, nothing = lambda: jnp.zeros((), jnp.int32), lambda: jnp.zeros((), jnp.float32)
-        info = HessianFreeInfo(none(), nothing(), none(), nothing(), nothing())
-        return ScaleByHessianFreeState(none(), jnp.asarray(start, jnp.float32), info)
-
-    def update_fn(updates, state, params: Any = None, *, batch=None, **extra_args):
-        del extra_args
-        require_params(params, "hessian_free")
-        require_batch(batch, "hessian_free")
-        check_whole_tree(params)
-        value = state.damping_value if rule else jnp.asarray(_at(damping, state.count), jnp.float32)
-        part = curvature_subset(predict_fn, params, batch, curvature_batch_size)
-        matvec = _shifted(ggn_matvec(predict_fn, loss_fn, params, part), value)
-        solver = {"num_steps": num_cg_steps, "tolerance": tolerance, "early_exit": early_exit}
-        direction, residual, cg = pcg(matvec, updates, **solver)
-        descent = vdot(direction, updates).astype(jnp.float32)
-        is_sound = tree_is_finite((updates, direction, residual)) & (descent > 0)
-        ratio, is_taken = jnp.zeros((), jnp.float32), is_sound
-        if rule:
-            loss = lambda p: loss_fn(predict_fn(p, batch), batch)
-            solution = Solution(updates, direction, residual, value)
-            ratio, new_loss = reduction_ratio(loss, params, solution, _at(step_size, state.count))
-            value = jnp.where(is_sound, rule.adapt(value, ratio), value)
-            is_taken = is_sound & jnp.isfinite(new_loss)
-        update = select_tree(is_taken, direction, jax.tree.map(jnp.zeros_like, direction))
-        skipped = state.info.skipped_steps + jnp.logical_not(is_taken).astype(jnp.int32)
-        info = HessianFreeInfo(skipped, descent, cg.steps, cg.residual_norm, ratio)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return update, ScaleByHessianFreeState(count, value, info)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return scale_by_damped_step(
+        _controller(damping, step_size),
+        predict_fn,
+        loss_fn,
+        name="hessian_free",
+        solver=Solver(num_cg_steps, tolerance, early_exit),
+        curvature_batch_size=curvature_batch_size,
+        per_example=per_example,
+    )
 
 
 def hessian_free(
@@ -173,6 +100,7 @@ def hessian_free(
     num_cg_steps: int = 20,
     tolerance: float | jax.Array = 1e-5,
     curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
     early_exit: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Hessian-free optimization: :func:`scale_by_hessian_free` and the learning rate.
@@ -189,6 +117,7 @@ def hessian_free(
       num_cg_steps: largest number of CG steps.
       tolerance: norm of the residual at which CG stops.
       curvature_batch_size: part of the batch for GGN products.
+      per_example: what of the batch has one entry per example.
       early_exit: leave the CG loop at the tolerance.
 
     Returns:
@@ -207,7 +136,7 @@ def hessian_free(
       >>> params = jnp.zeros(2)
       >>> grads = jax.grad(lambda w: SquaredError()(predict_fn(w, batch), batch))(params)
       >>> updates, state = tx.update(grads, tx.init(params), params, batch=batch)
-      >>> optax.tree.get(state, "damping_value")  # the model could be trusted
+      >>> state[0].controller["damping"]  # the model could be trusted
       Array(0.06666667, dtype=float32)
     """
     direction = scale_by_hessian_free(
@@ -218,41 +147,19 @@ def hessian_free(
         num_cg_steps=num_cg_steps,
         tolerance=tolerance,
         curvature_batch_size=curvature_batch_size,
+        per_example=per_example,
         early_exit=early_exit,
     )
     return optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
 
 
-def _shifted(ggn: Matvec, shift: jax.Array) -> Matvec:
-    return lambda vector: jax.tree.map(lambda gv, v: gv + (shift * v).astype(gv.dtype), ggn(vector), vector)
-
-
-def _at(value: Any, count: jax.Array | int) -> Any:
-    return value(count) if callable(value) else value
-
-
-def _check_arguments(predict_fn, loss_fn, damping, num_cg_steps, tolerance, curvature_batch_size) -> None:
-    for name, function in (("predict_fn", predict_fn), ("loss_fn", loss_fn)):
-        if not callable(function):
-            raise TypeError(f"`{name}` must be a function, got {type(function).__name__}")
-    check_num_steps(num_cg_steps, "num_cg_steps")
-    if num_cg_steps < 1:
-        raise ValueError("`num_cg_steps` must be at least 1: without a step there is no direction")
-    for name, value in (("damping", damping), ("tolerance", tolerance)):
-        if isinstance(value, int | float) and not value >= 0:
-            raise ValueError(f"`{name}` must be a number >= 0, got {value}")
+def _controller(damping: Damping, step_size: optax.ScalarOrSchedule) -> Controller:
+    if isinstance(damping, LevenbergMarquardt):
+        return levenberg_marquardt(damping, step_size)
     is_number = isinstance(damping, int | float) or getattr(damping, "shape", None) == ()
-    if not (is_number or callable(damping) or isinstance(damping, LevenbergMarquardt)):
+    if not (is_number or callable(damping)):
         raise TypeError(
             "`damping` must be a number, a schedule or a LevenbergMarquardt rule, got "
             f"{type(damping).__name__}"
         )
-    check_curvature_batch(curvature_batch_size)
-
-
-__all__ = [
-    "HessianFreeInfo",
-    "ScaleByHessianFreeState",
-    "hessian_free",
-    "scale_by_hessian_free",
-]
+    return scheduled(damping)

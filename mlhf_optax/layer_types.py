@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import chex
 import jax
+import jax.numpy as jnp
 import optax
 
 CONV_KERNEL = "conv_kernel"
@@ -57,22 +58,78 @@ def layer_types(params: chex.ArrayTree, *, rules: Mapping[str, str] | None = Non
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     siblings: dict[tuple, dict[str, int]] = {}
     for path, leaf in leaves:
-        siblings.setdefault(_parent(path), {})[_name(path)] = getattr(leaf, "ndim", -1)
+        *parent, name = _names(path)
+        siblings.setdefault(tuple(parent), {})[name] = getattr(leaf, "ndim", -1)
     types = []
     for path, leaf in leaves:
-        text = path_text(path)
+        text, (*parent, name) = path_text(path), _names(path)
         custom = [kind for pattern, kind in (rules or {}).items() if re.search(pattern, text)]
-        found = custom[0] if custom else _builtin_type(_name(path), siblings[_parent(path)])
+        found = custom[0] if custom else _builtin_type(name, siblings[tuple(parent)])
         if found is None:
             raise ValueError(_unknown(text, getattr(leaf, "shape", None)))
         types.append(found)
     return jax.tree.unflatten(treedef, types)
 
 
+def distinct_layer_types(params: chex.ArrayTree, *, rules: Mapping[str, str] | None = None) -> list[str]:
+    """Returns the layer types that occur in ``params``, each once and sorted.
+
+    Args:
+      params: pytree of arrays (or of shapes with ``ndim``).
+      rules: your own types, as for :func:`layer_types`.
+
+    Returns:
+      Names of layer types, such as those that meta-parameters need weights for.
+
+    Raises:
+      ValueError: for a parameter of unknown type, as :func:`layer_types`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> layer = {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)}
+      >>> distinct_layer_types({"Dense_0": layer, "Dense_1": layer})
+      ['dense_bias', 'dense_kernel']
+    """
+    return sorted(set(jax.tree.leaves(layer_types(params, rules=rules))))
+
+
 def path_text(path: tuple) -> str:
     """Returns a tree path as ``"Dense_0/kernel"``."""
-    parts = [_key(entry) for entry in path]
-    return "/".join(part for part in parts if part)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def check_params(params: chex.ArrayTree, name: str) -> None:
+    """Raises an error that names the first parameter that no gradient step can move.
+
+    Args:
+      params: pytree of arrays (or of shapes and dtypes).
+      name: the optimizer, for the messages.
+
+    Raises:
+      TypeError: for a parameter that is complex, of another type without gradients (integer, boolean),
+        or no array at all.
+      ValueError: for a parameter without entries, or if a wrapper has hidden part of the tree.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> check_params({"table": jnp.arange(3)}, "mlhf")
+      Traceback (most recent call last):
+      ...
+      TypeError: `mlhf` cannot train the parameter 'table' of dtype int32 and shape (3,): ...
+    """
+    check_whole_tree(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+        where = f"`{name}` cannot train the parameter '{path_text(path)}'"
+        if shape is None or dtype is None:
+            raise TypeError(f"{where}: it is a {type(leaf).__name__}, not an array; use `jnp.asarray`")
+        where = f"{where} of dtype {dtype} and shape {shape}"
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(f"{where}: keep its real and its imaginary part as two real parameters")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"{where}: it has no gradient; keep it out of `params` and in the batch")
+        if 0 in shape:
+            raise ValueError(f"{where}: it is empty; leave it out of `params`")
 
 
 def check_whole_tree(params: chex.ArrayTree) -> None:
@@ -120,26 +177,12 @@ def _unknown(path: str, shape) -> str:
     )
 
 
-def _key(entry) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
-
-
-def _name(path: tuple) -> str:
-    """The last path entry that names the parameter (nnx puts the array under `value`)."""
-    keys = [_key(entry) for entry in path]
-    while len(keys) > 1 and keys[-1] in ("value", "raw_value"):
-        keys.pop()
-    return keys[-1] if keys else ""
-
-
-def _parent(path: tuple) -> tuple:
-    keys = [_key(entry) for entry in path]
-    while len(keys) > 1 and keys[-1] in ("value", "raw_value"):
-        keys.pop()
-    return tuple(keys[:-1])
+def _names(path: tuple) -> list[str]:
+    """The entries of a path up to the one that names the parameter (nnx puts the array under `value`)."""
+    names = [path_text((entry,)) for entry in path] or [""]
+    while len(names) > 1 and names[-1] in ("value", "raw_value"):
+        names.pop()
+    return names
 
 
 __all__ = [
@@ -151,7 +194,9 @@ __all__ = [
     "NORM_SCALE",
     "PAPER_LAYER_TYPES",
     "LayerTypesFn",
+    "check_params",
     "check_whole_tree",
+    "distinct_layer_types",
     "layer_types",
     "path_text",
 ]

@@ -2,34 +2,13 @@
 
 from typing import Any
 
-import chex
-import jax
-import jax.numpy as jnp
 import optax
 
-from mlhf_optax import coordinate_lstm
-from mlhf_optax.controls import damping_values, preconditioner_values, root_mean_square
-from mlhf_optax.curvature import (
-    CurvatureBatch,
-    LossFn,
-    PredictFn,
-    check_curvature_batch,
-    curvature_subset,
-    ggn_matvec,
-)
-from mlhf_optax.layer_types import LayerTypesFn, check_whole_tree, layer_types
-from mlhf_optax.meta_params import MetaParams, Settings
-from mlhf_optax.mlhf_step import MLHFInfo, ScaleByMLHFState, Step, mlhf_step
-from mlhf_optax.momentum import average_directions
-from mlhf_optax.pcg import check_num_steps
-from mlhf_optax.safeguards import (
-    decay_weights,
-    limit_update_ratio,
-    require_batch,
-    require_params,
-    select_tree,
-    tree_is_finite,
-)
+from mlhf_optax.controllers.coordinate_lstm import MetaParams, coordinate_lstm
+from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn
+from mlhf_optax.damped_step import Solver, scale_by_damped_step
+from mlhf_optax.layer_types import LayerTypesFn
+from mlhf_optax.transforms import after_solve
 
 
 def scale_by_mlhf(
@@ -39,6 +18,7 @@ def scale_by_mlhf(
     *,
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
     layer_types_fn: LayerTypesFn | None = None,
     carry_dtype: Any = "float32",
     unroll: bool | int = True,
@@ -63,13 +43,16 @@ def scale_by_mlhf(
       num_cg_steps: CG steps K; the step costs K + 1 GGN products.
       curvature_batch_size: take GGN products on part of the batch: a number of examples, a
         fraction or a function of the batch (:func:`mlhf_optax.curvature.curvature_subset`).
+      per_example: with a number or a fraction, names in the batch below which every array has one entry per
+        example, such as ``("image", "label")``; None if that is so for all of the batch.
       layer_types_fn: maps the parameters to a tree of layer type names;
         :func:`mlhf_optax.layer_types` if None.
       carry_dtype: dtype in which the LSTM states are stored.
       unroll: unroll the CG loop (:func:`mlhf_optax.pcg.pcg`).
 
     Returns:
-      A transformation whose ``update(grads, state, params, *, batch)`` needs the batch.
+      A transformation whose ``update(grads, state, params, *, batch)`` needs the batch; its state is a
+      :class:`mlhf_optax.DampedStepState`.
 
     Raises:
       TypeError: from ``update`` if ``batch`` is missing.
@@ -92,34 +75,15 @@ def scale_by_mlhf(
       Chen, Lu, Fokoue, `Meta-Learning with Hessian-Free Approach in Deep Neural Nets Training
       <https://arxiv.org/abs/1805.08462>`_, 2018, Algorithm 1.
     """
-    _check_arguments(meta_params, predict_fn, loss_fn, num_cg_steps, curvature_batch_size)
-    # Defaults that are not callable: `optax.inject_hyperparams` takes callables for schedules.
-    types_of = layer_types_fn or layer_types
-
-    def init_fn(params):
-        check_whole_tree(params)
-        _check_types(meta_params, types_of(params))
-        zeros = lambda: jax.tree.map(jnp.zeros_like, params)
-        carry = lambda: coordinate_lstm.init_carry(params, meta_params.units, carry_dtype)
-        # Every leaf has a buffer of its own, so that the state may be donated.
-        numbers = (jnp.zeros((), jnp.float32) for _ in MLHFInfo._fields[1:])
-        info = MLHFInfo(jnp.zeros((), jnp.int32), *numbers)
-        size = root_mean_square(params)
-        return ScaleByMLHFState(jnp.zeros((), jnp.int32), zeros(), zeros(), carry(), carry(), size, info)
-
-    def update_fn(updates, state, params: Any = None, *, batch=None, **extra_args):
-        del extra_args
-        require_params(params, "mlhf")
-        require_batch(batch, "mlhf")
-        check_whole_tree(params)
-        types = types_of(params)
-        _check_types(meta_params, types)
-        part = curvature_subset(predict_fn, params, batch, curvature_batch_size)
-        ggn = ggn_matvec(predict_fn, loss_fn, params, part)
-        step = mlhf_step(meta_params, types, ggn, updates, state, num_cg_steps, unroll)
-        return _guarded(meta_params.settings, step, updates, state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return scale_by_damped_step(
+        coordinate_lstm(meta_params, layer_types_fn=layer_types_fn, carry_dtype=carry_dtype),
+        predict_fn,
+        loss_fn,
+        name="mlhf",
+        solver=Solver(num_cg_steps, unroll=unroll),
+        curvature_batch_size=curvature_batch_size,
+        per_example=per_example,
+    )
 
 
 def mlhf(
@@ -130,8 +94,9 @@ def mlhf(
     *,
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
     max_update_ratio: float | None = 0.25,
-    momentum: float = 0.0,
+    momentum: float | None = None,
     weight_decay: float = 0.0,
     layer_types_fn: LayerTypesFn | None = None,
     carry_dtype: Any = "float32",
@@ -143,18 +108,19 @@ def mlhf(
       learning_rate: a number or an optax schedule. The paper's rule is the batch size in use over
         the batch size of meta-training; the record of shipped meta-parameters says what to use.
       meta_params: see :func:`scale_by_mlhf`, as ``predict_fn``, ``loss_fn``, ``num_cg_steps``,
-        ``curvature_batch_size``, ``layer_types_fn``, ``carry_dtype`` and ``unroll``.
+        ``curvature_batch_size``, ``per_example``, ``layer_types_fn``, ``carry_dtype`` and ``unroll``.
       predict_fn: the model.
       loss_fn: the loss.
       num_cg_steps: CG steps.
       curvature_batch_size: part of the batch for GGN products.
+      per_example: what of the batch has one entry per example.
       max_update_ratio: bound on the norm of the whole update as a share of the norm of the
         parameters (:func:`mlhf_optax.limit_update_ratio`). The authors' code has this bound at 0.25,
         but only in meta-training; meta-parameters trained under it diverge without it. None for
         the paper's unbounded update.
-      momentum: decay of a running average over directions (:func:`mlhf_optax.momentum.average_directions`),
-        in [0, 1); 0 for none, as in the paper. Late in a training whose mini-batches are noisy 0.9 lowers
-        the loss that a given learning rate can reach.
+      momentum: decay in [0, 1) of a running average over bounded updates
+        (:func:`mlhf_optax.transforms.average_updates`); None for none, as in the paper, and no state. Late in
+        a training whose mini-batches are noisy 0.9 lowers the loss that a given learning rate can reach.
       weight_decay: decoupled weight decay, added to the direction before the learning rate.
       layer_types_fn: layer types of the parameters.
       carry_dtype: dtype of the LSTM states.
@@ -181,90 +147,18 @@ def mlhf(
       >>> bool(loss_fn(predict_fn(new, batch), batch) < loss_fn(predict_fn(params, batch), batch))
       True
     """
-    parts: list[optax.GradientTransformation] = [
-        scale_by_mlhf(
-            meta_params,
-            predict_fn,
-            loss_fn,
-            num_cg_steps=num_cg_steps,
-            curvature_batch_size=curvature_batch_size,
-            layer_types_fn=layer_types_fn,
-            carry_dtype=carry_dtype,
-            unroll=unroll,
-        )
-    ]
-    if not (isinstance(momentum, int | float) and momentum == 0):
-        parts.append(average_directions(momentum))
-    if not (isinstance(weight_decay, int | float) and weight_decay == 0):
-        parts.append(decay_weights(weight_decay))
-    parts.append(optax.scale_by_learning_rate(learning_rate))
-    if max_update_ratio is not None:
-        parts.append(limit_update_ratio(max_update_ratio))
-    return optax.chain(*parts)
-
-
-def _guarded(settings: Settings, step: Step, gradient: chex.ArrayTree, state: ScaleByMLHFState):
-    """Returns update and state of the step, or a zero update and the old state if it is unsound."""
-    solution = step.solution
-    descent = jnp.asarray(optax.tree.vdot(solution.direction, gradient), jnp.float32)
-    new = (solution.direction, solution.residual, step.damping_carry, step.preconditioner_carry)
-    is_sound = tree_is_finite((gradient, new)) & (descent > 0)
-    old = (state.direction, state.residual, state.damping_carry, state.preconditioner_carry)
-    direction, residual, s_carry, p_carry = select_tree(is_sound, new, old)
-    update = jax.tree.map(lambda d: jnp.where(is_sound, d, jnp.zeros_like(d)), solution.direction)
-    damping = damping_values(settings, step.controls.damping, step.unit)
-    preconditioner = preconditioner_values(settings, step.controls.preconditioner, step.unit, damping)
-    info = MLHFInfo(
-        state.info.skipped_steps + jnp.logical_not(is_sound).astype(jnp.int32),
-        descent,
-        solution.residual_norm,
-        *_min_mean_max(damping),
-        *_min_mean_max(preconditioner),
+    direction = scale_by_mlhf(
+        meta_params,
+        predict_fn,
+        loss_fn,
+        num_cg_steps=num_cg_steps,
+        curvature_batch_size=curvature_batch_size,
+        per_example=per_example,
+        layer_types_fn=layer_types_fn,
+        carry_dtype=carry_dtype,
+        unroll=unroll,
     )
-    count = jnp.where(is_sound, optax.safe_increment(state.count), state.count)
-    new_state = state._replace(
-        count=count,
-        direction=direction,
-        residual=residual,
-        damping_carry=s_carry,
-        preconditioner_carry=p_carry,
-        info=info,
+    after = after_solve(
+        learning_rate, max_update_ratio=max_update_ratio, momentum=momentum, weight_decay=weight_decay
     )
-    return update, new_state
-
-
-def _min_mean_max(tree: chex.ArrayTree) -> tuple[jax.Array, jax.Array, jax.Array]:
-    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
-    mean = jnp.sum(jnp.stack([jnp.sum(leaf) for leaf in leaves])) / sum(leaf.size for leaf in leaves)
-    smallest = jnp.min(jnp.stack([jnp.min(leaf) for leaf in leaves]))
-    largest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in leaves]))
-    return smallest, mean, largest
-
-
-def _check_arguments(meta_params, predict_fn, loss_fn, num_cg_steps, curvature_batch_size) -> None:
-    if not isinstance(meta_params, MetaParams):
-        raise TypeError(
-            f"`meta_params` must be a MetaParams, got {type(meta_params).__name__}; get one from "
-            "`load_pretrained(name).meta_params` or `init_meta_params(key)`"
-        )
-    for name, function in (("predict_fn", predict_fn), ("loss_fn", loss_fn)):
-        if not callable(function):
-            raise TypeError(f"`{name}` must be a function, got {type(function).__name__}")
-    check_num_steps(num_cg_steps, "num_cg_steps")
-    if num_cg_steps < 1:
-        raise ValueError("`num_cg_steps` must be at least 1: without a step there is no direction")
-    check_curvature_batch(curvature_batch_size)
-
-
-def _check_types(meta_params: MetaParams, types: chex.ArrayTree) -> None:
-    missing = sorted(set(jax.tree.leaves(types)) - set(meta_params.damping))
-    if missing:
-        raise ValueError(
-            f"the model has parameters of layer types {missing}, but these meta-parameters were trained for "
-            f"{list(meta_params.layer_types)}; use meta-parameters that know them, or map the parameters to "
-            "a known type with `layer_types_fn=functools.partial(layer_types, "
-            "rules={r'regex of the path': type})`"
-        )
-
-
-__all__ = ["mlhf", "scale_by_mlhf"]
+    return optax.chain(direction, after)

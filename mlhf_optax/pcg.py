@@ -10,7 +10,7 @@ Differences from a textbook routine (paper, supplement, Algorithm 1), and why:
 3. All scalars are kept in at least float32, whatever the dtype of the vectors.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mlhf_optax.curvature import Matvec
-
-PreconditionerForm = Literal["divide", "multiply"]
+from mlhf_optax.trees import vdot
 
 
 class Info(NamedTuple):
@@ -40,6 +39,7 @@ class _Loop(NamedTuple):
     x: Any
     r: Any
     p: Any
+    shifted: Any  # S p
     rho: jax.Array
     steps: jax.Array
 
@@ -50,8 +50,8 @@ def pcg(
     x0: chex.ArrayTree | None = None,
     *,
     num_steps: int,
-    preconditioner: chex.ArrayTree | None = None,
-    preconditioner_form: PreconditionerForm = "divide",
+    preconditioner: Matvec | None = None,
+    shift: Matvec | None = None,
     initial_residual: chex.ArrayTree | None = None,
     tolerance: chex.Numeric = 0.0,
     early_exit: bool = False,
@@ -64,9 +64,10 @@ def pcg(
       b: right-hand side, a pytree of arrays.
       x0: start vector, shaped like ``b``; zeros if None (which saves one product).
       num_steps: number of steps K >= 0, a Python int.
-      preconditioner: positive diagonal P, shaped like ``b``; None is the identity.
-      preconditioner_form: ``"divide"`` solves ``P y = r`` (paper), ``"multiply"`` takes ``y = P r``
-        (the authors' code), so the P of one is the inverse of the P of the other.
+      preconditioner: maps a residual r to ``y = P^-1 r``, linear, symmetric positive definite, on pytrees
+        shaped like ``b``; None is the identity.
+      shift: S, the inverse of ``preconditioner``, if the matrix of the system is ``A + S``. As p is made of
+        ``y = S^-1 r``, ``S p`` is known from r, and no step needs a product with S.
       initial_residual: ``b - A x0`` if it is known already, which saves one product.
       tolerance: absolute norm of the residual below which no further step is taken.
       early_exit: leave the loop at convergence instead of idling to the end. Saves time where the
@@ -79,7 +80,7 @@ def pcg(
 
     Raises:
       TypeError: if ``num_steps`` is not an int (traced values have no reverse-mode derivative).
-      ValueError: if ``num_steps`` is negative or ``preconditioner_form`` is unknown.
+      ValueError: if ``num_steps`` is negative.
 
     Example:
       >>> import jax.numpy as jnp
@@ -89,12 +90,13 @@ def pcg(
       (Array([0.0909, 0.6364], dtype=float32), 2)
     """
     check_num_steps(num_steps)
-    invert = _inverse_preconditioner(preconditioner, preconditioner_form)
+    invert = preconditioner or (lambda r: r)
     if x0 is None:
         x0 = jax.tree.map(jnp.zeros_like, b)
         initial_residual = b
     elif initial_residual is None:
-        initial_residual = jax.tree.map(jnp.subtract, b, matvec(x0))
+        a_x0 = matvec(x0) if shift is None else jax.tree.map(jnp.add, matvec(x0), shift(x0))
+        initial_residual = jax.tree.map(jnp.subtract, b, a_x0)
     r0: Any = initial_residual
     y0 = invert(r0)
     rho0 = vdot(r0, y0)
@@ -113,6 +115,8 @@ def pcg(
     def step(state: _Loop) -> _Loop:
         active = is_active(state)
         a_p = matvec(state.p)
+        if shift is not None:
+            a_p = jax.tree.map(jnp.add, a_p, state.shifted)
         curvature = vdot(state.p, a_p)
         active &= curvature > limits.tiny
         alpha = _where_divide(active, state.rho, curvature)
@@ -121,12 +125,13 @@ def pcg(
         y = invert(r)
         rho = vdot(r, y)
         beta = _where_divide(active, rho, state.rho)
-        p = _add_scaled(y, beta, state.p)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(active, n, o), new, old)
+        p = _add_scaled(y, beta, state.p)
+        shifted = () if shift is None else keep(_add_scaled(r, beta, state.shifted), state.shifted)
         # alpha is 0 for an inactive step, so x and r are unchanged already.
-        return _Loop(x, r, keep(p, state.p), keep(rho, state.rho), state.steps + active)
+        return _Loop(x, r, keep(p, state.p), shifted, keep(rho, state.rho), state.steps + active)
 
-    state = _Loop(x0, r0, y0, rho0, jnp.zeros((), jnp.int32))
+    state = _Loop(x0, r0, y0, () if shift is None else r0, rho0, jnp.zeros((), jnp.int32))
     if early_exit:
         indexed = (jnp.zeros((), jnp.int32), state)
         go_on = lambda c: (c[0] < num_steps) & is_active(c[1])
@@ -148,27 +153,6 @@ def check_num_steps(num_steps: Any, name: str = "num_steps") -> None:
         raise ValueError(f"`{name}` must be at least 0, got {num_steps}")
 
 
-def _inverse_preconditioner(preconditioner, form: PreconditionerForm) -> Matvec:
-    if form not in ("divide", "multiply"):
-        raise ValueError(f"`preconditioner_form` must be 'divide' or 'multiply', got {form!r}")
-    if preconditioner is None:
-        return lambda r: r
-    if form == "divide":
-        # One division a solve instead of one a step.
-        preconditioner = jax.tree.map(lambda p: 1.0 / p, preconditioner)
-    return lambda r: jax.tree.map(lambda p, leaf: (p * leaf).astype(leaf.dtype), preconditioner, r)
-
-
-def vdot(a: Any, b: Any) -> Any:
-    """Returns the inner product of two trees, a scalar of at least float32."""
-
-    def leaf(x, y):
-        dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
-        return jnp.sum(x.astype(dtype) * y.astype(dtype))
-
-    return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)))
-
-
 def _add_scaled(a: chex.ArrayTree, scale: jax.Array, b: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(lambda x, y: x + (scale * y).astype(x.dtype), a, b)
 
@@ -188,6 +172,3 @@ def _divide_jvp(primals, tangents):
 def _where_divide(condition: jax.Array, numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     safe = jnp.where(condition, denominator, 1.0)
     return jnp.where(condition, _divide(numerator, safe), 0.0)
-
-
-__all__ = ["Info", "PreconditionerForm", "check_num_steps", "pcg", "vdot"]

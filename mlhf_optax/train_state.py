@@ -1,6 +1,7 @@
 """A Flax training state that hands the batch to the optimizer."""
 
 import functools
+import inspect
 from typing import Any, Self
 
 import optax
@@ -11,13 +12,14 @@ class TrainState(train_state.TrainState):
     """Flax's ``TrainState`` for optimizers that need the batch, as :func:`mlhf_optax.mlhf` does.
 
     Everything else is Flax's own: ``create``, extra fields in subclasses (``batch_stats``, keys),
-    keywords of ``apply_gradients`` that replace fields. Optimizers that need no batch work, too.
+    keywords of ``apply_gradients`` that replace fields. Optimizers that need no batch work, too, and so
+    does ``optax.MultiSteps`` around either kind.
 
     Args:
       step: number of calls of ``apply_gradients``.
       apply_fn: usually ``model.apply``.
       params: the parameters, ``model.init(...)["params"]``.
-      tx: any optax transformation.
+      tx: any optax transformation, or an ``optax.MultiSteps``.
       opt_state: its state.
 
     Example:
@@ -55,12 +57,20 @@ class TrainState(train_state.TrainState):
         """
         if batch is None:
             return super().apply_gradients(grads=grads, **kwargs)
-        tx = optax.with_extra_args_support(self.tx)
-        bound = optax.GradientTransformation(tx.init, functools.partial(tx.update, batch=batch))
+        update = functools.partial(self.tx.update, batch=batch) if _takes_batch(self.tx) else self.tx.update
+        bound = optax.GradientTransformation(self.tx.init, update)
         # Flax calls `tx.update` without extra arguments, so it gets one that has the batch already.
         # `tx` is static under jit: putting the old one back keeps one compilation for all steps.
         state = super(TrainState, self.replace(tx=bound)).apply_gradients(grads=grads, **kwargs)
         return state if "tx" in kwargs else state.replace(tx=self.tx)
+
+
+def _takes_batch(tx: Any) -> bool:
+    """Whether ``tx.update(..., batch=batch)`` can be called, as far as its signature tells."""
+    # The signature, not the type: `optax.MultiSteps` and what its `gradient_transformation()` returns hand
+    # extra arguments on without being a `GradientTransformationExtraArgs`.
+    parameters = inspect.signature(tx.update).parameters
+    return "batch" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 __all__ = ["TrainState"]

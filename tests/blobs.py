@@ -1,13 +1,15 @@
 """A linear classifier of three blobs: a task that is trained in the blink of an eye."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mlhf_optax.comparison import grid_contenders
 from mlhf_optax.losses import SoftmaxCrossEntropy
-from mlhf_optax.tasks.datasets import Dataset
-from mlhf_optax.tasks.task import Task
+from mlhf_optax.tasks import Dataset, Task
 
 
 def blobs(num_examples, seed):
@@ -21,15 +23,21 @@ def jitter(key, batch):
     return {**batch, "image": batch["image"] + 0.1 * jax.random.normal(key, batch["image"].shape)}
 
 
+def init(key, kernel_shape=(3, 3)):
+    return {"kernel": jax.random.normal(key, (3, 3)).reshape(kernel_shape), "bias": jnp.zeros(3)}
+
+
 TASK = Task(
     name="blobs",
     description="three blobs",
-    init_fn=lambda key: {"kernel": jax.random.normal(key, (3, 3)), "bias": jnp.zeros(3)},
-    predict_fn=lambda params, batch: batch["image"] @ params["kernel"] + params["bias"],
+    init_fn=init,
+    predict_fn=lambda params, batch: batch["image"] @ params["kernel"].reshape(3, 3) + params["bias"],
     loss_fn=SoftmaxCrossEntropy(),
     load_data=lambda: Dataset(blobs(40, 0), blobs(30, 1), blobs(20, 2)),
     num_classes=3,
     batch_size=8,
     augment_fn=jitter,
 )
+# The same by a kernel of rank 4, as of convolutions, whose trainings run one after the other on a CPU.
+SEQUENTIAL = dataclasses.replace(TASK, init_fn=functools.partial(init, kernel_shape=(1, 1, 3, 3)))
 SGD = grid_contenders(["sgd"], batch_size=8)[0]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from mlhf_optax import PAPER_SETTINGS, SoftmaxCrossEntropy, init_meta_params
 
@@ -68,3 +69,35 @@ def random_meta_params(settings=PAPER_SETTINGS, seed=0, units=(4, 4), scale=0.3)
 def flat(tree):
     """All leaves as one NumPy vector, in the order of `references.Model`."""
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def stack(trees):
+    """One tree with a leading axis from a list of trees, as arrays of the default types."""
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x, jnp.result_type(x)) for x in leaves]), *trees)
+
+
+def training_steps(tx, params, batches, loss_fn=linear_loss):
+    """Trains; yields parameters and optimizer state after each step, and the loss before it."""
+
+    @jax.jit
+    def step(params, state, batch):
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return optax.apply_updates(params, updates), state, loss
+
+    state = tx.init(params)
+    for batch in batches:
+        params, state, loss = step(params, state, batch)
+        yield params, state, float(loss)
+
+
+def rescaled_direction(build, scale):
+    """The first direction of `build(predict_fn)`, in units of the plain network, on one whose parameters
+    are `scale` times smaller and multiplied by as much before they are used."""
+    params, data = mlp_params(dtype=float), batch()
+    predict_fn = lambda p, b: mlp(jax.tree.map(lambda x: x * scale, p), b)
+    scaled = jax.tree.map(lambda x: x / scale, params)
+    tx = build(predict_fn)
+    grads = jax.grad(lambda p: LOSS(predict_fn(p, data), data))(scaled)
+    found = jax.jit(lambda: tx.update(grads, tx.init(scaled), scaled, batch=data)[0])()
+    return flat(jax.tree.map(lambda x: x * scale, found))

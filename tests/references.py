@@ -7,6 +7,7 @@ JAX where a model is too large to write down twice). Derivatives come from the c
 functions used here.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -217,7 +218,7 @@ def naive_mlhf(
         s_out, s_carry = _run_network(meta_params.damping, settings, model, s_carry, (d0, r0, g))
         s = _damping(settings, s_out, g, w0)
         matrix = ggn + np.diag(s)
-        seen = g - matrix @ d0 if settings.preconditioner_residual == "current" else r0
+        seen = g - matrix @ d0 if settings.sees_current_residual else r0
         p_out, p_carry = _run_network(meta_params.preconditioner, settings, model, p_carry, (d0, seen, g))
         preconditioner = _preconditioner(settings, p_out, g, w0, s)
         d, r = _solve(settings, matrix, g, d0, preconditioner, num_cg_steps)
@@ -241,11 +242,11 @@ def _damping(settings, s_out, g, w0):
 
 def _preconditioner(settings, p_out, g, w0, damping):
     values = _value(settings, p_out, settings.initial_preconditioner, g, w0)
-    return values + damping if settings.preconditioner_form == "jacobi" else values
+    return values + damping if _kind(settings.preconditioner) == "Jacobi" else values
 
 
 def _solve(settings, matrix, g, d0, preconditioner, num_cg_steps):
-    inverse = preconditioner if settings.preconditioner_form == "multiply" else 1.0 / preconditioner
+    inverse = preconditioner if _kind(settings.preconditioner) == "Multiply" else 1.0 / preconditioner
     return naive_pcg(matrix, g, d0, inverse, num_cg_steps)
 
 
@@ -267,29 +268,40 @@ def _run_network(network, settings, model, carries, quantities):
 
 
 def _features(settings, quantities, i):
-    if settings.input_features == "tanh":
+    if _kind(settings.features) == "TanhFeatures":
         return [math.tanh(q[i]) for q in quantities]
-    smallest = math.exp(-settings.log_range)
+    log_range = settings.features.log_range
+    smallest = math.exp(-log_range)
 
     def log_magnitude(x):
-        return min(1.0, math.log(max(abs(x), smallest)) / settings.log_range)
+        return min(1.0, math.log(max(abs(x), smallest)) / log_range)
 
     features = []
     for q in quantities:
         features.append(log_magnitude(q[i]))
         features.append(min(1.0, max(-1.0, q[i] / smallest)))
-    if settings.input_features == "log-global":
+    if settings.features.has_shared:
         features += [log_magnitude(math.sqrt(np.mean(q**2))) for q in quantities]
     return features
 
 
 def _value(settings, outputs, initial, g, w0):
-    unit = max(math.sqrt(np.mean(g**2)), settings.gradient_floor) ** settings.gradient_power
-    unit /= max(math.sqrt(np.mean(w0**2)), settings.parameter_floor) ** settings.parameter_power
-    if settings.output_map == "exp":
-        return unit * np.exp(np.clip(settings.output_scale * outputs + math.log(initial), -30.0, 30.0))
-    offset = math.log(math.exp(initial) - 1.0)
-    return unit * np.log1p(np.exp(settings.output_scale * outputs + offset))
+    unit = unit_of_damping(g, w0, **dataclasses.asdict(settings.unit))
+    scaled = settings.output.scale * outputs
+    if _kind(settings.output) == "Exponential":
+        return unit * np.exp(np.clip(scaled + math.log(initial), -30.0, 30.0))
+    return unit * np.log1p(np.exp(scaled + math.log(math.exp(initial) - 1.0)))
+
+
+def unit_of_damping(g, w0, gradient_power=1.0, parameter_power=1.0, gradient_floor=0.0, parameter_floor=0.0):
+    """rms(g)^gradient_power / rms(w0)^parameter_power, with floors on both root mean squares."""
+    size = max(math.sqrt(np.mean(g**2)), gradient_floor) ** gradient_power
+    return size / max(math.sqrt(np.mean(w0**2)), parameter_floor) ** parameter_power
+
+
+def _kind(setting) -> str:
+    """The name of the setting's class: the settings are all that is read of the package."""
+    return type(setting).__name__
 
 
 # --- the meta-losses, as functions of a trajectory
@@ -348,7 +360,7 @@ def frozen_meta_losses(
     for t, step in enumerate(steps):
         g = step.gradient
         s_out, s_carry = _run_network(meta_params.damping, settings, model, s_carry, (d0, r0, g))
-        seen = g - step.matrix @ d0 if settings.preconditioner_residual == "current" else r0
+        seen = g - step.matrix @ d0 if settings.sees_current_residual else r0
         p_out, p_carry = _run_network(meta_params.preconditioner, settings, model, p_carry, (d0, seen, g))
         s = _damping(settings, s_out, g, w0)
         matrix = step.matrix - np.diag(step.damping) + np.diag(s)

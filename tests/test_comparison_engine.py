@@ -10,16 +10,13 @@ import numpy as np
 import optax
 import polars as pl
 import pytest
-from blobs import SGD, TASK
+from blobs import SEQUENTIAL, SGD, TASK
 
 from mlhf_optax.comparison import Contender, compare, epoch_steps, grid_contenders, log_steps, run_grid
 from mlhf_optax.comparison.engine import TABLE_STEPS
 from mlhf_optax.comparison.run import accuracy, augmentation_key, draw_order, init_run, mean_loss, run_step
-from mlhf_optax.comparison.run_grid import Program, RunGrid, runs_in_sequence
-from mlhf_optax.tasks import get_task
-from mlhf_optax.tasks.datasets import take
-from mlhf_optax.tasks.streaming import Stream
-from mlhf_optax.tasks.task import no_augmentation
+from mlhf_optax.comparison.run_grid import Program, RunGrid
+from mlhf_optax.tasks import Stream, no_augmentation, take
 
 PLAIN = dataclasses.replace(TASK, augment_fn=no_augmentation)
 
@@ -155,9 +152,9 @@ def test_evaluation_in_chunks_is_that_of_the_whole(monkeypatch):
         np.testing.assert_allclose([grid.train_loss(), grid.test_accuracy()], np.reshape(whole, (2, 1, 1)))
 
 
-@pytest.mark.parametrize(("name", "expected"), [("digits-mlp", False), ("digits-convnet", True)])
-def test_convolutions_run_one_after_the_other_on_a_cpu(name, expected):
-    assert runs_in_sequence(get_task(name)) == (expected and jax.default_backend() == "cpu")
+def test_convolutions_run_one_after_the_other_on_a_cpu():
+    assert not Program(TASK, optax.set_to_zero).is_sequential
+    assert Program(SEQUENTIAL, optax.set_to_zero).is_sequential == (jax.default_backend() == "cpu")
 
 
 class Stop(Exception):
@@ -265,7 +262,9 @@ def test_results_are_neither_overwritten_nor_mixed_with_others(tmp_path):
 
 
 def test_settings_advance_in_groups(tmp_path):
-    apart, together = (train(SGD, [3, 6], seeds=[0], folder=tmp_path / f"{n}", group_size=n) for n in (4, None))
+    apart, together = (
+        train(SGD, [3, 6], seeds=[0], folder=tmp_path / f"{n}", group_size=n) for n in (4, None)
+    )
     assert sorted(path.name for path in (tmp_path / "4").iterdir()) == [
         "sgd-lr-0.000625-momentum-0.99.json",
         "sgd-lr-0.00625-momentum-0.9.json",

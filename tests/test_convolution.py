@@ -128,14 +128,29 @@ def test_ggn_products_in_loops_are_those_outside(loop, way, x64):
         (((2, 7, 3), (3, 3, 2)), (1,), {"dimension_numbers": ("NWC", "WIO", "NWC")}),
         (((2, 3, 5, 5), (4, 3, 2, 2)), (1, 1), {"dimension_numbers": None}),
         (((2, 5, 5, 2), (2, 2, 2, 3)), (1, 1), {"preferred_element_type": "float32"}),
+        (((2, 5, 6, 2), (2, 2, 2, 3)), (1, 2), {"padding": ((-1, 0), (1, -2))}),
+        (((2, 5, 6, 2), (1, 1, 2, 3)), (2, 2), {"padding": ((-1, -1), (0, 0))}),
+        (((2, 3, 3, 2), (5, 5, 2, 3)), (1, 1), {}),
+        (((2, 3, 6, 2), (5, 2, 2, 3)), (2, 1), {}),
+        (((2, 3, 3, 2), (2, 2, 2, 0)), (1, 1), {}),
     ],
-    ids=["groups", "kernel dilation", "image dilation", "one dimension", "layout of JAX", "element type"],
+    ids=[
+        *("groups", "kernel dilation", "image dilation", "one dimension", "layout of JAX", "element type"),
+        *("negative padding", "1x1, negative padding", "large kernel", "high kernel", "no channels"),
+    ],
 )
 def test_other_convolutions_are_handed_to_jax(shapes, strides, options):
-    operands = arrays(*shapes)
+    operands, tangents = arrays(*shapes), arrays(*shapes, seed=1)
     options = {"window_strides": strides, "padding": "VALID", "dimension_numbers": LAYOUT, **options}
-    ours = convolve(*operands, **options)
-    assert_allclose(ours, lax.conv_general_dilated(*operands, **options), rtol=1e-6)
+
+    def everything(conv):
+        one = functools.partial(conv, **options)
+        outputs, pull_back = jax.vjp(one, *operands)
+        pairs = [jnp.stack(pair) for pair in zip(operands, tangents, strict=True)]
+        return jax.jvp(one, operands, tangents), pull_back(outputs), jax.vmap(one)(*pairs)
+
+    ours, theirs = everything(convolve), everything(lax.conv_general_dilated)
+    jax.tree.map(functools.partial(assert_allclose, rtol=1e-5, atol=1e-5), ours, theirs)
 
 
 def test_half_precision_keeps_its_type():

@@ -1,6 +1,7 @@
 """GGN products against dense matrices built from full Jacobians, in float64."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -181,44 +182,170 @@ def test_a_loss_that_is_not_a_scalar_is_an_error(loss_fn):
         ggn_matvec(lambda p, b: p * b, loss_fn, jnp.ones(2), jnp.ones(2))
 
 
+def test_under_an_axis_of_devices_products_are_local_unless_the_loss_averages():
+    """What the docstring says of `pmap`, whose axis a `vmap` has as well."""
+    predict_fn, loss_fn, params, batch = mlp_case()
+    batch = jax.tree.map(lambda x: jnp.stack([x[:2], x[2:4]]), batch)
+    one = lambda loss: lambda shard: ggn_matvec(predict_fn, loss, params, shard)(params)
+    products = jax.vmap(one(loss_fn), axis_name="devices")(batch)
+    for i in range(2):
+        want = one(loss_fn)(jax.tree.map(lambda x: x[i], batch))  # noqa: B023
+        jax.tree.map(lambda g, w: np.testing.assert_allclose(g[i], w, rtol=1e-9), products, want)  # noqa: B023
+
+
 # Part of the batch.
 
-PREDICT = lambda p, batch: batch["x"] @ p
+PARAMS = jnp.ones((2, 3))
+SIZED = ("x", "y")
 
 
-def full_batch():
-    return {"x": jnp.arange(16.0).reshape(8, 2), "y": jnp.arange(8.0), "state": {"mean": jnp.ones(3)}, "n": 5}
+def squared(outputs, batch):
+    return jnp.mean((outputs - batch["y"][:, None]) ** 2)
 
 
-@pytest.mark.parametrize(("part", "count"), [(None, 8), (3, 3), (8, 8), (0.25, 2), (1.0, 8), (0.01, 1)])
-def test_part_of_a_batch_is_its_first_examples(part, count):
-    small = curvature_subset(PREDICT, jnp.ones(2), full_batch(), part)
+def full_batch(**others):
+    return {"x": jnp.arange(16.0).reshape(8, 2), "y": jnp.arange(8.0), **others}
+
+
+def subset(part, batch, per_example=None, predict_fn=lambda p, b: b["x"] @ p, loss_fn=squared):
+    return curvature_subset(predict_fn, PARAMS, batch, part, per_example, loss_fn=loss_fn)
+
+
+PARTS = [(None, 8), (3, 3), (8, 8), (0.25, 2), (1.0, 8), (0.01, 1)]
+
+
+@pytest.mark.parametrize(("part", "count"), PARTS)
+@pytest.mark.parametrize("is_jitted", [False, True])
+def test_part_of_a_batch_is_its_first_examples(part, count, is_jitted):
+    cut = lambda batch: subset(part, batch)
+    small = jax.jit(cut)(full_batch()) if is_jitted else cut(full_batch())
     np.testing.assert_array_equal(small["x"], full_batch()["x"][:count])
     np.testing.assert_array_equal(small["y"], full_batch()["y"][:count])
-    np.testing.assert_array_equal(small["state"]["mean"], np.ones(3))
-    assert small["n"] == 5
+
+
+@pytest.mark.parametrize(("part", "count"), PARTS)
+def test_what_is_not_named_is_kept_whole_whatever_it_is(part, count):
+    state = {"mean": jnp.ones(8), "key": jax.random.key(0), "n": 5, "mode": "train", "none": None}
+    small = subset(part, full_batch(state=state, mask=None), ["x", "y", "mask"])
+    assert small["x"].shape == (count, 2)
+    assert small["y"].shape == (count,)
+    assert small["state"] == state
+    assert small["mask"] is None
+
+
+class Pair(NamedTuple):
+    x: jax.Array
+    y: jax.Array
+    scale: jax.Array
+
+
+@pytest.mark.parametrize(
+    ("make", "names"), [(Pair, ("x", "y")), (lambda *leaves: leaves, (0, 1))], ids=["NamedTuple", "tuple"]
+)
+def test_names_are_fields_of_a_named_tuple_or_positions(make, names):
+    batch = make(jnp.ones((8, 2)), jnp.ones(8), jnp.ones(8))
+    predict_fn = lambda p, b: b[0] @ p * jnp.sum(b[2])
+    loss_fn = lambda z, b: jnp.mean((z - b[1][:, None]) ** 2)
+    small = subset(2, batch, names, predict_fn, loss_fn)
+    assert [leaf.shape for leaf in small] == [(2, 2), (2,), (8,)]
+    assert isinstance(small, type(batch))
+
+
+def test_examples_of_several_positions_may_give_flat_outputs_if_they_are_named():
+    batch = {"x": jnp.ones((4, 3, 2)), "y": jnp.ones((4, 3))}
+    predict_fn = lambda p, b: b["x"].reshape(-1, 2) @ p
+    loss_fn = lambda z, b: jnp.mean((z - b["y"].reshape(-1, 1)) ** 2)
+    assert subset(0.5, batch, SIZED, predict_fn, loss_fn)["x"].shape == (2, 3, 2)
+    with pytest.raises(
+        ValueError, match=r"'x' of shape \(4, 3, 2\) does not begin with the 12 examples of the"
+    ):
+        subset(0.5, batch, None, predict_fn, loss_fn)
+
+
+def test_an_array_that_nothing_reads_may_be_there():
+    assert subset(2, full_batch(id=jnp.arange(8)))["id"].shape == (2,)
+
+
+def test_a_model_may_work_on_groups_of_examples():
+    predict_fn = lambda p, b: (b["x"].reshape(-1, 4, 2) - b["x"].reshape(-1, 4, 2).mean(1, keepdims=True)) @ p
+    grouped = lambda p, b: predict_fn(p, b).reshape(-1, 3)
+    assert subset(4, full_batch(), predict_fn=grouped)["x"].shape == (4, 2)
 
 
 def test_part_of_a_batch_by_a_function():
     every_other = lambda batch: {"x": batch["x"][::2]}
-    small = curvature_subset(PREDICT, jnp.ones(2), full_batch(), every_other)
-    np.testing.assert_array_equal(small["x"], full_batch()["x"][::2])
+    np.testing.assert_array_equal(subset(every_other, full_batch())["x"], full_batch()["x"][::2])
+
+
+NORMED = lambda p, b: (b["x"] @ p)[..., None] * b["scale"][None, None]  # outputs of shape (8, 3, 8)
+NORMED_LOSS = lambda z, b: jnp.mean((z - b["y"][:, None, None]) ** 2)
+HIDDEN = lambda p, b: jnp.tanh(b["x"] @ jnp.ones((2, 8)) - b["mean"][None]) @ jnp.ones((8, 3)) * p.sum()
+REMEDY = r".*per_example=\(\"image\", \"label\"\)"
+
+
+@pytest.mark.parametrize("part", [1, 2, 0.5])
+@pytest.mark.parametrize(
+    ("others", "predict_fn", "loss_fn", "message"),
+    [
+        ({"state": {"mean": jnp.ones(3)}}, None, squared, r"'state/mean' of shape \(3,\) does not begin"),
+        ({"n": 5}, None, squared, r"'n' of shape \(\) does not begin with the 8 examples of the outputs"),
+        # Model state that is as long as the batch, which a part of one example would broadcast.
+        ({"mean": jnp.ones(8)}, HIDDEN, squared, "model or the loss does not work"),
+        ({"scale": jnp.ones(8)}, NORMED, NORMED_LOSS, "gives other than as many more outputs"),
+        # Tables that are read at indices: shorter ones are read past their end.
+        ({"weight": jnp.ones(8)}, None, lambda z, b: squared(z, b) * b["weight"][b["y"].astype(int)].mean(),
+         r"'weight' of shape \(8,\) is as long as the batch, but model and loss"),
+        ({"table": jnp.ones((8, 3))}, lambda p, b: b["x"] @ p + b["table"][b["y"].astype(int)], squared,
+         r"'table' of shape \(8, 3\) is as long as the batch"),
+        ({"bank": jnp.ones((8, 2))}, lambda p, b: b["x"] @ p * b["bank"].sum(), squared,
+         r"'bank' of shape \(8, 2\) is as long as the batch"),
+    ],
+)  # fmt: skip
+def test_model_state_that_would_be_cut_is_an_error_unless_names_say_what_is(
+    others, predict_fn, loss_fn, message, part
+):
+    predict_fn, batch = predict_fn or (lambda p, b: b["x"] @ p), full_batch(**others)
+    with pytest.raises(ValueError, match=message + REMEDY):
+        subset(part, batch, None, predict_fn, loss_fn)
+    with pytest.raises(ValueError, match=message + REMEDY):
+        jax.jit(lambda batch: subset(part, batch, None, predict_fn, loss_fn))(batch)
+    small = subset(part, batch, SIZED, predict_fn, loss_fn)
+    jax.tree.map(np.testing.assert_array_equal, {name: small[name] for name in others}, others)
+    assert small["x"].shape[0] == small["y"].shape[0] < 8
+
+
+def test_a_forgotten_name_and_a_name_too_many_are_errors():
+    with pytest.raises(ValueError, match="a per-example array is not named" + REMEDY):
+        subset(1, full_batch(), ("x",))
+    with pytest.raises(ValueError, match="model or the loss does not work" + REMEDY):
+        subset(1, full_batch(mean=jnp.ones(8)), ("x", "y", "mean"), HIDDEN)
+    with pytest.raises(ValueError, match=r"'z' of shape \(3,\) does not begin with the 8 examples of other"):
+        subset(1, full_batch(z=jnp.ones(3)), ("x", "y", "z"))
+    with pytest.raises(ValueError, match=r"'key' of shape \(\) does not begin with"):
+        subset(1, {**full_batch(), "key": jax.random.key(0)}, ("key", "x"))
+    with pytest.raises(ValueError, match=r"`per_example` names image, label, but the batch has x, y"):
+        subset(1, full_batch(), ("image", "label", "x"))
+
+
+def test_an_error_of_the_model_itself_is_not_dressed_up():
+    with pytest.raises(KeyError, match="missing"):
+        subset(2, full_batch(), predict_fn=lambda p, b: b["missing"])
 
 
 @pytest.mark.parametrize("predict_fn", [lambda p, b: jnp.sum(b["x"]), lambda p, b: (b["x"], b["y"][:2])])
 def test_part_of_a_batch_needs_a_leading_dimension(predict_fn):
     with pytest.raises(ValueError, match=r"share one leading batch dimension.*pass a function"):
-        curvature_subset(predict_fn, jnp.ones(2), full_batch(), 0.5)
+        subset(0.5, full_batch(), predict_fn=predict_fn, loss_fn=None)
 
 
 def test_part_of_a_batch_larger_than_the_batch_is_an_error():
     with pytest.raises(ValueError, match=r"`curvature_batch_size`=9 is larger than the batch of 8"):
-        curvature_subset(PREDICT, jnp.ones(2), full_batch(), 9)
+        subset(9, full_batch())
 
 
-@pytest.mark.parametrize("part", [0, -1, 0.0, 1.5, -0.5, math.nan, math.inf])
+@pytest.mark.parametrize("part", [0, -1, 0.0, 1.5, 2.0, -0.5, math.nan, math.inf])
 def test_part_of_a_batch_out_of_range_is_an_error(part):
-    with pytest.raises(ValueError, match="`curvature_batch_size`"):
+    with pytest.raises(ValueError, match=rf"`curvature_batch_size`.*got {part}"):
         check_curvature_batch(part)
 
 
@@ -226,3 +353,18 @@ def test_part_of_a_batch_out_of_range_is_an_error(part):
 def test_part_of_a_batch_of_another_type_is_an_error(part):
     with pytest.raises(TypeError, match=f"`curvature_batch_size` must be .* got {type(part).__name__}"):
         check_curvature_batch(part)
+
+
+@pytest.mark.parametrize(
+    ("part", "names", "error", "message"),
+    [
+        (0.5, "image", TypeError, r"`per_example` must be names such as .*, got 'image'"),
+        (0.5, 3, TypeError, "`per_example` must be names such as .*, got 3"),
+        (0.5, (), ValueError, "`per_example` names nothing"),
+        (lambda batch: batch, ("image",), ValueError, "`per_example` has no effect"),
+    ],
+)  # fmt: skip
+def test_names_that_are_none_are_errors(part, names, error, message):
+    with pytest.raises(error, match=message):
+        check_curvature_batch(part, names)
+    check_curvature_batch(None, ("image",))

@@ -1,9 +1,12 @@
 """The driver: what it writes, what it keeps, and that a run that was stopped ends as one that was not."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlhf_optax import files
 from mlhf_optax.meta_training import (
     MetaTrainingConfig,
     Schedule,
@@ -95,7 +99,7 @@ def test_a_run_writes_metrics_validations_and_checkpoints_as_it_goes(tmp_path):
     assert set(metrics[0]) == {"iteration", "l_p", "inner_loss"}
     assert [line["iteration"] for line in validations] == [3, 6, 9]
     names = [path.name for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")]
-    assert names == [f"checkpoint-{number:08d}.msgpack" for number in (9, 8, 6)]
+    assert names == [f"checkpoint-{number:08d}.safetensors" for number in (9, 8, 6)]
     # Looks at the metrics: every fifth, and where validation or checkpoint wait for the device anyway.
     assert [iteration for iteration, _ in seen] == [2, 3, 4, 5, 6, 8, 9]
     assert seen[-1][1]["inner_loss"] == metrics[-1]["inner_loss"]
@@ -136,7 +140,7 @@ def test_meta_parameters_that_are_not_finite_end_the_run_before_they_are_saved(t
     with pytest.raises(FloatingPointError, match=message):
         run(tmp_path, step_fn=breaking)
     names = [path.name for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")]
-    assert names == ["checkpoint-00000002.msgpack"]
+    assert names == ["checkpoint-00000002.safetensors"]
 
 
 # Resuming.
@@ -145,10 +149,7 @@ def test_meta_parameters_that_are_not_finite_end_the_run_before_they_are_saved(t
 class Moments:
     """Interrupts a run at its n-th line of code in the driver and what it writes with."""
 
-    FILES = (
-        *(module.__file__ for module in (driver, json_log, checkpoints)),
-        sys.modules["mlhf_optax.pretrained.files"].__file__,
-    )
+    FILES = tuple(module.__file__ for module in (driver, json_log, checkpoints, files))
 
     def __init__(self, stop_at=None):
         self.stop_at, self.passed = stop_at, 0
@@ -194,7 +195,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_costs_only_time(tmp_path, u
     run(tmp_path)
     newest = checkpoints.list_checkpoints(tmp_path / "checkpoints")[0]
     newest.write_bytes(newest.read_bytes()[:100])
-    with pytest.warns(UserWarning, match="checkpoint-00000009.msgpack is damaged"):
+    with pytest.warns(UserWarning, match="checkpoint-00000009.safetensors is damaged"):
         done = run(tmp_path, resume=True)
     jax.tree.map(np.testing.assert_array_equal, done, undisturbed[0])
     assert outcome(tmp_path) == undisturbed[1]
@@ -271,16 +272,115 @@ def test_a_folder_with_checkpoints_is_not_overwritten(tmp_path):
     ("change", "message"),
     [
         ({"seed": 1}, "seed: 0 there, 1 now"),
-        ({"config": MetaTrainingConfig(max_age=5)}, "config: .* there, .* now"),
+        ({"config": MetaTrainingConfig(max_age=5)}, "config.max_age: None there, 5 now"),
         ({"about": {"task": "mine"}}, "task: 'digits' there, 'mine' now"),
     ],
 )
 def test_checkpoints_of_other_settings_are_refused(tmp_path, change, message):
     run(tmp_path, Schedule(iterations=1), about={"task": "digits"})
     before = outcome(tmp_path)
-    with pytest.raises(ValueError, match=rf"meta-training with other settings \({message}"):
+    with pytest.raises(ValueError, match=rf"a run with other settings \({message}\); resume with"):
         run(tmp_path, resume=True, **{"about": {"task": "digits"}} | change)
     assert outcome(tmp_path) == before
+
+
+# What a user has stays.
+
+
+def test_resuming_over_damaged_checkpoints_only_is_refused_and_touches_nothing(tmp_path):
+    run(tmp_path)
+    for path in checkpoints.list_checkpoints(tmp_path / "checkpoints"):
+        path.write_bytes(path.read_bytes()[:-1])
+    before = outcome(tmp_path)
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="no checkpoint in"):
+        run(tmp_path, resume=True)
+    assert outcome(tmp_path) == before
+
+
+def test_a_run_over_damaged_checkpoints_keeps_its_own_and_ends_as_undisturbed(tmp_path, undisturbed):
+    run(tmp_path, dataclasses.replace(SCHEDULE, checkpoint_every=3))
+    for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")[:2]:
+        path.write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="damaged"):
+        done = run(tmp_path, resume=True)
+    jax.tree.map(np.testing.assert_array_equal, done, undisturbed[0])
+    assert outcome(tmp_path) == undisturbed[1]
+    # The lines of what was done twice are beside those that count.
+    old = [json.loads(line) for line in (tmp_path / "metrics.jsonl.old").read_text().splitlines()]
+    assert [line["iteration"] for line in old] == [4, 5, 6, 7, 8, 9]
+
+
+def test_metrics_without_checkpoints_are_set_aside_not_emptied(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"iteration": 1, "seconds": 1.0}\nhalf a li')
+    run(tmp_path, Schedule(iterations=1))
+    assert len(lines(tmp_path, "metrics")) == 1
+    run(tmp_path, Schedule(iterations=2), resume=True)  # nothing to set aside
+    old = tmp_path / "metrics.jsonl.old"
+    assert old.read_text() == '{"iteration": 1, "seconds": 1.0}\nhalf a li\n'
+
+
+@pytest.mark.parametrize("content", ['{"iteration": 1}', '{"iteration": 1}\n'])
+def test_a_log_goes_on_in_a_new_line(tmp_path, content):
+    log = tmp_path / "x.jsonl"
+    log.write_text(content)
+    json_log.rewind_json_lines(log, 1)
+    json_log.append_json_line(log, {"iteration": 2})
+    assert log.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
+    assert not log.with_name("x.jsonl.old").exists()
+
+
+def test_two_runs_in_one_folder_are_kept_apart(tmp_path):
+    with files.locked_folder(tmp_path / "runs"):
+        with pytest.raises(OSError, match=r"`output` .*runs is in use by another run; wait .* another"):
+            run(tmp_path / "runs")
+        assert not (tmp_path / "runs" / "metrics.jsonl").exists()
+    run(tmp_path / "runs", Schedule(iterations=1))  # an ended run lets go
+
+
+@pytest.mark.parametrize("inside", [".", "below"])
+def test_an_output_that_is_a_file_is_refused(tmp_path, inside):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(OSError, match=r"`output` .*notes.* is not a folder that can be written to \(.*use"):
+        run(tmp_path / "notes" / inside)
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_an_output_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", forbidden)
+    with pytest.raises(PermissionError, match=r"can be written to \(Permission denied\); use another one"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "moment"), [(os, "fsync", 3), (Path, "open", 6)], ids=["checkpoint", "log"]
+)
+def test_a_full_disk_is_named_and_the_run_can_go_on(tmp_path, monkeypatch, undisturbed, owner, name, moment):
+    calls = []
+
+    def full(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == moment:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        original = getattr(owner, name)
+        patch.setattr(owner, name, full)
+        with pytest.raises(OSError, match=r"cannot write .*(checkpoint|jsonl).*: No space left on device"):
+            run(tmp_path)
+    assert len(checkpoints.list_checkpoints(tmp_path / "checkpoints")) > 0
+    done = run(tmp_path, resume=True)
+    jax.tree.map(np.testing.assert_array_equal, done, undisturbed[0])
+    assert outcome(tmp_path) == undisturbed[1]
+
+
+def test_without_an_algorithm_a_task_is_needed(tmp_path):
+    with pytest.raises(ValueError, match="`task` and `learned` are needed without an `algorithm`"):
+        meta_train(None, None, {}, None, score, tmp_path, SCHEDULE)
 
 
 @pytest.mark.parametrize("name", ["iterations", "checkpoint_every", "validate_every", "report_every"])

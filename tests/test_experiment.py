@@ -10,7 +10,7 @@ from blobs import SGD, TASK
 from mlhf_optax.comparison import engine, experiment, grid_contenders
 from mlhf_optax.comparison.experiment import ExperimentOptions, learned_contenders, limit_data, run_experiment
 from mlhf_optax.comparison.timing import parse_options
-from mlhf_optax.tasks.datasets import part_size
+from mlhf_optax.tasks import part_size
 
 
 def parse(folder, *arguments):
@@ -88,7 +88,9 @@ def test_unknown_families_are_refused(tmp_path):
 
 
 def test_the_learned_one_follows_its_record_unless_told_otherwise(tmp_path):
-    settings = lambda *arguments: [one.settings[0] for one in learned_contenders(TASK, parse(tmp_path, *arguments))]
+    settings = lambda *arguments: [
+        one.settings[0] for one in learned_contenders(TASK, parse(tmp_path, *arguments))
+    ]
     first, part = settings("--learning-rate", "0.5")
     assert (first["learning_rate"], first["num_cg_steps"], first["curvature_batch_size"]) == (0.5, 4, None)
     assert (part["learning_rate"], part["curvature_batch_size"]) == (0.5, 0.25)

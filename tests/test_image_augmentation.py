@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from mlhf_optax.tasks.image_augmentation import augment_batch, augment_images, network_input, standardize
 
 

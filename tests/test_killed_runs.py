@@ -84,8 +84,8 @@ def run(folder, *arguments):
     return done.returncode
 
 
-def lines(folder, name):
-    found = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+def lines(folder, name, ending=".jsonl"):
+    found = [json.loads(line) for line in (folder / f"{name}{ending}").read_text().splitlines()]
     for line in found:
         line.pop("seconds", None)
     return found
@@ -102,9 +102,13 @@ def test_kill_minus_nine_changes_nothing(tmp_path):
     assert len(lines(alone, "metrics")) == ITERATIONS
     # The state as a whole: meta-parameters, the best ones, trainings, replay, random keys.
     last = [list_checkpoints(folder / "checkpoints")[0] for folder in (alone, killed)]
-    assert last[0].name == last[1].name == f"checkpoint-{ITERATIONS:08d}.msgpack"
+    assert last[0].name == last[1].name == f"checkpoint-{ITERATIONS:08d}.safetensors"
     assert last[0].read_bytes() == last[1].read_bytes()
     assert not list((killed / "checkpoints").glob(".*"))
+    # What was done again is kept beside what counts.
+    again = lines(killed, "metrics", ".jsonl.old")
+    assert again
+    assert all(line in lines(alone, "metrics") for line in again)
 
 
 if __name__ == "__main__":

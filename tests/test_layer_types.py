@@ -11,7 +11,13 @@ import pytest
 from flax import nnx
 
 from mlhf_optax import layer_types
-from mlhf_optax.layer_types import PAPER_LAYER_TYPES, check_whole_tree, path_text
+from mlhf_optax.layer_types import (
+    PAPER_LAYER_TYPES,
+    check_params,
+    check_whole_tree,
+    distinct_layer_types,
+    path_text,
+)
 
 
 class LinenNet(nn.Module):
@@ -126,6 +132,12 @@ def test_rules_come_first_and_the_first_that_matches_wins():
     assert types == {"head": {"kernel": "head", "bias": "unused"}, "embedding": "embedding"}
 
 
+def test_distinct_types_are_sorted_and_know_the_rules():
+    params = {name: {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)} for name in ("b", "a")}
+    assert distinct_layer_types(params) == ["dense_bias", "dense_kernel"]
+    assert distinct_layer_types(params, rules={"^b/": "head"}) == ["dense_bias", "dense_kernel", "head"]
+
+
 @pytest.mark.parametrize(
     ("params", "where"),
     [
@@ -152,11 +164,35 @@ def test_a_kernel_and_a_weight_of_different_kinds_leave_their_bias_open():
 
 def test_a_tree_with_hidden_leaves_is_an_error_that_says_what_to_use():
     params = {"Dense_0": {"kernel": jnp.ones((3, 2)), "bias": optax.MaskedNode()}}
-    for function in (check_whole_tree, layer_types):
+    for function in (check_whole_tree, layer_types, lambda tree: check_params(tree, "mlhf")):
         with pytest.raises(
             ValueError, match=r"optax.masked.*use `optax.chain\(optimizer, optax.freeze\(mask\)\)`"
         ):
             function(params)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "error", "message"),
+    [
+        (jnp.ones((0, 3)), ValueError, r"of dtype float32 and shape \(0, 3\): it is empty; leave it out"),
+        (jnp.arange(3), TypeError, r"of dtype int32 and shape \(3,\): it has no gradient; keep it out of"),
+        (jnp.array(True), TypeError, r"of dtype bool and shape \(\): it has no gradient"),
+        (jax.random.key(0), TypeError, r"of dtype key<\w+> and shape \(\): it has no gradient"),
+        (jnp.ones(2, complex), TypeError, r"of dtype complex64 and shape \(2,\): keep its real and its"),
+        (0.5, TypeError, "it is a float, not an array; use `jnp.asarray`"),
+    ],
+)
+def test_a_parameter_that_cannot_be_trained_is_named_with_the_remedy(leaf, error, message):
+    with pytest.raises(error, match=rf"`mlhf` cannot train the parameter 'net/odd'.*{message}"):
+        check_params({"net": {"kernel": jnp.ones((3, 2)), "odd": leaf}}, "mlhf")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float8_e4m3fn"])
+def test_parameters_of_every_float_type_can_be_trained_and_so_can_shapes_and_placeholders(dtype):
+    params = {"kernel": jnp.ones((3, 2), dtype)}
+    check_params(params, "mlhf")
+    check_params(jax.eval_shape(lambda: params), "mlhf")
+    check_params({}, "mlhf")  # `optax.tree.map_params` calls `init` with a tree without leaves
 
 
 def test_paths_as_text():

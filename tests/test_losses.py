@@ -1,10 +1,9 @@
-"""The ready losses: values against NumPy, closed-form curvature against the Hessian, errors."""
+"""The ready losses: values, gradients and closed-form curvature against NumPy, shielding masks, errors."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 
 from mlhf_optax.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError
 
@@ -15,74 +14,137 @@ RNG = np.random.default_rng(0)
 
 def softmax_batch(*shape):
     labels = RNG.integers(0, 4, size=shape).astype(np.int32)
-    return RNG.normal(size=(*shape, 4)), {"label": labels, "mask": RNG.random(shape) < 0.6}
+    return RNG.normal(size=(*shape, 4)), {"label": labels, "mask": some(*shape)}
 
 
 def dense_batch(*shape):
     targets = (RNG.random(shape) < 0.5).astype(float)
-    return RNG.normal(size=shape), {"label": targets, "mask": RNG.random(shape) < 0.6}
+    return RNG.normal(size=shape), {"label": targets, "mask": some(*shape)}
+
+
+def some(*shape):
+    """A mask with at least one true and one false entry, if there is room."""
+    mask = np.asarray(RNG.random(shape) < 0.6)
+    mask[(0,) * len(shape)], mask[(-1,) * len(shape)] = False, True
+    return mask
 
 
 CASES = {
     "softmax": (SoftmaxCrossEntropy(), *softmax_batch(5)),
     "softmax, one example": (SoftmaxCrossEntropy(), *softmax_batch()),
     "softmax, sequence": (SoftmaxCrossEntropy(), *softmax_batch(2, 3)),
-    "softmax, masked": (SoftmaxCrossEntropy(mask="mask"), *softmax_batch(2, 3)),
     "softmax, smoothed": (SoftmaxCrossEntropy(label_smoothing=0.2), *softmax_batch(5)),
-    "softmax, masked and smoothed": (
-        SoftmaxCrossEntropy(mask="mask", label_smoothing=0.2),
-        *softmax_batch(5),
-    ),
     "sigmoid": (SigmoidCrossEntropy(), *dense_batch(5, 2)),
-    "sigmoid, masked": (SigmoidCrossEntropy(mask="mask"), *dense_batch(5, 2)),
     "squared": (SquaredError(), *dense_batch(5, 2)),
-    "squared, masked": (SquaredError(mask="mask"), *dense_batch(2, 3, 2)),
+}
+MASKED = {
+    "softmax": (SoftmaxCrossEntropy(mask="mask"), *softmax_batch(2, 3)),
+    "softmax, smoothed": (SoftmaxCrossEntropy(mask="mask", label_smoothing=0.2), *softmax_batch(5)),
+    "sigmoid": (SigmoidCrossEntropy(mask="mask"), *dense_batch(5, 2)),
+    "squared": (SquaredError(mask="mask"), *dense_batch(2, 3, 2)),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_closed_form_curvature_is_the_hessian(name):
-    loss, outputs, batch = CASES[name]
-    flat, unravel = ravel_pytree(jnp.asarray(outputs))
-    hessian = jax.jit(jax.hessian(lambda z: loss(unravel(z), batch)))(flat)
-    product = jax.jit(lambda v: loss.curvature(unravel(flat), batch)(unravel(v)).reshape(-1))
-    matrix = np.stack([product(unit) for unit in np.eye(flat.size)], axis=1)
-    np.testing.assert_allclose(matrix, hessian, rtol=1e-10, atol=1e-14)
+def softmax_term(z, label, smoothing):
+    """Value, gradient and Hessian of one position, as for the terms below."""
+    probs = np.exp(z) / np.exp(z).sum()
+    target = (1 - smoothing) * np.eye(len(z))[label] + smoothing / len(z)
+    return -target @ np.log(probs), probs - target, np.diag(probs) - np.outer(probs, probs)
 
 
-def numpy_softmax(logits, label, smoothing=0.0):
-    log_probs = logits - np.log(np.exp(logits).sum())
-    target = (1 - smoothing) * np.eye(len(logits))[label] + smoothing / len(logits)
-    return -target @ log_probs
+def sigmoid_term(z, target):
+    prob = 1 / (1 + np.exp(-z))
+    value = -(target * np.log(prob) + (1 - target) * np.log(1 - prob))
+    return value.item(), prob - target, np.diag(prob * (1 - prob))
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def squared_term(z, target):
+    return 0.5 * (z - target).item() ** 2, z - target, np.eye(1)
+
+
+def reference(loss, outputs, batch):
+    """Value, gradient and Hessian with respect to the outputs: a loop over the positions that count."""
+    smoothing = (loss.label_smoothing,) if isinstance(loss, SoftmaxCrossEntropy) else ()
+    term = {SoftmaxCrossEntropy: softmax_term, SigmoidCrossEntropy: sigmoid_term, SquaredError: squared_term}
+    labels = np.ravel(batch["label"])
+    weights = np.ravel(batch["mask"]).astype(float) if loss.mask else np.ones(labels.size)
+    positions = outputs.reshape(labels.size, -1)
+    value, gradient, hessian = 0.0, np.zeros_like(positions), np.zeros((*positions.shape, *positions.shape))
+    for i in np.flatnonzero(weights):
+        parts = term[type(loss)](positions[i], labels[i], *smoothing)
+        share = weights[i] / weights.sum()
+        value, gradient[i], hessian[i, :, i] = value + share * parts[0], share * parts[1], share * parts[2]
+    return value, gradient.reshape(outputs.shape), hessian.reshape(outputs.size, outputs.size)
+
+
+def computed(loss, outputs, batch):
+    """The same three of the library, the Hessian column by column."""
+    outputs = jnp.asarray(outputs)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(outputs, batch)
+    product = jax.jit(lambda v: loss.curvature(outputs, batch)(v.reshape(outputs.shape)).reshape(-1))
+    return value, gradient, np.stack([product(unit) for unit in np.eye(outputs.size)], axis=1)
+
+
+def close(got, want, rtol=1e-10, atol=1e-14):
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=rtol, atol=atol), got, want)
+
+
+@pytest.mark.parametrize("case", [*CASES.values(), *MASKED.values()])
+def test_value_gradient_and_curvature_are_those_of_a_loop_over_the_positions(case):
+    close(computed(*case), reference(*case))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
+@pytest.mark.parametrize("name", MASKED)
+def test_where_the_mask_is_zero_anything_may_stand(name, bad):
+    loss, outputs, batch = MASKED[name]
+    is_out, is_softmax = ~batch["mask"], isinstance(loss, SoftmaxCrossEntropy)
+    bad_outputs = np.where(is_out[..., None] if is_softmax else is_out, bad, outputs)
+    bad_labels = np.where(is_out, -1 if bad < 0 else 4, batch["label"]) if is_softmax else batch["label"]
+    bad_labels = bad_labels if is_softmax else np.where(is_out, bad, bad_labels)
+    want = reference(loss, outputs, batch)
+    close(computed(loss, bad_outputs, {**batch, "label": bad_labels}), want)
+    # What a model with a NaN there pushes forward.
+    vector = jnp.where(jnp.isfinite(bad_outputs) & (bad_outputs < 1e299), outputs, jnp.nan)
+    product = loss.curvature(jnp.asarray(bad_outputs), {**batch, "label": bad_labels})(vector)
+    close(product.reshape(-1), want[2] @ outputs.reshape(-1))
+
+
+@pytest.mark.parametrize("label", [-1, 4, 300, -(2**31)])
 @pytest.mark.parametrize("mask", [None, "mask"])
-def test_softmax_cross_entropy_is_the_mean_over_the_positions_of_the_mask(mask, smoothing):
-    outputs, batch = softmax_batch(3, 4)
-    chosen = batch["mask"] if mask else np.ones((3, 4), bool)
-    terms = [
-        numpy_softmax(z, y, smoothing) for z, y in zip(outputs[chosen], batch["label"][chosen], strict=True)
-    ]
-    loss = SoftmaxCrossEntropy(mask=mask, label_smoothing=smoothing)
-    np.testing.assert_allclose(loss(jnp.asarray(outputs), batch), np.mean(terms), rtol=1e-12)
+def test_a_label_outside_the_classes_is_an_error_or_a_nan_loss_and_gradient_under_jit(label, mask):
+    loss, (outputs, batch) = SoftmaxCrossEntropy(mask=mask), softmax_batch(5)
+    batch["label"][-1] = label
+    with pytest.raises(ValueError, match=rf"labels must lie in 0 to 3 for 4 classes, got {label}$"):
+        loss(jnp.asarray(outputs), batch)
+    value, gradient, hessian = computed(loss, outputs, batch)
+    assert np.isnan(value)
+    assert np.isnan(gradient[-1]).all()
+    assert np.isnan(hessian).any()
 
 
-@pytest.mark.parametrize("mask", [None, "mask"])
-def test_sigmoid_cross_entropy_is_the_mean_over_the_logits_of_the_mask(mask):
-    outputs, batch = dense_batch(3, 4)
-    chosen = batch["mask"] if mask else np.ones((3, 4), bool)
-    probs, targets = 1 / (1 + np.exp(-outputs[chosen])), batch["label"][chosen]
-    want = -np.mean(targets * np.log(probs) + (1 - targets) * np.log(1 - probs))
-    np.testing.assert_allclose(SigmoidCrossEntropy(mask=mask)(jnp.asarray(outputs), batch), want, rtol=1e-12)
+def test_labels_of_small_and_of_unsigned_types_are_compared_as_numbers():
+    outputs = RNG.normal(size=(2, 300))
+    for dtype in (np.uint8, np.int8, np.uint16, np.uint32, np.int64):
+        batch = {"label": np.array([0, 127], dtype)}
+        close(
+            computed(SoftmaxCrossEntropy(), outputs, batch), reference(SoftmaxCrossEntropy(), outputs, batch)
+        )
+    huge = {"label": np.array([0, 2**32 - 1], np.uint32)}
+    assert np.isnan(jax.jit(SoftmaxCrossEntropy())(outputs, huge))
 
 
-@pytest.mark.parametrize("mask", [None, "mask"])
-def test_squared_error_is_half_the_mean_over_the_entries_of_the_mask(mask):
-    outputs, batch = dense_batch(3, 4)
-    chosen = batch["mask"] if mask else np.ones((3, 4), bool)
-    want = 0.5 * np.mean((outputs - batch["label"])[chosen] ** 2)
-    np.testing.assert_allclose(SquaredError(mask=mask)(jnp.asarray(outputs), batch), want, rtol=1e-12)
+@pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf])
+@pytest.mark.parametrize("name", MASKED)
+def test_a_weight_that_is_none_is_an_error_or_a_nan_loss_and_gradient_under_jit(name, weight):
+    loss, outputs, batch = MASKED[name]
+    mask = np.where(np.cumsum(np.ones_like(batch["label"])).reshape(batch["mask"].shape) == 1, weight, 1.0)
+    with pytest.raises(ValueError, match=rf"weights of a mask must be finite and >= 0, got {weight}$"):
+        loss(jnp.asarray(outputs), {**batch, "mask": mask})
+    value, gradient, hessian = computed(loss, outputs, {**batch, "mask": mask})
+    assert np.isnan(value)
+    assert np.isnan(gradient).all()
+    assert np.isnan(hessian).any()
 
 
 def test_a_mask_may_hold_fractional_weights():

@@ -25,7 +25,7 @@ from mlhf_optax import meta_training as mt
 from mlhf_optax.comparison import meta_train_command as command
 from mlhf_optax.comparison import meta_train_start
 from mlhf_optax.meta_training import driver
-from mlhf_optax.tasks.datasets import Dataset
+from mlhf_optax.tasks import Dataset
 
 TASK = "digits-mlp-linear"
 ITERATIONS = 4

@@ -11,7 +11,13 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from mlhf_optax.comparison import Comparison, comparison_markdown, comparison_table, grid_contenders, save_figure
+from mlhf_optax.comparison import (
+    Comparison,
+    comparison_markdown,
+    comparison_table,
+    grid_contenders,
+    save_figure,
+)
 from mlhf_optax.comparison.record import machine_info, record, versions
 from mlhf_optax.comparison.results import best_at, frame_of, leaders
 from mlhf_optax.comparison.tables import format_loss, format_ratio, losses_by_time, table_steps
@@ -83,7 +89,10 @@ def test_results_survive_a_file(tmp_path):
     assert found.frame.equals(ALL.frame)
     assert found.record == ALL.record
     text = (tmp_path / "x.json").read_text()
-    assert json.loads(text, parse_constant=pytest.fail)["optimizers"][4]["curves"][0]["train_loss"][1:] == [None] * 3
+    assert (
+        json.loads(text, parse_constant=pytest.fail)["optimizers"][4]["curves"][0]["train_loss"][1:]
+        == [None] * 3
+    )
 
 
 def test_what_is_no_comparison_is_refused(tmp_path):
@@ -92,7 +101,9 @@ def test_what_is_no_comparison_is_refused(tmp_path):
         Comparison.load(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("name", ["digits-mlp", "first_order_cifar10", "second_order_cifar10", "transfer_resnet18"])
+@pytest.mark.parametrize(
+    "name", ["digits-mlp", "first_order_cifar10", "second_order_cifar10", "transfer_resnet18"]
+)
 def test_files_of_version_0_1_keep_every_number(name):
     found, raw = Comparison.load(SHIPPED / f"{name}.json"), json.loads((SHIPPED / f"{name}.json").read_text())
     for curve, old in zip(found.curves(), raw["results"], strict=True):
@@ -144,7 +155,9 @@ def test_the_table_says_who_is_below_whom():
 
 def test_a_learned_optimizer_that_diverged_does_not_look_good():
     lost = entry("mlhf", [2.0, None, 0.04, 0.02])
-    row = next(row for row in rows_of(comparison_table(comparison(lost, EARLY), "")) if row[:2] == ["MLHF", "/"])
+    row = next(
+        row for row in rows_of(comparison_table(comparison(lost, EARLY), "")) if row[:2] == ["MLHF", "/"]
+    )
     assert row[4] == "diverged"
 
 
@@ -156,7 +169,9 @@ def test_tables_of_one_side_only(entries):
 
 
 def test_tables_of_the_real_grid_fit_a_terminal():
-    grid = [entry(name, [2.3, 1e-3, 1e-4, 1e-5], 1.0, 0.099) for one in grid_contenders() for name in one.names]
+    grid = [
+        entry(name, [2.3, 1e-3, 1e-4, 1e-5], 1.0, 0.099) for one in grid_contenders() for name in one.names
+    ]
     rows = rows_of(comparison_table(comparison(*grid), "title", show_all=True))
     assert sum(bool(row) and row[0] in ("sgd", "rmsprop", "adam") for row in rows) == 45
     assert not any("…" in cell for row in rows for cell in row)
@@ -167,7 +182,9 @@ def test_markdown_compares_by_epoch_and_by_time():
     first = entry("sgd a", [2.0, 1.6], [0.1, 0.5], 0.1, [4, 8])
     second = entry("adam b", [2.5, 1.25], [0.1, 0.4], 0.2, [4, 8])
     lines = comparison_markdown(comparison(mine, first, second, steps_per_epoch=4), "epoch")
-    head, _, own, best, ratio, by_time, *_ = ([c.strip() for c in line.strip("|").split("|")] for line in lines)
+    head, _, own, best, ratio, by_time, *_ = (
+        [c.strip() for c in line.strip("|").split("|")] for line in lines
+    )
     assert head == ["training loss after epoch", "1", "2", "test accuracy", "ms per step"]
     assert own == ["MLHF", "1.500", "1.000", "60.0%", "150"]
     assert best == ["best of the other 2 there", "2.000", "1.250", "50.0%", "100"]
@@ -190,14 +207,22 @@ def test_what_the_others_have_not_reached_is_not_made_up():
 
 @pytest.mark.parametrize(
     ("loss", "text"),
-    [(0.0, "0.000"), (0.01, "0.010"), (0.00999, "1.0e-2"), (99.9, "99.900"), (12345.0, "1.2e4"), (math.inf, "diverged")],
+    [
+        (0.0, "0.000"),
+        (0.01, "0.010"),
+        (0.00999, "1.0e-2"),
+        (99.9, "99.900"),
+        (12345.0, "1.2e4"),
+        (math.inf, "diverged"),
+    ],
 )
 def test_losses_are_written_in_few_characters(loss, text):
     assert format_loss(loss) == text
 
 
 @pytest.mark.parametrize(
-    ("own", "best", "text"), [(1.0, 1.02, "0.98"), (math.inf, 1.0, "diverged"), (1.0, 0.0, "-"), (31.0, 1.0, "31")]
+    ("own", "best", "text"),
+    [(1.0, 1.02, "0.98"), (math.inf, 1.0, "diverged"), (1.0, 0.0, "-"), (31.0, 1.0, "31")],
 )
 def test_ratios_near_one_have_three_digits(own, best, text):
     assert format_ratio(own, best) == text

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from mlhf_optax.tasks.datasets import Dataset, in_memory
 
 from mlhf_optax import layer_types, tasks
 from mlhf_optax.comparison.run import draw_batch, evaluation_state, mean_loss
 from mlhf_optax.comparison import Contender, compare
 from mlhf_optax.layer_types import PAPER_LAYER_TYPES
 from mlhf_optax.tasks import TASKS, digits_mlp, get_task, image_tasks, imagenet, imagenet_tasks
-from mlhf_optax.tasks.datasets import Dataset, in_memory
 from mlhf_optax.tasks.resnet import ResNet
 from mlhf_optax.tasks.streaming import Stream
 

@@ -10,7 +10,13 @@ from blobs import SGD, TASK
 
 from mlhf_optax.comparison import timing
 from mlhf_optax.comparison.record import command_line, origin, record, write_json
-from mlhf_optax.comparison.timing import BenchmarkOptions, Timing, interleaved, parse_options, seconds_per_step
+from mlhf_optax.comparison.timing import (
+    BenchmarkOptions,
+    Timing,
+    interleaved,
+    parse_options,
+    seconds_per_step,
+)
 
 
 @pytest.fixture(params=["wall", "process"])
@@ -88,7 +94,9 @@ def test_the_spread_leaves_out_outliers_where_there_are_many_rounds():
     assert (one.low, one.median, one.high) == (3.0, 3.0, 3.0)
 
 
-@pytest.mark.parametrize(("thunks", "options"), [({}, {}), ({"a": int}, {"repeats": 0}), ({"a": int}, {"calls": 0})])
+@pytest.mark.parametrize(
+    ("thunks", "options"), [({}, {}), ({"a": int}, {"repeats": 0}), ({"a": int}, {"calls": 0})]
+)
 def test_bad_arguments_are_refused(thunks, options):
     with pytest.raises(ValueError, match="needs a function to time, `repeats` >= 1 and `calls` >= 1, got"):
         interleaved(thunks, **options)
@@ -110,7 +118,11 @@ def test_every_optimizer_is_timed():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--repeats", "0"], "--repeats must be at least 1, got 0"), (["--repeats", "many"], "many"), (["--nonsense"], "--nonsense")],
+    [
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--repeats", "many"], "many"),
+        (["--nonsense"], "--nonsense"),
+    ],
 )
 def test_wrong_options_end_the_script_with_what_is_wanted(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:

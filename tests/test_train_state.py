@@ -49,6 +49,14 @@ OPTIMIZERS = {
     "clipped mlhf": lambda predict_fn: optax.chain(
         mlhf(1.0, META_PARAMS, predict_fn, LOSS), optax.clip_by_global_norm(1.0)
     ),
+    "mlhf in MultiSteps": lambda predict_fn: optax.MultiSteps(mlhf(1.0, META_PARAMS, predict_fn, LOSS), 2),
+    "mlhf in a MultiSteps transformation": lambda predict_fn: optax.MultiSteps(
+        mlhf(1.0, META_PARAMS, predict_fn, LOSS), 2
+    ).gradient_transformation(),
+    "adam in MultiSteps": lambda predict_fn: optax.MultiSteps(optax.adam(0.1), 2),
+    "without extra arguments": lambda predict_fn: optax.GradientTransformation(
+        lambda params: (), lambda updates, state, params=None: (optax.tree.scale(-0.5, updates), state)
+    ),
 }
 
 
@@ -72,13 +80,16 @@ def test_a_linen_training_with_any_optimizer_compiles_once_and_learns(name):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_the_step_is_that_of_calling_the_optimizer_by_hand():
-    predict_fn, state = dense_state(OPTIMIZERS["mlhf"])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "mlhf" in name])
+def test_the_steps_are_those_of_calling_the_optimizer_by_hand(name):
+    predict_fn, state = dense_state(OPTIMIZERS[name])
     grads = jax.grad(lambda p: LOSS(predict_fn(p, BATCH), BATCH))(state.params)
-    updates, opt_state = state.tx.update(grads, state.opt_state, state.params, batch=BATCH)
-    got = state.apply_gradients(grads=grads, batch=BATCH)
-    jax.tree.map(np.testing.assert_array_equal, got.params, optax.apply_updates(state.params, updates))
-    jax.tree.map(np.testing.assert_array_equal, got.opt_state, opt_state)
+    params, opt_state, got = state.params, state.opt_state, state
+    for _ in range(2):
+        updates, opt_state = state.tx.update(grads, opt_state, params, batch=BATCH)
+        params = optax.apply_updates(params, updates)
+        got = got.apply_gradients(grads=grads, batch=BATCH)
+    jax.tree.map(np.testing.assert_array_equal, (got.params, got.opt_state), (params, opt_state))
     assert got.tx is state.tx
     assert got.apply_fn is state.apply_fn
 

@@ -7,7 +7,7 @@ import pytest
 import transfer_resnet18 as script
 from blobs import TASK
 
-from mlhf_optax.tasks.datasets import Dataset
+from mlhf_optax.tasks import Dataset
 
 
 class Streamed:

@@ -23,8 +23,7 @@ from mlhf_optax.comparison.results import MEASURES, Comparison, frame_of
 from mlhf_optax.comparison.run_grid import Program, RunGrid
 from mlhf_optax.comparison.timing import seconds_per_step
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
-from mlhf_optax.tasks import Task
-from mlhf_optax.tasks.datasets import part_size
+from mlhf_optax.tasks import Task, part_size
 
 TABLE_STEPS = (10, 30, 100, 200, 500)
 _WAIT_EVERY = 10  # steps
@@ -164,7 +163,9 @@ def compare(
             for group in _groups(task, contender, steps, seeds, where, resume, group_size):
                 of_group = group.finished() or group.train(counter)
                 counter.finish(group.num_steps)
-                entries += [entry | {"seconds_per_step": seconds.get(contender.names[0])} for entry in of_group]
+                entries += [
+                    entry | {"seconds_per_step": seconds.get(contender.names[0])} for entry in of_group
+                ]
         is_complete = True
     except KeyboardInterrupt:
         pass  # what is finished is returned

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from mlhf_optax.comparison.contenders import Contender, family_of, learned_contender
+from mlhf_optax.comparison.contenders import Contender, learned_contender
 from mlhf_optax.comparison.engine import compare, epoch_steps
 from mlhf_optax.comparison.figures import require_matplotlib, save_figure
 from mlhf_optax.comparison.progress import progress_bar
@@ -17,8 +17,7 @@ from mlhf_optax.comparison.tables import comparison_table
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.pretrained import load_pretrained
 from mlhf_optax.pretrained.files import Pretrained
-from mlhf_optax.tasks import Task
-from mlhf_optax.tasks.datasets import Dataset
+from mlhf_optax.tasks import Dataset, Task
 
 UNTRAINED = "untrained"
 _UNTRAINED_RECORD = {"learning_rate": 1.0, "num_cg_steps": 4, "max_update_ratio": 0.25, "batch_size": 128}
@@ -112,7 +111,7 @@ def learned_contenders(task: Task, options: ExperimentOptions) -> list[Contender
       FileNotFoundError: if there are no such meta-parameters.
     """
     source, learned = find_meta_params(task, options.meta_params)
-    if options.only and family_of(learned).name not in options.only:
+    if options.only and learned.family.name not in options.only:
         return []
     given = {"learning_rate": options.learning_rate, "momentum": options.momentum}
     changes = {name: value for name, value in given.items() if value is not None}

@@ -17,8 +17,7 @@ from mlhf_optax.comparison.meta_train_start import learned_options, starting_poi
 from mlhf_optax.curvature import CurvatureBatch
 from mlhf_optax.layer_types import layer_types
 from mlhf_optax.pretrained.files import save_meta_params
-from mlhf_optax.tasks import Task, get_task
-from mlhf_optax.tasks.datasets import epoch_indices, num_examples, sample_batches, take
+from mlhf_optax.tasks import Task, epoch_indices, get_task, num_examples, sample_batches, take
 
 _VALIDATION_EXAMPLES = 4096  # on which the loss is taken; all at once, so their number is bounded
 _NUM_CG_STEPS = 4
@@ -55,7 +54,7 @@ def run_meta_training(
 
     Args:
       task: name of a ready task; only its part for meta-training is used.
-      output: folder for metrics, checkpoints and the result, ``meta_params.npz``.
+      output: folder for metrics, checkpoints and the result, ``meta_params.safetensors``.
       iterations: meta-iterations.
       num_tasks: inner trainings side by side.
       unroll_length: steps of an unroll.
@@ -117,7 +116,7 @@ def run_meta_training(
     about |= {"settings": point.name, "start": start, "learning_rate": learning_rate}
     about |= {"validation_steps": list(validation_steps)}
     about |= {"same_batch_weight": same_batch_weight, "curvature_batch_size": curvature_batch_size}
-    about |= dataclasses.asdict(meta_params.settings)
+    about |= {"lstm_settings": meta_params.settings.to_json()}
     examples = jax.tree.map(jnp.asarray, problem.data.meta_train)
     shape = (num_tasks, unroll_length + 1, batch_size)
     schedule = mt.Schedule(iterations, checkpoint_every, validate_every, stop_after=stop_after)
@@ -138,7 +137,7 @@ def run_meta_training(
         )
     about |= {"seed": seed, "stopped_after": schedule.last, "config": dataclasses.asdict(config)}
     record = make_record(problem, output, done, about, {"num_cg_steps": _NUM_CG_STEPS, **options})
-    path = save_meta_params(output / "meta_params.npz", done.best_meta_params, record)
+    path = save_meta_params(output / "meta_params.safetensors", done.best_meta_params, record)
     best = int(done.best_iteration)
     console.print(f"best meta-parameters by validation: iteration {best} of {schedule.last}, in {path}")
     console.print(f"try them: mlhf-optax train {task} --meta-params {path}", soft_wrap=True)

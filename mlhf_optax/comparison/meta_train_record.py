@@ -13,7 +13,7 @@ import numpy as np
 
 from mlhf_optax.comparison.record import machine_info, versions
 from mlhf_optax.meta_training import Progressed
-from mlhf_optax.tasks.task import Task
+from mlhf_optax.tasks import Task
 
 TOLD = (
     "settings",

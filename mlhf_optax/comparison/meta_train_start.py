@@ -6,24 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mlhf_optax.meta_params import (
-    AUTHORS_SETTINGS,
-    PAPER_SETTINGS,
-    MetaParams,
-    Settings,
-    extend_meta_params,
-    init_meta_params,
-)
+from mlhf_optax.controllers.coordinate_lstm import MetaParams, extend_meta_params, init_meta_params
+from mlhf_optax.controllers.lstm_settings import Settings
+from mlhf_optax.learned.mlhf import SETTINGS
 from mlhf_optax.pretrained import load_pretrained
-
-SETTINGS = {
-    "default": Settings(),
-    # Keeps its meaning across widths; starts where convolutional networks neither jump nor crawl.
-    "relative": Settings(parameter_power=1.0, initial_damping=10.0, initial_preconditioner=10.0),
-    "paper": PAPER_SETTINGS,
-    "authors": AUTHORS_SETTINGS,
-}
-"""What the LSTMs see and mean, by name."""
 
 _FAITHFUL = {
     "default": {},

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from mlhf_optax.pretrained.files import write_atomically
+from mlhf_optax.files import write_atomically
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 

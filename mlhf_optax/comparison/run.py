@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax.tasks import Task
-from mlhf_optax.tasks.datasets import Examples, epoch_indices, in_memory, num_examples, take
+from mlhf_optax.tasks import Examples, Task, epoch_indices, in_memory, num_examples, take
 
 MakeOptimizer = Callable[..., optax.GradientTransformation]  # make_optimizer(**hyperparameters)
 Hyperparameters = Mapping[str, Any]

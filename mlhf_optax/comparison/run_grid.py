@@ -22,17 +22,10 @@ from mlhf_optax.comparison.run import (
     mean_loss,
     run_step,
 )
-from mlhf_optax.tasks import Task
-from mlhf_optax.tasks.datasets import Examples, ExampleStream, in_memory, num_examples, take
+from mlhf_optax.meta_training import runs_in_sequence
+from mlhf_optax.tasks import Examples, ExampleStream, Task, in_memory, num_examples, take
 
 _EVALUATION_CHUNK = 2048  # examples per forward pass, to bound the memory of an evaluation
-
-
-def runs_in_sequence(task: Task) -> bool:
-    """Whether runs of the task go one after the other: on a CPU each convolution fills the processor alone."""
-    params = jax.eval_shape(task.init_fn, jax.random.key(0))
-    has_convolutions = any(leaf.ndim >= 4 for leaf in jax.tree.leaves(params))
-    return has_convolutions and jax.default_backend() == "cpu"
 
 
 class _Ready(NamedTuple):
@@ -45,13 +38,14 @@ class _Ready(NamedTuple):
 class Program:
     """The compiled functions of E x S runs; made once, it serves any settings and seeds.
 
-    Runs go side by side under ``vmap``, or one after the other. Then they are apart also for the compiler,
-    since XLA on CPUs is slow at the derivatives of convolutions within its loops.
+    Trainings run side by side under ``vmap``, or one after the other where that is faster
+    (:func:`mlhf_optax.meta_training.runs_in_sequence`). Then they are apart also for the compiler, since
+    XLA on CPUs is slow at the derivatives of convolutions within its loops.
 
     Args:
       task: what to train; mini-batches have its ``batch_size``.
       make_optimizer: returns the optimizer for given hyperparameters; its ``update`` gets ``batch=``.
-      sequential: run one after the other; :func:`runs_in_sequence` decides if None.
+      sequential: run trainings one after the other; where that is faster if None.
 
     Example:
       >>> import optax

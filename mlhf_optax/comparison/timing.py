@@ -21,9 +21,8 @@ from mlhf_optax.comparison.run import (
     init_run,
     run_step,
 )
-from mlhf_optax.comparison.run_grid import runs_in_sequence
-from mlhf_optax.tasks import Task
-from mlhf_optax.tasks.datasets import in_memory
+from mlhf_optax.meta_training import runs_in_sequence
+from mlhf_optax.tasks import Task, in_memory
 
 Thunk = Callable[[], object]
 Clock = Literal["wall", "process"]

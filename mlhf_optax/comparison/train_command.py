@@ -23,8 +23,7 @@ from mlhf_optax.comparison.tables import comparison_table
 from mlhf_optax.curvature import CurvatureBatch
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.pretrained import load_pretrained
-from mlhf_optax.tasks import Task, get_task
-from mlhf_optax.tasks.datasets import in_memory, num_examples
+from mlhf_optax.tasks import Task, get_task, in_memory, num_examples
 
 FAMILIES = (*LEARNED, *PAPER_FAMILIES)
 DEFAULT_FAMILIES = (next(iter(LEARNED)), *PAPER_FAMILIES)
@@ -105,7 +104,9 @@ def make_plan(
         contender = learned_contender(task, load_pretrained(source), source=source, **chosen)
         missing = sorted(set(wanted) - {contender.family})
         if missing:
-            raise ValueError(f"`meta_params` {source} are for {contender.family}, not for {', '.join(missing)}")
+            raise ValueError(
+                f"`meta_params` {source} are for {contender.family}, not for {', '.join(missing)}"
+            )
         contenders.insert(0, contender)
     return Plan(task, contenders, num_seeds, num_steps, figure, json_file)
 
@@ -177,5 +178,7 @@ def _print_legend(console: Console, plan: Plan, show_all: bool) -> None:
     if is_learned(first.family) and len(plan.contenders) > 1:
         lines.append(f"{first.labels[0]} / that best: below 1x, {first.labels[0]} has the lower loss.")
     if not show_all:
-        lines.append("Shown of each family: the settings that are its best at some step; --all shows every one.")
+        lines.append(
+            "Shown of each family: the settings that are its best at some step; --all shows every one."
+        )
     console.print("\n".join(lines) + "\n", markup=False)

@@ -8,17 +8,11 @@ from typing import Any, Literal
 import jax
 import optax
 
-from mlhf_optax.curvature import CurvatureBatch, LossFn, PredictFn, check_curvature_batch
-from mlhf_optax.layer_types import LayerTypesFn, layer_types
+from mlhf_optax.controllers.coordinate_lstm import MetaParams, extend_meta_params, init_meta_params
+from mlhf_optax.controllers.lstm_settings import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, Unit
+from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn, check_curvature_batch
+from mlhf_optax.layer_types import LayerTypesFn, distinct_layer_types
 from mlhf_optax.learned.registry import LearnedFamily
-from mlhf_optax.meta_params import (
-    AUTHORS_SETTINGS,
-    PAPER_SETTINGS,
-    MetaParams,
-    Settings,
-    extend_meta_params,
-    init_meta_params,
-)
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer
 from mlhf_optax.meta_training.mlhf_gradient import mlhf_optimizer
 from mlhf_optax.mlhf import mlhf
@@ -28,7 +22,7 @@ SettingsName = Literal["default", "relative", "paper", "authors"]
 SETTINGS: dict[str, Settings] = {
     "default": Settings(),
     # Keeps its meaning across widths; starts where convolutional networks neither jump nor crawl.
-    "relative": Settings(parameter_power=1.0, initial_damping=10.0, initial_preconditioner=10.0),
+    "relative": Settings(unit=Unit(parameter_power=1.0), initial_damping=10.0, initial_preconditioner=10.0),
     "paper": PAPER_SETTINGS,
     "authors": AUTHORS_SETTINGS,
 }
@@ -113,7 +107,7 @@ def _learned(options: MLHFOptions, start: Any = None) -> LearnedOptimizer:
     )
 
     def init(key, task) -> MetaParams:
-        types = sorted(set(jax.tree.leaves(layer_types(jax.eval_shape(task.init_fn, jax.random.key(0))))))
+        types = distinct_layer_types(jax.eval_shape(task.init_fn, jax.random.key(0)))
         if start is None:
             return init_meta_params(key, settings, layer_types=types)
         return extend_meta_params(key, start.meta_params, types)
@@ -151,8 +145,9 @@ def _optimizer(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
     max_update_ratio: float | None = 0.25,
-    momentum: float = 0.0,
+    momentum: float | None = None,
     weight_decay: float = 0.0,
     layer_types_fn: LayerTypesFn | None = None,
     carry_dtype: Any = "float32",
@@ -166,6 +161,7 @@ def _optimizer(
         loss_fn,
         num_cg_steps=num_cg_steps,
         curvature_batch_size=curvature_batch_size,
+        per_example=per_example,
         max_update_ratio=max_update_ratio,
         momentum=momentum,
         weight_decay=weight_decay,
@@ -209,18 +205,21 @@ def _structure(meta_params: MetaParams) -> dict[str, Any]:
     if not isinstance(meta_params, MetaParams):
         raise TypeError(f"`meta_params` must be a MetaParams, got {type(meta_params).__name__}")
     return {
-        "settings": dataclasses.asdict(meta_params.settings),
+        "settings": meta_params.settings.to_json(),
         "layer_types": list(meta_params.layer_types),
         "units": list(meta_params.units),
     }
 
 
 def _template(structure: Mapping[str, Any]) -> MetaParams:
-    settings = Settings(**structure["settings"])
+    settings = Settings.from_json(structure["settings"])
     names, units = structure["layer_types"], structure["units"]
-    return jax.eval_shape(
-        lambda: init_meta_params(jax.random.key(0), settings, layer_types=names, units=units)
+    # All layer types have networks of the same shapes, so it is enough to trace those of one.
+    one: MetaParams = jax.eval_shape(
+        lambda: init_meta_params(jax.random.key(0), settings, layer_types=names[:1], units=units)
     )
+    damping, preconditioner = one.damping[names[0]], one.preconditioner[names[0]]
+    return MetaParams(dict.fromkeys(names, damping), dict.fromkeys(names, preconditioner), settings)
 
 
 MLHF = LearnedFamily(

@@ -11,10 +11,15 @@ from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer as Learn
 from mlhf_optax.meta_training.learned_optimizer import MetaGradient as MetaGradient
 from mlhf_optax.meta_training.learned_optimizer import Task as Task
 from mlhf_optax.meta_training.learned_optimizer import Trajectory as Trajectory
+from mlhf_optax.meta_training.learned_optimizer import runs_in_sequence as runs_in_sequence
 from mlhf_optax.meta_training.learned_optimizer import unrolled_optimizer as unrolled_optimizer
+from mlhf_optax.meta_training.long_horizon import LongHorizonConfig as LongHorizonConfig
+from mlhf_optax.meta_training.long_horizon import LongHorizonState as LongHorizonState
+from mlhf_optax.meta_training.long_horizon import make_long_horizon_step as make_long_horizon_step
 from mlhf_optax.meta_training.meta_step import MetaState as MetaState
 from mlhf_optax.meta_training.meta_step import make_meta_step as make_meta_step
 from mlhf_optax.meta_training.meta_step import meta_optimizer as meta_optimizer
 from mlhf_optax.meta_training.mlhf_gradient import mlhf_optimizer as mlhf_optimizer
+from mlhf_optax.meta_training.mlhf_unroll import UnrollOptions as UnrollOptions
 from mlhf_optax.meta_training.validation import Validation as Validation
 from mlhf_optax.meta_training.validation import make_validation as make_validation

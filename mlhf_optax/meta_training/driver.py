@@ -16,15 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlhf_optax.files import locked_folder
 from mlhf_optax.meta_training.checkpoints import list_checkpoints, load_last_checkpoint, save_checkpoint
 from mlhf_optax.meta_training.config import MetaTrainingConfig
-from mlhf_optax.meta_training.evolution import EvolutionState
-from mlhf_optax.meta_training.json_log import JsonLog
+from mlhf_optax.meta_training.json_log import append_json_line, rewind_json_lines
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, Task
-from mlhf_optax.meta_training.meta_step import MetaState, make_meta_step
+from mlhf_optax.meta_training.meta_step import make_meta_step
 from mlhf_optax.meta_training.validation import Validation
 
 SampleFn = Callable[[chex.PRNGKey], Any]
+ValidateFn = Callable[[Any], Validation]
+Algorithm = tuple[Callable[[chex.PRNGKey, Any], Any], Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]]
 Progress = Callable[[int, dict[str, float]], None]
 
 
@@ -72,7 +74,7 @@ class Progressed(NamedTuple):
     """What a checkpoint holds.
 
     Attributes:
-      state: the meta-training, a :class:`MetaState` or :class:`EvolutionState`.
+      state: the meta-training, any pytree of arrays with ``meta_params``, such as a :class:`MetaState`.
       best_meta_params: the best meta-parameters so far, by validation.
       best_score: their score; infinity before the first validation.
       best_iteration: when they were met.
@@ -85,11 +87,11 @@ class Progressed(NamedTuple):
 
 
 def meta_train(
-    task: Task,
-    learned: LearnedOptimizer,
+    task: Task | None,
+    learned: LearnedOptimizer | None,
     meta_params: Any,
     sample_fn: SampleFn,
-    validate_fn: Callable[[chex.ArrayTree], Validation],
+    validate_fn: ValidateFn,
     output: str | Path,
     schedule: Schedule,
     config: MetaTrainingConfig = MetaTrainingConfig(),
@@ -98,131 +100,138 @@ def meta_train(
     resume: bool = False,
     about: dict[str, Any] | None = None,
     progress: Progress | None = None,
-    algorithm: tuple[Callable, Callable] | None = None,
+    algorithm: Algorithm | None = None,
 ) -> Progressed:
     """Meta-trains a learned optimizer and keeps the best meta-parameters by validation.
 
-    Writes ``metrics.jsonl`` (a line a meta-iteration), ``validation.jsonl`` (a line a validation) and
-    ``checkpoints/`` to ``output`` as it goes; null stands for a number that is not finite.
+    Writes ``metrics.jsonl`` (one line per meta-iteration), ``validation.jsonl`` (one line per validation)
+    and ``checkpoints/`` to ``output`` as it goes; null stands for a number that is not finite. Lines of
+    iterations that are done again after a stop move to ``metrics.jsonl.old`` and ``validation.jsonl.old``.
 
     Args:
-      task: the task.
-      learned: the learned optimizer.
+      task: the task; not used with an ``algorithm``.
+      learned: the learned optimizer; not used with an ``algorithm``.
       meta_params: where to start.
       sample_fn: ``sample_fn(key) -> batches`` with leaves (num_tasks, unroll_length + 1, B, ...).
       validate_fn: ``validate_fn(meta_params) ->`` :class:`Validation`, with a lower score for better.
-      output: folder for everything that is written.
+      output: folder for everything that is written; no other run may write there meanwhile.
       schedule: how long and how often.
       config: how inner trainings are run.
       seed: decides all random numbers.
-      resume: go on from the last whole checkpoint in ``output``; start anew if there is none.
+      resume: go on from the last whole checkpoint in ``output``; start anew if there are no checkpoints.
       about: settings that must be equal when a run is resumed, beside ``config`` and ``seed``.
       progress: called as ``progress(iteration, metrics)`` every ``schedule.report_every`` iterations.
       algorithm: ``(init, step)`` in the place of :func:`make_meta_step` of task, optimizer and config,
-        for example from :func:`mlhf_optax.meta_training.make_evolution_step`.
+        for example from :func:`mlhf_optax.meta_training.make_evolution_step`: ``init(key, meta_params) ->
+        state`` and ``step(state, batches) -> (state, metrics)``, where a state is any pytree of arrays
+        with an attribute ``meta_params``.
 
     Returns:
       The last state and the best meta-parameters.
 
     Raises:
       ValueError: if ``output`` has checkpoints and ``resume`` is not set, or they belong to a run
-        with other settings or are of later meta-iterations than the last one asked for.
+        with other settings, are of later meta-iterations than the last one asked for, or cannot be read.
+      OSError: if another run writes to ``output``, or it cannot be written to; what it holds stays.
       FloatingPointError: if the meta-parameters are no longer finite.
 
     Example:
       See ``mlhf-optax meta-train``, which is this function with a task of the package.
     """
-    folder = Path(output)
+    if algorithm is None:
+        if task is None or learned is None:
+            raise ValueError("`task` and `learned` are needed without an `algorithm`")
+        algorithm = make_meta_step(task, learned, config)
     about = {"seed": seed, "config": dataclasses.asdict(config), **(about or {})}
-    if list_checkpoints(folder / "checkpoints") and not resume:
-        raise ValueError(
-            f"`output` {folder} already has checkpoints; set `resume` (--resume) to go on from them, "
-            "or use another folder"
-        )
-    init, meta_step = algorithm or make_meta_step(task, learned, config)
     data_key, init_key = jax.random.split(jax.random.key(seed))
-    now = _start(init(init_key, meta_params))
-    start = 0
-    found = load_last_checkpoint(folder / "checkpoints", now, about) if resume else None
-    if found is not None:
-        start, now = found
-        _require_before(schedule.last, start, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    log = lambda name: JsonLog(folder / f"{name}.jsonl", start)
-    with log("metrics") as metrics_log, log("validation") as validation_log:
-        pending, clock = [], time.perf_counter()
-        sample = jax.jit(sample_fn)
+    sample = jax.jit(sample_fn)
+    with locked_folder(output) as folder:
+        start, now = _start(algorithm[0](init_key, meta_params), folder, schedule, about, resume)
+        metrics = _Metrics(folder / "metrics.jsonl")
         for iteration in range(start + 1, schedule.last + 1):
-            state, metrics = meta_step(now.state, sample(jax.random.fold_in(data_key, iteration)))
+            state, values = algorithm[1](now.state, sample(jax.random.fold_in(data_key, iteration)))
             now = now._replace(state=state)
-            pending.append((iteration, metrics))
+            metrics.add(iteration, values)
             must_validate = schedule.is_due(iteration, schedule.validate_every)
             must_save = schedule.is_due(iteration, schedule.checkpoint_every)
             if must_validate or must_save or schedule.is_due(iteration, schedule.report_every):
-                seconds, clock = (time.perf_counter() - clock) / len(pending), time.perf_counter()
-                last = _write_metrics(metrics_log, pending, seconds)
-                pending = []
+                last_line = metrics.write()
                 if progress is not None:
-                    progress(iteration, last)
+                    progress(iteration, last_line)
             if must_validate:
-                now = _validated(now, iteration, validate_fn, validation_log)
-                clock = time.perf_counter()
+                now = _validated(now, iteration, validate_fn, folder)
+                metrics.restart_clock()
             if must_save:
                 _require_finite(now.state.meta_params, iteration, folder)
                 save_checkpoint(folder / "checkpoints", iteration, now, about)
         # A run that was killed, and is now to end where its last checkpoint is, has not been judged there.
         if start == schedule.last and not _is_validated(folder, start):
-            now = _validated(now, start, validate_fn, validation_log)
+            now = _validated(now, start, validate_fn, folder)
             save_checkpoint(folder / "checkpoints", start, now, about)
     return now
 
 
-def _start(state: MetaState | EvolutionState) -> Progressed:
+def _start(state: Any, folder: Path, schedule: Schedule, about: dict, resume: bool) -> tuple[int, Progressed]:
+    """Returns the iteration and the state to go on from; the logs then end at that iteration."""
     best = jax.tree.map(jnp.array, state.meta_params)  # a copy: the state is donated at every step
-    return Progressed(state, best, jnp.asarray(jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
-
-
-def _require_before(last: int, start: int, folder: Path) -> None:
-    if start > last:
+    start = 0
+    now = Progressed(state, best, jnp.asarray(jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
+    if list_checkpoints(folder / "checkpoints") and not resume:
         raise ValueError(
-            f"the last checkpoint in {folder} is of meta-iteration {start}, and the run is to end at {last}; "
-            f"let it end at {start} or later (--stop-after, --iterations), or use another folder"
+            f"`output` {folder} already has checkpoints; set `resume` (--resume) to go on from them, "
+            "or use another folder"
         )
+    if resume and (found := load_last_checkpoint(folder / "checkpoints", now, about)):
+        start, now = found
+    if start > schedule.last:
+        raise ValueError(
+            f"the last checkpoint in {folder} is of meta-iteration {start}, and the run is to end at "
+            f"{schedule.last}; let it end at {start} or later (--stop-after, --iterations), or use another "
+            "folder"
+        )
+    for name in ("metrics", "validation"):
+        rewind_json_lines(folder / f"{name}.jsonl", start)
+    return start, now
+
+
+class _Metrics:
+    """Metrics that wait on the device until somebody has to wait for it anyway."""
+
+    def __init__(self, path: Path):
+        self._path, self._pending, self._clock = path, [], time.perf_counter()
+
+    def add(self, iteration: int, values: dict[str, jax.Array]) -> None:
+        self._pending.append((iteration, values))
+
+    def write(self) -> dict[str, float]:
+        """Writes a line for each iteration that waits and returns the last one."""
+        pending, self._pending, line = jax.device_get(self._pending), [], {}
+        seconds = round((time.perf_counter() - self._clock) / len(pending), 4)
+        for iteration, values in pending:
+            line = {"iteration": iteration, "seconds": seconds}
+            line |= {name: float(value) for name, value in values.items()}
+            append_json_line(self._path, line)
+        self.restart_clock()
+        return line
+
+    def restart_clock(self) -> None:
+        self._clock = time.perf_counter()
+
+
+def _validated(now: Progressed, iteration: int, validate_fn: ValidateFn, folder: Path) -> Progressed:
+    result = jax.device_get(validate_fn(now.state.meta_params))
+    score = float(result.score)
+    line = {"iteration": iteration, "score": score, "losses": np.asarray(result.losses).tolist()}
+    append_json_line(folder / "validation.jsonl", line | {"worst_loss": float(result.worst_loss)})
+    if not score < float(now.best_score):
+        return now
+    copy = jax.tree.map(jnp.array, now.state.meta_params)
+    return Progressed(now.state, copy, jnp.asarray(score, jnp.float32), jnp.asarray(iteration, jnp.int32))
 
 
 def _is_validated(folder: Path, iteration: int) -> bool:
     lines = (folder / "validation.jsonl").read_text().splitlines()
     return any(json.loads(line)["iteration"] == iteration for line in lines)
-
-
-def _validated(now: Progressed, iteration: int, validate_fn, log: JsonLog) -> Progressed:
-    result = jax.device_get(validate_fn(now.state.meta_params))
-    score = float(result.score)
-    log.write(
-        {
-            "iteration": iteration,
-            "score": score,
-            "losses": [float(x) for x in result.losses],
-            "worst_loss": float(result.worst_loss),
-        }
-    )
-    if not score < float(now.best_score):
-        return now
-    copy = jax.tree.map(jnp.array, now.state.meta_params)
-    return now._replace(
-        best_meta_params=copy,
-        best_score=jnp.asarray(score, jnp.float32),
-        best_iteration=jnp.asarray(iteration, jnp.int32),
-    )
-
-
-def _write_metrics(log: JsonLog, pending: list, seconds: float) -> dict[str, float]:
-    line: dict[str, float] = {}
-    for iteration, metrics in pending:
-        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
-        line = {"iteration": iteration, "seconds": round(seconds, 4), **values}
-        log.write(line)
-    return line
 
 
 def _require_finite(meta_params: chex.ArrayTree, iteration: int, folder: Path) -> None:
@@ -232,6 +241,3 @@ def _require_finite(meta_params: chex.ArrayTree, iteration: int, folder: Path) -
             "`meta_learning_rate` or set `meta_gradient_clip`, and resume from the last checkpoint in "
             f"{folder / 'checkpoints'}"
         )
-
-
-__all__ = ["Progressed", "Schedule", "meta_train"]

@@ -10,10 +10,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from mlhf_optax import trees
 from mlhf_optax.meta_training import replay as replay_lib
 from mlhf_optax.meta_training.config import MetaTrainingConfig
 from mlhf_optax.meta_training.learned_optimizer import MetaGradient
-from mlhf_optax.safeguards import tree_is_finite
 
 
 class InnerTraining(NamedTuple):
@@ -90,7 +90,7 @@ def examine(config: MetaTrainingConfig, training: InnerTraining, result: MetaGra
       True
     """
     losses, first = result.inner_losses, training.first_loss
-    is_finite = tree_is_finite((result.params, result.opt_state, losses))
+    is_finite = trees.is_finite((result.params, result.opt_state, losses))
     # One bad mini-batch is not a divergence, hence the mean of the unroll.
     level = jnp.mean(losses[1:])
     diverged = ~is_finite | (level > config.divergence_ratio * first)

@@ -90,6 +90,27 @@ def task_loss(task: Task, params: Any, batch: Any) -> jax.Array:
     return task.loss_fn(task.predict_fn(params, batch), batch)
 
 
+def runs_in_sequence(task: Task) -> bool:
+    """Tells whether several trainings of a task are faster one after the other than under ``vmap``.
+
+    So are those of convolutions on a CPU: each training fills the processor alone, and ``vmap`` makes
+    grouped convolutions of them, which are several times slower.
+
+    Args:
+      task: the task. Parameters of rank 4 or more are taken for kernels of convolutions.
+
+    Returns:
+      True for convolutions on a CPU.
+
+    Example:
+      >>> from types import SimpleNamespace
+      >>> runs_in_sequence(SimpleNamespace(init_fn=lambda key: {"kernel": jnp.zeros((64, 10))}))
+      False
+    """
+    params = jax.eval_shape(task.init_fn, jax.random.key(0))
+    return jax.default_backend() == "cpu" and any(leaf.ndim >= 4 for leaf in jax.tree.leaves(params))
+
+
 def map_trainings(task: Task, function: Callable[[Any], Any], inputs: Any, axis: str = "auto") -> Any:
     """Calls a function for each of several trainings of a task.
 
@@ -98,16 +119,13 @@ def map_trainings(task: Task, function: Callable[[Any], Any], inputs: Any, axis:
       function: maps the inputs of one training to a pytree of arrays.
       inputs: pytree with a leading axis of trainings.
       axis: ``"vmap"`` runs the trainings at once, ``"sequential"`` one after another; ``"auto"`` is
-        sequential for convolutions on a CPU, each of which fills the processor alone and needs memory.
+        sequential where that is faster (:func:`runs_in_sequence`).
 
     Returns:
       What the function returned, with a leading axis of trainings.
     """
-    if axis == "auto":
-        params = jax.eval_shape(task.init_fn, jax.random.key(0))
-        has_convolutions = any(leaf.ndim >= 4 for leaf in jax.tree.leaves(params))
-        axis = "sequential" if has_convolutions and jax.default_backend() == "cpu" else "vmap"
-    return lax.map(function, inputs) if axis == "sequential" else jax.vmap(function)(inputs)
+    is_sequential = runs_in_sequence(task) if axis == "auto" else axis == "sequential"
+    return lax.map(function, inputs) if is_sequential else jax.vmap(function)(inputs)
 
 
 def unrolled_optimizer(
@@ -177,6 +195,7 @@ __all__ = [
     "Task",
     "Trajectory",
     "map_trainings",
+    "runs_in_sequence",
     "task_loss",
     "unrolled_optimizer",
 ]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mlhf_optax import trees
 from mlhf_optax.meta_training import replay as replay_lib
 from mlhf_optax.meta_training.config import MetaTrainingConfig
 from mlhf_optax.meta_training.inner_trainings import (
@@ -25,7 +26,6 @@ from mlhf_optax.meta_training.learned_optimizer import (
     Task,
     map_trainings,
 )
-from mlhf_optax.safeguards import tree_is_finite
 
 Metrics = dict[str, jax.Array]
 
@@ -56,7 +56,7 @@ InitFn = Callable[[chex.PRNGKey, Any], MetaState]
 MetaStepFn = Callable[[MetaState, Any], tuple[MetaState, Metrics]]
 
 
-def meta_optimizer(config: MetaTrainingConfig) -> optax.GradientTransformation:
+def meta_optimizer(config: MetaTrainingConfig | Any) -> optax.GradientTransformation:
     """Returns the Adam that trains the meta-parameters, with the config's clipping, L2 and rate.
 
     Example:
@@ -197,7 +197,7 @@ def _unroll_all(task, learned: LearnedOptimizer, config, state: MetaState, batch
 
 def _mean_gradient(gradients: chex.ArrayTree) -> tuple[chex.ArrayTree, jax.Array]:
     """Averages over the trainings whose gradient is finite; returns how many were not."""
-    is_finite = jax.vmap(tree_is_finite)(gradients)
+    is_finite = jax.vmap(trees.is_finite)(gradients)
     kept = jnp.maximum(jnp.sum(is_finite), 1)
 
     def mean(leaf):

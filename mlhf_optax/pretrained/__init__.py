@@ -4,7 +4,11 @@ import os
 from importlib import resources
 from typing import Any
 
-from mlhf_optax.pretrained.files import Pretrained, load_meta_params, read_pair, read_record
+from mlhf_optax.pretrained.files import Pretrained as Pretrained
+from mlhf_optax.pretrained.files import decode, load_meta_params
+from mlhf_optax.pretrained.files import save_meta_params as save_meta_params
+
+_ENDING = ".safetensors"
 
 
 def load_pretrained(name_or_path: str | os.PathLike) -> Pretrained:
@@ -16,26 +20,26 @@ def load_pretrained(name_or_path: str | os.PathLike) -> Pretrained:
         the current folder write ``./name``.
 
     Returns:
-      A :class:`mlhf_optax.Pretrained`: ``meta_params`` for :func:`mlhf_optax.mlhf`, and the ``record``
-      of what they were trained on and how to use them.
+      A :class:`mlhf_optax.Pretrained`: the ``meta_params``, the ``record`` of what they were trained on, and
+      the ``optimizer`` with the arguments that the record recommends.
 
     Raises:
       FileNotFoundError: if there is neither such a name nor such a file; it lists the names.
-      ValueError: if a file is damaged, foreign or of a newer version.
+      ValueError: if a file is damaged, foreign or of another version.
 
     Example:
       >>> load_pretrained("digits").learning_rate
       1.0
     """
-    names = _shipped()
-    if name_or_path in names:
-        folder = resources.files(__name__)
-        return read_pair(folder / f"{name_or_path}.npz", folder / f"{name_or_path}.json")
+    shipped = _shipped()
+    if name_or_path in shipped:
+        file = shipped[name_or_path]
+        return decode(file.read_bytes(), str(file))
     try:
         return load_meta_params(name_or_path)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}. Shipped meta-parameters go by the names {names}; "
+            f"{error}. Shipped meta-parameters go by the names {list(shipped)}; "
             "`mlhf-optax meta-train` makes your own"
         ) from error
 
@@ -44,20 +48,16 @@ def list_pretrained() -> dict[str, dict[str, Any]]:
     """Returns the names of the shipped meta-parameters and their records.
 
     Returns:
-      A dict from names for :func:`load_pretrained` to records: the task and data of meta-training,
-      the learning rate, batch size and CG steps to use, the command, date and machine.
+      A dict from names for :func:`load_pretrained` to records: the learned optimizer, the task and data of
+      meta-training, the arguments to use, the command, date and machine.
 
     Example:
       >>> list_pretrained()["digits"]["task"]
       'digits-mlp'
     """
-    folder = resources.files(__name__)
-    return {name: read_record(folder / f"{name}.json") for name in _shipped()}
+    return {name: load_pretrained(name).record for name in _shipped()}
 
 
-def _shipped() -> list[str]:
-    files = (entry.name for entry in resources.files(__name__).iterdir())
-    return sorted(name.removesuffix(".npz") for name in files if name.endswith(".npz"))
-
-
-__all__ = ["list_pretrained", "load_pretrained"]
+def _shipped() -> dict[Any, Any]:
+    files = sorted(resources.files(__name__).iterdir(), key=lambda file: file.name)
+    return {file.name.removesuffix(_ENDING): file for file in files if file.name.endswith(_ENDING)}

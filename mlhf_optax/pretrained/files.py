@@ -1,68 +1,84 @@
-"""Meta-parameters on disk: plain arrays and JSON, nothing that a load could execute.
+"""Meta-parameters on disk: one safetensors file of arrays, with text that says what they are.
 
-A set ``NAME`` is two files. ``NAME.npz`` holds arrays and settings
-(:mod:`mlhf_optax.pretrained.archive`). ``NAME.json`` is the record: what the set was trained on and how
-to use it, bound to the arrays by their checksum.
+The metadata holds ``format``, ``version``, ``structure`` (JSON from which the learned optimizer knows the
+tree), ``record`` (JSON: what the set was trained on and how to use it) and a digest over everything.
+Files come from strangers too, so what a file may claim is bounded before it is decoded.
 """
 
+import functools
 import json
 import math
 import os
-from collections.abc import Mapping
-from importlib.resources.abc import Traversable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
-from mlhf_optax.curvature import LossFn, PredictFn, check_curvature_batch
-from mlhf_optax.meta_params import MetaParams
-from mlhf_optax.mlhf import mlhf
-from mlhf_optax.pretrained.archive import RESTORE, decode, encode
+from mlhf_optax.curvature import LossFn, PredictFn
+from mlhf_optax.files import pack_arrays, unpack_arrays, write_atomically
+from mlhf_optax.layer_types import path_text
+from mlhf_optax.learned import LearnedFamily, get_learned
 
-RECORD_KEYS = ("task", "learning_rate", "batch_size", "num_cg_steps", "max_update_ratio")
+FORMAT = "mlhf-optax meta-parameters"
+VERSION = 2  # 1 was a pair of .npz and .json
+
+_ENDING = ".safetensors"
+_REMEDY = (
+    "if a newer mlhf_optax wrote the file, upgrade; otherwise restore it from a copy, or write it again with "
+    "`save_meta_params`"
+)
+
+# The largest shipped set takes 40 kB, with a record of 20 kB, 96 arrays and a structure of 25 values.
+_MAX_BYTES = 64 * 2**20
+_MAX_HEADER = 2**20
+_MAX_ARRAYS = 1000
+_MAX_DEPTH = 32
+_MAX_STRUCTURE = 200
+_MAX_SIZE = 10**6
 
 
 class Pretrained(NamedTuple):
     """Meta-parameters and the record of how they were made.
 
     Attributes:
-      meta_params: the LSTMs and their settings.
-      record: what they were trained on and how to use them; at least ``task``, ``learning_rate``,
-        ``batch_size``, ``num_cg_steps`` and ``max_update_ratio``.
+      meta_params: what was learned.
+      record: what they were trained on and how to use them; at least ``optimizer``, ``task`` and
+        ``batch_size``.
     """
 
-    meta_params: MetaParams
+    meta_params: Any
     record: dict[str, Any]
 
     @property
-    def learning_rate(self) -> float:
-        """The learning rate that the record recommends."""
-        return float(self.record["learning_rate"])
+    def family(self) -> LearnedFamily:
+        """The learned optimizer that they belong to."""
+        return get_learned(self.record["optimizer"])
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The learning rate that the record recommends; None for optimizers that learn theirs."""
+        return self.recommended.get("learning_rate")
 
     @property
     def recommended(self) -> dict[str, Any]:
-        """The arguments of :func:`mlhf_optax.mlhf` that the record recommends."""
-        names = ("learning_rate", "num_cg_steps", "max_update_ratio")
-        others = {"curvature_batch_size": None, "momentum": 0.0}
-        return {name: self.record[name] for name in names} | {
-            name: self.record.get(name, usual) for name, usual in others.items()
-        }
+        """The arguments of the optimizer that the record recommends."""
+        return {name: self.record[name] for name in self.family.arguments if name in self.record}
 
-    def optimizer(
-        self, predict_fn: PredictFn, loss_fn: LossFn, **changes: Any
-    ) -> optax.GradientTransformationExtraArgs:
-        """Returns :func:`mlhf_optax.mlhf` with what the record recommends.
+    @property
+    def optimizer(self) -> Callable[..., optax.GradientTransformationExtraArgs]:
+        """The learned optimizer with the arguments that the record recommends, a function.
 
-        Args:
-          predict_fn: ``predict_fn(params, batch) -> outputs``.
-          loss_fn: ``loss_fn(outputs, batch) -> scalar``.
-          **changes: arguments of :func:`mlhf_optax.mlhf`; they take the place of the record's
-            ``learning_rate``, ``num_cg_steps``, ``max_update_ratio`` and, where it has them,
-            ``curvature_batch_size`` (None: the whole batch) and ``momentum`` (0: none), or come on top.
+        Call ``optimizer(predict_fn, loss_fn, **changes)`` with ``predict_fn(params, batch) -> outputs``,
+        ``loss_fn(outputs, batch) -> scalar`` and further arguments, of :func:`mlhf_optax.mlhf` for example;
+        they take the place of recommended ones. Its signature shows all of them with their defaults, as
+        :func:`optax.inject_hyperparams` needs; name there what is not a number in ``static_args``.
 
         Returns:
-          The optimizer; call ``update(grads, state, params, batch=batch)``.
+          The function. What it returns needs ``update(grads, state, params, batch=batch)``.
 
         Example:
           >>> import jax.numpy as jnp
@@ -72,144 +88,197 @@ class Pretrained(NamedTuple):
           >>> tx.init({"kernel": jnp.ones((3, 1))})[0].count
           Array(0, dtype=int32)
         """
-        arguments = self.recommended | changes
-        return mlhf(meta_params=self.meta_params, predict_fn=predict_fn, loss_fn=loss_fn, **arguments)
+        return functools.partial(self.family.optimizer, self.meta_params, **self.recommended)
 
 
-def save_meta_params(path: str | os.PathLike, meta_params: MetaParams, record: Mapping[str, Any]) -> Path:
-    """Writes meta-parameters to ``NAME.npz`` and their record to ``NAME.json``.
+def save_meta_params(path: str | os.PathLike, meta_params: Any, record: Mapping[str, Any]) -> Path:
+    """Writes meta-parameters and their record to ``NAME.safetensors``.
 
-    Each file appears whole or not at all, and equal meta-parameters give equal bytes.
+    The file appears whole or not at all, and equal arguments give equal bytes.
 
     Args:
-      path: where to write, with or without the ending ``.npz``.
+      path: where to write, with or without the ending.
       meta_params: the meta-parameters, float32.
-      record: plain JSON values, at least ``task`` (str), ``learning_rate`` and ``batch_size``
-        (numbers > 0), ``num_cg_steps`` (int) and ``max_update_ratio`` (number, or None for no bound);
-        more may follow, such as ``curvature_batch_size`` and ``momentum``.
+      record: plain JSON values. ``optimizer`` names the learned optimizer, ``task`` what it was meta-trained
+        on, ``batch_size`` the examples per mini-batch. Recommended arguments of the optimizer go beside
+        them; MLHF needs ``learning_rate``, ``num_cg_steps`` and ``max_update_ratio``. Anything else may
+        follow.
 
     Returns:
-      The path of the ``.npz`` file.
+      The path of the file.
 
     Raises:
-      TypeError: if ``meta_params`` is no MetaParams.
+      TypeError: if ``meta_params`` are not those of the optimizer that the record names.
       ValueError: if an array is not finite, not float32 or of a wrong shape, or if ``record`` lacks
-        a key or is not plain JSON.
+        a key, has a value out of range or is not plain JSON.
+      OSError: if the file cannot be written.
 
     Example:
       >>> import jax, tempfile
       >>> from mlhf_optax import init_meta_params
-      >>> record = {"task": "mine", "learning_rate": 1.0, "batch_size": 64}
-      >>> record |= {"num_cg_steps": 4, "max_update_ratio": 0.25}
+      >>> record = {"optimizer": "mlhf", "task": "mine", "batch_size": 64}
+      >>> record |= {"learning_rate": 1.0, "num_cg_steps": 4, "max_update_ratio": 0.25}
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = save_meta_params(f"{folder}/mine", init_meta_params(jax.random.key(0)), record)
       ...     load_meta_params(path).learning_rate
       1.0
     """
-    data, checksum = encode(meta_params)
     if problem := _record_problem(record):
         raise ValueError(f"`record` cannot be saved: {problem}")
     try:
-        text = json.dumps({**record, "sha256": checksum}, indent=1, allow_nan=False)
+        record_text = json.dumps(record, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`record` cannot be saved: it must be plain JSON without NaN ({error})") from error
-    npz_path, record_path = _paths(path)
-    write_atomically(npz_path, data)
-    write_atomically(record_path, f"{text}\n".encode())
-    return npz_path
+    structure = get_learned(record["optimizer"]).structure(meta_params)
+    arrays = {path_text(where): np.asarray(leaf) for where, leaf in jax.tree.leaves_with_path(meta_params)}
+    text = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "structure": json.dumps(structure),
+        "record": record_text,
+    }
+    try:
+        data = pack_arrays(arrays, text)
+        loaded, _ = _decode(data)
+    except ValueError as error:
+        raise ValueError(f"`meta_params` cannot be saved: {error}") from error
+    if jax.tree.structure(loaded) != jax.tree.structure(meta_params):
+        raise TypeError(
+            f"`meta_params` are not those of {record['optimizer']!r}, which `record` names: their structure "
+            f"is {jax.tree.structure(meta_params)}, its own is {jax.tree.structure(loaded)}"
+        )
+    path = _with_ending(path)
+    write_atomically(path, data)
+    return path
 
 
 def load_meta_params(path: str | os.PathLike) -> Pretrained:
-    """Reads what :func:`save_meta_params` wrote; nothing in the files is executed.
+    """Reads what :func:`save_meta_params` wrote; nothing in the file is executed.
 
     Args:
-      path: the ``.npz`` file, with or without that ending; its record lies beside it.
+      path: the file, with or without the ending ``.safetensors``.
 
     Returns:
       A :class:`Pretrained`.
 
     Raises:
-      FileNotFoundError: if the file or its record is not there.
-      ValueError: if a file is damaged, foreign, of a newer version or contradicts itself; the
-        message names the file, what is wrong and what to do.
+      FileNotFoundError: if the file is not there.
+      ValueError: if it is damaged, foreign, of another version, larger than such files are or
+        contradicts itself; the message names the file, what is wrong and what to do.
 
     Example:
       See :func:`save_meta_params`.
     """
-    return read_pair(*_paths(path))
+    file = _with_ending(path)
+    old = file.with_name(f"{file.name.removesuffix(_ENDING).removesuffix('.npz')}.npz")
+    if not file.is_file() and old.is_file():
+        raise ValueError(
+            f"{old}: an earlier mlhf_optax wrote this, with a .json beside it; this one reads a single "
+            f"{_ENDING} file. CHANGELOG.md has the lines that convert a pair"
+        )
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: there is no such file, it should hold meta-parameters")
+    if file.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{file}: meta-parameters take at most {_MAX_BYTES} bytes; {_REMEDY}")
+    return decode(file.read_bytes(), str(file))
 
 
-def read_pair(npz_file: Traversable, record_file: Traversable) -> Pretrained:
-    """Reads a set from its two files, which may lie inside an installed package."""
-    for file, content in ((npz_file, "meta-parameters"), (record_file, "the record of meta-parameters")):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: there is no such file, it should hold {content}")
-    meta_params, checksum = decode(npz_file.read_bytes(), str(npz_file))
-    return Pretrained(meta_params, read_record(record_file, checksum))
-
-
-def read_record(file: Traversable, checksum: str | None = None) -> dict[str, Any]:
-    """Reads a record, and makes sure that it belongs to the arrays of this checksum if one is given."""
+def decode(data: bytes, file: str) -> Pretrained:
+    """Returns what the content of a file holds, or says why it is refused; see :func:`load_meta_params`."""
     try:
-        record = json.loads(file.read_bytes())
-        problem = _record_problem(record) if isinstance(record, dict) else "it is not a JSON object"
+        return Pretrained(*_decode(data))
     except ValueError as error:
-        raise ValueError(f"{file}: it is not JSON ({error}); {RESTORE}") from error
-    own_checksum = None if problem else record.pop("sha256", None)
-    if problem is None and checksum is not None and own_checksum != checksum:
-        problem = "it is the record of other meta-parameters than those beside it"
-    if problem:
-        raise ValueError(f"{file}: {problem}; {RESTORE}")
-    return record
+        raise ValueError(f"{file}: {error}; {_REMEDY}") from error
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that at any moment ``path`` holds all of the old content or all of the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _decode(data: bytes) -> tuple[Any, dict[str, Any]]:
+    arrays, text = unpack_arrays(data, max_header=_MAX_HEADER, max_arrays=_MAX_ARRAYS)
+    if text.get("format") != FORMAT:
+        raise ValueError(f"its format is {text.get('format')!r}, not {FORMAT!r}")
+    if text.get("version") != str(VERSION):
+        raise ValueError(f"it has format version {text.get('version')!r}, this mlhf_optax reads {VERSION}")
+    structure, record = (_parse(text.get(name, ""), name) for name in ("structure", "record"))
+    if problem := _record_problem(record):
+        raise ValueError(f"its record cannot be used: {problem}")
+    template = _template(structure, get_learned(record["optimizer"]))
+    expected = {path_text(where): leaf for where, leaf in jax.tree.leaves_with_path(template)}
+    if problem := _array_problem(arrays, expected):
+        raise ValueError(problem)
+    leaves = [jnp.asarray(arrays[name]) for name in expected]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves), record
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    """Returns the JSON object in a text that may be hostile."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its {name} is not JSON, or nested too deep ({error})") from error
+    level, depth = [value], 0
+    while level := [child for parent in level for child in _children(parent)]:
+        depth += 1
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"its {name} is nested more than {_MAX_DEPTH} deep")
+    if not isinstance(value, dict):
+        raise ValueError(f"its {name} is not a JSON object")
+    return value
 
 
-def _paths(path: str | os.PathLike) -> tuple[Path, Path]:
-    npz_path = Path(path)
-    stem = npz_path.name.removesuffix(".npz")
-    return npz_path.with_name(f"{stem}.npz"), npz_path.with_name(f"{stem}.json")
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return value
 
 
-def _record_problem(record: Mapping[str, Any]) -> str | None:
-    missing = [key for key in RECORD_KEYS if key not in record]
-    if missing:
-        return f"it lacks {missing}, which a user of the meta-parameters has to know"
-    for key in ("learning_rate", "batch_size", "num_cg_steps", "max_update_ratio"):
-        value = record[key]
-        if value is None and key == "max_update_ratio":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            return f"'{key}' must be a positive number, got {value!r}"
-    if not isinstance(record["num_cg_steps"], int):
-        return f"'num_cg_steps' must be an int, got {record['num_cg_steps']!r}"
-    momentum = record.get("momentum", 0.0)
-    if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 <= momentum < 1:
-        return f"'momentum' must be a number in [0, 1), got {momentum!r}"
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _template(structure: dict[str, Any], family: LearnedFamily) -> Any:
+    """Returns the meta-parameters that a structure promises, as shapes only."""
+    values = jax.tree.leaves(structure)
+    if len(values) > _MAX_STRUCTURE or any(isinstance(x, int) and abs(x) > _MAX_SIZE for x in values):
+        raise ValueError(
+            f"its structure has more than {_MAX_STRUCTURE} values or an integer beyond {_MAX_SIZE}"
+        )
     try:
-        check_curvature_batch(record.get("curvature_batch_size"))
-    except (TypeError, ValueError) as error:
-        return str(error)
+        return family.template(structure)
+    except Exception as error:  # whatever a structure that was made up leads to
+        raise ValueError(f"its structure is not one that {family.name!r} understands ({error!r})") from error
+
+
+def _array_problem(arrays: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> str | None:
+    if set(arrays) != set(expected):
+        absent, surplus = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
+        return f"its structure asks for arrays that are absent ({absent}) or does not know some ({surplus})"
+    for name, array in arrays.items():
+        if array.shape != expected[name].shape:
+            return f"'{name}' has shape {array.shape}, the structure asks for {expected[name].shape}"
+        if array.dtype != np.float32:
+            return f"'{name}' has dtype {array.dtype}, but must be float32"
+        if not np.all(np.isfinite(array)):
+            return f"'{name}' has values that are not finite"
     return None
 
 
-__all__ = [
-    "RECORD_KEYS",
-    "Pretrained",
-    "load_meta_params",
-    "read_pair",
-    "read_record",
-    "save_meta_params",
-    "write_atomically",
-]
+def _record_problem(record: Mapping[str, Any]) -> str | None:
+    missing = [key for key in ("optimizer", "task", "batch_size") if key not in record]
+    if missing:
+        return f"it lacks {missing}, which a user of the meta-parameters has to know"
+    for key in ("optimizer", "task"):
+        if not isinstance(record[key], str):
+            return f"'{key}' must be a name, got {record[key]!r}"
+    size = record["batch_size"]
+    if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size < math.inf:
+        return f"'batch_size' must be a positive number, got {size!r}"
+    try:
+        return get_learned(record["optimizer"]).check_record(record)
+    except ValueError as error:
+        return str(error)
+
+
+def _with_ending(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    return path.with_name(f"{path.name.removesuffix(_ENDING)}{_ENDING}")

@@ -1,22 +1,21 @@
-"""CIFAR-10, split as in the paper."""
+"""CIFAR-10, split as in the paper, and the tasks on it of the paper's experiments."""
 
 import functools
-import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from mlhf_optax.tasks.array_cache import cached_arrays
-from mlhf_optax.tasks.datasets import Dataset, Examples, freeze
-from mlhf_optax.tasks.tfds_data import data_folder, decode_split, open_sources
+from mlhf_optax.tasks.data import Dataset
+from mlhf_optax.tasks.models import ConvNet, Convolution
+from mlhf_optax.tasks.prepared import cache_folder, data_folder, decode_parts, open_sources
+from mlhf_optax.tasks.resnet import mini_resnet
+from mlhf_optax.tasks.task import Task, image_task
 
 IMAGE_SHAPE = (32, 32, 3)
-NUM_CLASSES = 10
 SIZES = {"train": 50_000, "test": 10_000}
 META_TRAIN_SHARE = 3 / 5
 
 
-def cifar10(data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> Dataset:
+def load_cifar10(data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> Dataset:
     """Returns CIFAR-10: 60,000 images of 32x32 pixels in 10 classes.
 
     The first 3/5 of the training set are for meta-training, the last 2/5 for training, in the order in
@@ -24,8 +23,8 @@ def cifar10(data_dir: str | Path | None = None, cache_dir: str | Path | None = N
     second time it takes a moment.
 
     Args:
-      data_dir: folder of prepared datasets (:func:`mlhf_optax.tasks.tfds_data.data_folder`).
-      cache_dir: folder of decoded arrays (:func:`mlhf_optax.tasks.array_cache.cache_folder`).
+      data_dir: folder of prepared datasets (:func:`mlhf_optax.tasks.prepared.data_folder`).
+      cache_dir: folder of decoded arrays (:func:`mlhf_optax.tasks.prepared.cache_folder`).
 
     Returns:
       A :class:`Dataset` of 30,000, 20,000 and 10,000 examples; images are uint8 of shape
@@ -37,15 +36,15 @@ def cifar10(data_dir: str | Path | None = None, cache_dir: str | Path | None = N
       ValueError: if the files are damaged.
 
     Example:
-      ``cifar10("/data/tensorflow_datasets").train["image"].shape`` is ``(20000, 32, 32, 3)``.
+      ``load_cifar10("/data/tensorflow_datasets").train["image"].shape`` is ``(20000, 32, 32, 3)``.
 
     Source: paper, section 4.1.
     """
-    return _load(data_folder(data_dir), None if cache_dir is None else Path(cache_dir))
+    return _load(data_folder(data_dir), cache_folder(cache_dir))
 
 
 @functools.cache
-def _load(folder: Path, cache_dir: Path | None) -> Dataset:
+def _load(folder: Path, cache_dir: Path) -> Dataset:
     sources = open_sources("cifar10", folder)
     found = {split: len(sources.get(split, ())) for split in SIZES}
     if found != SIZES:
@@ -54,23 +53,117 @@ def _load(folder: Path, cache_dir: Path | None) -> Dataset:
             "only in part: delete it and prepare it again"
         )
 
-    def decode() -> dict[str, np.ndarray]:
-        splits = {s: decode_split(sources[s], "cifar10", IMAGE_SHAPE, NUM_CLASSES, folder) for s in SIZES}
-        return {f"{split}_{key}": array for split, part in splits.items() for key, array in part.items()}
-
-    # The description names version and sizes of the shards: other data, another file.
-    described = b"".join(path.read_bytes() for path in sorted(folder.glob("cifar10/*/dataset_info.json")))
-    arrays = cached_arrays(f"cifar10-{zlib.crc32(described):08x}", decode, cache_dir)
+    whole = decode_parts(sources, "cifar10", folder, "cifar10", cache_dir, IMAGE_SHAPE, 10)
     boundary = round(META_TRAIN_SHARE * SIZES["train"])
+    rows = lambda part, rows: {key: array[rows] for key, array in part.items()}
     return Dataset(
-        meta_train=_part(arrays, "train", slice(None, boundary)),
-        train=_part(arrays, "train", slice(boundary, None)),
-        test=_part(arrays, "test", slice(None)),
+        meta_train=rows(whole["train"], slice(None, boundary)),
+        train=rows(whole["train"], slice(boundary, None)),
+        test=whole["test"],
     )
 
 
-def _part(arrays: dict[str, np.ndarray], split: str, rows: slice) -> Examples:
-    return freeze({key: arrays[f"{split}_{key}"][rows] for key in ("image", "label")})
+def cifar10_convnet(
+    channels: Sequence[int] = (32, 64),
+    hidden: Sequence[int] = (32,),
+    batch_size: int = 128,
+    meta_batch_size: int = 64,
+    augment: bool = True,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    convolution: Convolution | None = None,
+) -> Task:
+    """Returns the task of the paper's section 4.1: CUDA-convnet on CIFAR-10.
+
+    Args:
+      channels: output channels of the 5x5 convolutions; ``(8, 16)`` with ``hidden=(16,)`` is a narrow
+        network that is cheap to meta-train on.
+      hidden: widths of the dense layers before the last one.
+      batch_size: examples per mini-batch when networks are trained.
+      meta_batch_size: examples per mini-batch in meta-training.
+      augment: crop and mirror training images at random.
+      data_dir: where the data lie (:func:`load_cifar10`).
+      cache_dir: where decoded images are kept.
+      convolution: see :class:`mlhf_optax.tasks.ConvNet`.
+
+    Returns:
+      The task. Variants carry what differs in their name, as in ``"cifar10-convnet-8-16-dense-16"``.
+
+    Raises:
+      TypeError: if ``channels`` is a number.
+      ValueError: for a width below one.
+
+    Example:
+      >>> cifar10_convnet(channels=(8, 16), hidden=(16,)).name
+      'cifar10-convnet-8-16-dense-16'
+    """
+    if isinstance(channels, int):
+        raise TypeError(f"`channels` must be one number per convolution, such as (8, 16), got {channels}")
+    channels, hidden = tuple(channels), tuple(hidden)
+    dashed = lambda widths: "".join(f"-{width}" for width in widths)
+    listed = lambda widths: " and ".join(str(width) for width in widths)
+    name = "cifar10-convnet"
+    if channels != (32, 64):
+        name += dashed(channels)
+    if hidden != (32,):
+        name += "-dense" + dashed(hidden)
+    return image_task(
+        name,
+        f"CIFAR-10 (32x32, 10 classes), 5x5 convolutions {listed(channels)}, dense {listed((*hidden, 10))}",
+        ConvNet(channels, hidden, convolution=convolution),
+        IMAGE_SHAPE,
+        load_data=functools.partial(load_cifar10, data_dir, cache_dir),
+        num_classes=10,
+        batch_size=batch_size,
+        meta_batch_size=meta_batch_size,
+        augment=augment,
+        pad=4,
+        pretrained="cifar10",
+    )
 
 
-__all__ = ["cifar10"]
+def cifar10_resnet9(
+    channels: int = 16,
+    batch_size: int = 128,
+    meta_batch_size: int = 128,
+    augment: bool = True,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+) -> Task:
+    """Returns the task of the paper's section 4.4: the mini ResNet v2 of 9 blocks on CIFAR-10.
+
+    Args:
+      channels: channels of the first three blocks; the others have two and four times as many.
+      batch_size: examples per mini-batch when networks are trained.
+      meta_batch_size: examples per mini-batch in meta-training.
+      augment: crop and mirror training images at random.
+      data_dir: where the data lie (:func:`load_cifar10`).
+      cache_dir: where decoded images are kept.
+
+    Returns:
+      The task.
+
+    Raises:
+      TypeError: if ``channels`` is not a number.
+      ValueError: if it is below one.
+
+    Example:
+      >>> cifar10_resnet9(channels=4).name
+      'cifar10-resnet9-4'
+    """
+    if not isinstance(channels, int):
+        raise TypeError(f"`channels` must be one number, those of the first blocks, got {channels!r}")
+    widths = ", ".join(f"3x{width * channels}" for width in (1, 2, 4))
+    return image_task(
+        "cifar10-resnet9" if channels == 16 else f"cifar10-resnet9-{channels}",
+        f"CIFAR-10 (32x32, 10 classes), ResNet v2 of 9 blocks of {widths} channels",
+        mini_resnet(10, channels),
+        IMAGE_SHAPE,
+        load_data=functools.partial(load_cifar10, data_dir, cache_dir),
+        num_classes=10,
+        batch_size=batch_size,
+        meta_batch_size=meta_batch_size,
+        augment=augment,
+        pad=4,
+        pretrained="cifar10_resnet",
+    )

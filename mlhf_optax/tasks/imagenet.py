@@ -1,24 +1,27 @@
-"""ImageNet (ILSVRC2012), streamed: crops of the training images are made while the device computes."""
+"""ImageNet (ILSVRC2012), streamed, and the task on it that the paper carries MLHF over to.
+
+Crops of the training images are made by worker processes while the device computes.
+"""
 
 import functools
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlhf_optax.tasks.array_cache import cached_arrays
-from mlhf_optax.tasks.datasets import Dataset, Examples, freeze
-from mlhf_optax.tasks.streaming import Stream
-from mlhf_optax.tasks.tfds_data import Source, data_folder, open_sources
+from mlhf_optax.tasks.data import Dataset, Examples
+from mlhf_optax.tasks.prepared import cache_folder, data_folder, decode_parts, open_sources
+from mlhf_optax.tasks.resnet import Stem, resnet18
+from mlhf_optax.tasks.streaming import Source, Stream
+from mlhf_optax.tasks.task import Task, image_task
 
 NUM_CLASSES = 1000
 _CROP_AREA = (0.08, 1.0)
 _CROP_ASPECT = (3 / 4, 4 / 3)
 
 
-def imagenet(
+def load_imagenet(
     data_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
     *,
@@ -28,14 +31,14 @@ def imagenet(
 ) -> Dataset:
     """Returns ImageNet: 1.28 million training images in 1000 classes, streamed.
 
-    What is held in memory are the first ``num_held`` training images for meta-training, as many of the
+    Held in memory are the first ``num_held`` training images for meta-training, as many of the
     others for taking the training loss, and as many validation images for testing. All that is not for
     meta-training is streamed for training. (In its files the dataset is shuffled, so the first images
     are a random sample.)
 
     Args:
-      data_dir: folder of prepared datasets (:func:`mlhf_optax.tasks.tfds_data.data_folder`).
-      cache_dir: folder of decoded arrays (:func:`mlhf_optax.tasks.array_cache.cache_folder`).
+      data_dir: folder of prepared datasets (:func:`mlhf_optax.tasks.prepared.data_folder`).
+      cache_dir: folder of decoded arrays (:func:`mlhf_optax.tasks.prepared.cache_folder`).
       image_size: height and width of the crops.
       num_held: images of each part that is held in memory.
       num_workers: processes that decode.
@@ -49,14 +52,13 @@ def imagenet(
       ValueError: if the files are damaged.
 
     Example:
-      ``len(imagenet("/data/tensorflow_datasets").train)`` is 1,276,167.
+      ``len(load_imagenet("/data/tensorflow_datasets").train)`` is 1,276,167.
     """
-    folder, cache = data_folder(data_dir), None if cache_dir is None else Path(cache_dir)
-    return _load(folder, cache, image_size, num_held, num_workers)
+    return _load(data_folder(data_dir), cache_folder(cache_dir), image_size, num_held, num_workers)
 
 
 @functools.cache
-def _load(folder: Path, cache_dir: Path | None, image_size: int, num_held: int, num_workers: int) -> Dataset:
+def _load(folder: Path, cache_dir: Path, image_size: int, num_held: int, num_workers: int) -> Dataset:
     sources = open_sources("imagenet2012", folder)
     too_few = [split for split in ("train", "validation") if len(sources.get(split, ())) <= 2 * num_held]
     if too_few:
@@ -66,22 +68,14 @@ def _load(folder: Path, cache_dir: Path | None, image_size: int, num_held: int, 
         )
     train, test = sources["train"], sources["validation"]
     central = functools.partial(central_crop, image_size=image_size)
-    parts = {
-        "meta_train": Stretch(train, 0, num_held),
-        "sample": Stretch(train, num_held, 2 * num_held),
-        "test": Stretch(test, 0, num_held),
+    held = {
+        "meta_train": Stretch(train, 0, num_held, central),
+        "sample": Stretch(train, num_held, 2 * num_held, central),
+        "test": Stretch(test, 0, num_held, central),
     }
 
-    def decode() -> dict[str, np.ndarray]:
-        held = {name: _all_of(part, central, folder) for name, part in parts.items()}
-        return {f"{name}_{key}": array for name, part in held.items() for key, array in part.items()}
-
-    described = b"".join(
-        path.read_bytes() for path in sorted(folder.glob("imagenet2012/*/dataset_info.json"))
-    )
-    name = f"imagenet-{image_size}-{num_held}-{zlib.crc32(described):08x}"
-    arrays = cached_arrays(name, decode, cache_dir)
-    held = {part: freeze({key: arrays[f"{part}_{key}"] for key in ("image", "label")}) for part in parts}
+    cache_name, shape = f"imagenet-{image_size}-{num_held}", (image_size, image_size, 3)
+    held = decode_parts(held, "imagenet2012", folder, cache_name, cache_dir, shape, NUM_CLASSES)
     crop = functools.partial(random_crop, image_size=image_size)
     stream = Stream(Stretch(train, num_held, len(train)), crop, held["sample"], num_workers)
     return Dataset(held["meta_train"], stream, held["test"])
@@ -90,13 +84,19 @@ def _load(folder: Path, cache_dir: Path | None, image_size: int, num_held: int, 
 class Stretch:
     """The examples of a source from one number to another.
 
+    Args:
+      source: where the examples are from.
+      start: number of the first.
+      stop: number after the last.
+      transform: applied to each, if given.
+
     Example:
       >>> list(Stretch("abcde", 1, 3))
       ['b', 'c']
     """
 
-    def __init__(self, source: Source, start: int, stop: int):
-        self._source, self._numbers = source, range(start, stop)
+    def __init__(self, source: Source, start: int, stop: int, transform: Callable[[Any], Any] | None = None):
+        self._source, self._numbers, self._transform = source, range(start, stop), transform
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -104,7 +104,8 @@ class Stretch:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """Returns an example."""
-        return self._source[self._numbers[index]]
+        example = self._source[self._numbers[index]]
+        return example if self._transform is None else self._transform(example)
 
 
 def random_crop(example: Mapping[str, Any], rng: np.random.Generator, image_size: int) -> Examples:
@@ -166,15 +167,57 @@ def _resized(example: Mapping[str, Any], box: tuple[int, int, int, int], image_s
     return {"image": np.asarray(pixels), "label": np.int32(example["label"])}
 
 
-def _all_of(part: Stretch, crop: Callable[[Mapping[str, Any]], Examples], folder: Path) -> Examples:
-    try:
-        examples = [crop(part[index]) for index in range(len(part))]
-    except Exception as error:  # Damaged files make array_record and tfds raise nearly anything.
-        raise ValueError(f"the dataset 'imagenet2012' in {folder} is damaged ({error})") from error
-    labels = np.array([example["label"] for example in examples], np.int32)
-    if not 0 <= labels.min() <= labels.max() < NUM_CLASSES:
-        raise ValueError(f"the dataset 'imagenet2012' in {folder} has labels out of [0, {NUM_CLASSES})")
-    return {"image": np.stack([example["image"] for example in examples]), "label": labels}
+def imagenet_resnet18(
+    channels: int = 64,
+    stem: Stem = "imagenet",
+    image_size: int = 224,
+    batch_size: int = 64,
+    meta_batch_size: int = 64,
+    augment: bool = True,
+    num_workers: int = 8,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+) -> Task:
+    """Returns the task that the paper's section 4.4 carries MLHF over to: ResNet-18 v2 on ImageNet.
 
+    The training part is streamed; worker processes crop it at random.
 
-__all__ = ["Stretch", "central_crop", "imagenet", "random_crop"]
+    Args:
+      channels: channels of the first stage; they double three times.
+      stem: see :class:`mlhf_optax.tasks.ResNet`.
+      image_size: height and width of the images that the network sees.
+      batch_size: examples per mini-batch when networks are trained.
+      meta_batch_size: examples per mini-batch in meta-training.
+      augment: mirror training images at random.
+      num_workers: processes that read and decode.
+      data_dir: where the data lie (:func:`load_imagenet`).
+      cache_dir: where decoded images are kept.
+
+    Returns:
+      The task.
+
+    Raises:
+      ValueError: if a number is below one.
+
+    Example:
+      >>> imagenet_resnet18().num_classes
+      1000
+    """
+    name = "imagenet-resnet18"
+    name += "" if channels == 64 else f"-{channels}"
+    name += "" if stem == "imagenet" else f"-{stem}-stem"
+    name += "" if image_size == 224 else f"-{image_size}px"
+    return image_task(
+        name,
+        f"ImageNet ({image_size}x{image_size}, 1000 classes), ResNet-18 v2 from {channels} channels",
+        resnet18(NUM_CLASSES, stem, channels),
+        (image_size, image_size, 3),
+        load_data=functools.partial(
+            load_imagenet, data_dir, cache_dir, image_size=image_size, num_workers=num_workers
+        ),
+        num_classes=NUM_CLASSES,
+        batch_size=batch_size,
+        meta_batch_size=meta_batch_size,
+        augment=augment,
+        pretrained="cifar10_resnet",
+    )

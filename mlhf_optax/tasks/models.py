@@ -1,9 +1,10 @@
-"""Flax networks of the ready tasks. Each maps images (B, height, width, channels) to logits (B, C).
+"""Flax networks of the tasks. Each maps images (B, height, width, channels) to logits (B, C).
 
 Residual networks are in :mod:`mlhf_optax.tasks.resnet`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,6 @@ class MLP(nn.Module):
       ValueError: for an unknown ``activation`` or a width below one.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> model = MLP(hidden=(32,))
       >>> params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
       >>> sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -46,11 +46,7 @@ class MLP(nn.Module):
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"`activation` must be one of {list(ACTIVATIONS)}, got {self.activation!r}")
-        if min((*self.hidden, self.num_outputs)) < 1:
-            raise ValueError(
-                f"`hidden` and `num_outputs` must be at least 1, got hidden={self.hidden}, "
-                f"num_outputs={self.num_outputs}"
-            )
+        _require_positive(hidden=self.hidden, num_outputs=self.num_outputs)
         super().__post_init__()
 
     @nn.compact
@@ -62,34 +58,8 @@ class MLP(nn.Module):
         return nn.Dense(self.num_outputs)(x)
 
 
-class DigitsConvNet(nn.Module):
-    """Two 3x3 convolutions of 8 and 16 channels, each with 2x2 max pooling, then dense 32 and C.
-
-    Attributes:
-      num_outputs: number of outputs C.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> params = DigitsConvNet().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
-      >>> sum(leaf.size for leaf in jax.tree.leaves(params))
-      3658
-    """
-
-    num_outputs: int = 10
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Returns logits of shape (B, C) for images of shape (B, 8, 8, 1)."""
-        x = images
-        for channels in (8, 16):
-            x = nn.Conv(channels, (3, 3), conv_general_dilated=convolve)(x)
-            x = max_pool(nn.relu(x))
-        x = nn.relu(nn.Dense(32)(x.reshape(x.shape[0], -1)))
-        return nn.Dense(self.num_outputs)(x)
-
-
 class ConvNet(nn.Module):
-    """Convolutions of 5x5, each followed by 2x2 max pooling and ReLU, then dense layers with ReLU between.
+    """Convolutions, each followed by 2x2 max pooling and ReLU, then dense layers with ReLU between.
 
     The default is the CUDA-convnet variant of the paper: 185,130 parameters for images of 32x32x3 and
     10 classes (the paper says 186 thousand). ``ConvNet(channels=(64, 64), hidden=(384, 192))`` is the
@@ -99,14 +69,14 @@ class ConvNet(nn.Module):
       channels: output channels of every convolution; height and width of the images are halved as often.
       hidden: widths of the dense layers before the last one.
       num_outputs: number of outputs C.
-      convolution: called in the place of ``jax.lax.conv_general_dilated``;
+      convolution: called in place of ``jax.lax.conv_general_dilated``;
         :func:`mlhf_optax.convolution.convolve`, which is fast in loops on CPUs, if None.
+      kernel_size: height and width of the kernels.
 
     Raises:
-      ValueError: for a width below one.
+      ValueError: for a width or kernel size below one.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> params = ConvNet().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
       >>> sum(leaf.size for leaf in jax.tree.leaves(params))
       185130
@@ -118,21 +88,23 @@ class ConvNet(nn.Module):
     hidden: tuple[int, ...] = (32,)
     num_outputs: int = 10
     convolution: Convolution | None = None
+    kernel_size: int = 5
 
     def __post_init__(self):
-        if min((*self.channels, *self.hidden, self.num_outputs)) < 1:
-            raise ValueError(
-                "`channels`, `hidden` and `num_outputs` must be at least 1, got "
-                f"channels={self.channels}, hidden={self.hidden}, num_outputs={self.num_outputs}"
-            )
+        _require_positive(
+            channels=self.channels,
+            hidden=self.hidden,
+            num_outputs=self.num_outputs,
+            kernel_size=self.kernel_size,
+        )
         super().__post_init__()
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Returns logits of shape (B, C) for images of shape (B, height, width, channels)."""
-        x = images
+        x, kernel = images, (self.kernel_size, self.kernel_size)
         for channels in self.channels:
-            x = nn.Conv(channels, (5, 5), conv_general_dilated=self.convolution or convolve)(x)
+            x = nn.Conv(channels, kernel, conv_general_dilated=self.convolution or convolve)(x)
             x = nn.relu(max_pool(x))  # the same as pooling after ReLU, at a quarter of its cost
         x = x.reshape(x.shape[0], -1)
         for width in self.hidden:
@@ -157,7 +129,6 @@ def max_pool(images: jax.Array, window: int = 2) -> jax.Array:
       ValueError: if ``window`` does not divide height and width.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0]
       Array([[ 5.,  7.], [13., 15.]], dtype=float32)
     """
@@ -170,4 +141,7 @@ def max_pool(images: jax.Array, window: int = 2) -> jax.Array:
     return jnp.max(windows, axis=(2, 4))
 
 
-__all__ = ["ACTIVATIONS", "MLP", "ConvNet", "Convolution", "DigitsConvNet", "max_pool"]
+def _require_positive(**sizes: Any) -> None:
+    if min(jax.tree.leaves(sizes)) < 1:
+        got = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(f"{', '.join(f'`{name}`' for name in sizes)} must be at least 1, got {got}")

@@ -38,7 +38,6 @@ class ResNet(nn.Module):
       ValueError: for an unknown ``stem``, no stages, or numbers below one.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> model = ResNet(stages=((1, 4), (1, 8)))
       >>> params = model.init(jax.random.key(0), jnp.zeros((2, 8, 8, 3)))["params"]
       >>> outputs, new = model.apply({"params": params}, jnp.zeros((2, 8, 8, 3)), mutable=["batch_stats"])
@@ -181,7 +180,6 @@ def batch_statistics(model: ResNet, params: Any, images: jax.Array, batch_size: 
       ValueError: if there are no images or ``batch_size`` is below one.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> model = ResNet(stages=((1, 4),))
       >>> images = jnp.ones((2, 8, 8, 3))
       >>> variables = model.init(jax.random.key(0), images)
@@ -217,7 +215,6 @@ def overlapping_max_pool(images: jax.Array) -> jax.Array:
       Shape (B, ceil(height / 2), ceil(width / 2), channels).
 
     Example:
-      >>> import jax.numpy as jnp
       >>> overlapping_max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0]
       Array([[ 5.,  7.], [13., 15.]], dtype=float32)
     """
@@ -225,14 +222,3 @@ def overlapping_max_pool(images: jax.Array) -> jax.Array:
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
     copies = [padded[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)]
     return functools.reduce(jnp.maximum, copies)
-
-
-__all__ = [
-    "BasicBlock",
-    "ResNet",
-    "Stem",
-    "batch_statistics",
-    "mini_resnet",
-    "overlapping_max_pool",
-    "resnet18",
-]

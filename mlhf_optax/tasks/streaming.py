@@ -2,14 +2,26 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from mlhf_optax.tasks.datasets import Examples
-from mlhf_optax.tasks.tfds_data import Source
+from mlhf_optax.tasks.data import Examples, require_batch_fits
 
-# transform(example, random numbers) -> what makes up a batch, all of one shape
+
+class Source(Protocol):
+    """Examples by number, each with ``"image"``, ``"label"`` and maybe more."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        """Returns an example."""
+        ...
+
+
+# transform(example, random numbers) -> one example of a batch; all have the same shapes
 Transform = Callable[[Mapping[str, Any], np.random.Generator], Examples]
 
 
@@ -17,14 +29,14 @@ Transform = Callable[[Mapping[str, Any], np.random.Generator], Examples]
 class Stream:
     """Examples that are read, decoded and transformed when they are needed, in a shuffled order.
 
-    Order and random numbers follow from seed and position alone: a training that goes on at any step
+    Order and random numbers follow from seed and position alone: a training that is resumed at any step
     sees what it would have seen without a break, however many workers there are.
 
     Attributes:
-      source: what gives examples by number; picklable if there are workers.
+      source: gives examples by number; picklable if there are workers.
       transform: makes an example ready, with random numbers of its own.
-      sample: some of the examples, ready and in memory, where the whole would be too many: for taking
-        the training loss, for statistics and for measurements of time.
+      sample: some of the examples, ready and in memory, for where the whole would be too many: the
+        training loss, statistics and measurements of time.
       num_workers: processes that read ahead; 0 for threads of this one.
       read_ahead: batches that every worker has ready.
 
@@ -53,7 +65,7 @@ class Stream:
 
         Args:
           seed: decides order and random numbers.
-          batch_size: examples a batch B, at most the number of examples.
+          batch_size: examples per batch B, at most the number of examples.
           start: batches to leave out at the start; costs nothing.
 
         Returns:
@@ -62,15 +74,10 @@ class Stream:
         Raises:
           ImportError: if grain is missing.
           ValueError: if ``batch_size`` is out of range or ``start`` negative.
-
-        Example:
-          See :class:`Stream`.
         """
-        if not 1 <= batch_size <= len(self) or start < 0:
-            raise ValueError(
-                f"`batch_size` must lie between 1 and the number of examples, {len(self)}, and `start` be at "
-                f"least 0, got {batch_size} and {start}"
-            )
+        require_batch_fits(batch_size, len(self))
+        if start < 0:
+            raise ValueError(f"`start` must be at least 0, got {start}")
         grain = _import_grain()
         dataset = grain.MapDataset.source(self.source).seed(seed).shuffle().random_map(self.transform)
         dataset = dataset.batch(batch_size, drop_remainder=True).repeat()[start:]
@@ -95,6 +102,3 @@ def _import_grain() -> Any:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain's workers look at flags, which only absl's own programs parse
     return grain
-
-
-__all__ = ["Stream", "Transform"]

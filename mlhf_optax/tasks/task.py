@@ -4,14 +4,21 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import chex
+import jax.numpy as jnp
+from flax import linen as nn
 
 from mlhf_optax.curvature import LossFn, PredictFn
-from mlhf_optax.tasks.datasets import Dataset
+from mlhf_optax.losses import SoftmaxCrossEntropy
+from mlhf_optax.tasks.augmentation import augment_batch, network_input
+from mlhf_optax.tasks.data import Dataset, part_size, require_batch_fits
+from mlhf_optax.tasks.resnet import ResNet, batch_statistics
 
 AugmentFn = Callable[[chex.PRNGKey, Any], Any]  # augment_fn(key, batch) -> batch
+
+_STATISTICS_SAMPLE = 1024  # training examples from which statistics for evaluation are taken
 
 
 def no_augmentation(key: chex.PRNGKey, batch: Any) -> Any:
@@ -32,17 +39,15 @@ class Task:
       loss_fn: ``loss_fn(outputs, batch) -> scalar``, nats per example.
       load_data: returns the data; called when :attr:`data` is first looked at.
       num_classes: number of classes.
-      batch_size: examples a mini-batch when networks are trained.
+      batch_size: examples per mini-batch when networks are trained.
       meta_batch_size: the same when optimizers are meta-trained.
-      sequential_on_cpu: several trainings are faster one after the other than under ``vmap`` on a CPU, as
-        is the case for convolutions.
       pretrained: name of the shipped meta-parameters recommended for this task.
       augment_fn: ``augment_fn(key, batch) -> batch``, applied to every mini-batch that is trained on, in
         comparisons as in meta-training, and never in evaluation. The batch has the leaves of
         ``data.train`` with any leading axes, such as (num_tasks, T + 1, B), in the place of N. It can be
         used under ``jit``.
       model_state_fn: for networks with batch normalisation, ``model_state_fn(params, examples) ->
-        model_state``: what ``predict_fn`` is to normalise by in evaluation, from a part of the data.
+        model_state``: what ``predict_fn`` normalises by in evaluation, from a part of the data.
         It reaches ``predict_fn`` as ``batch["model_state"]``; without that entry, as in training,
         ``predict_fn`` normalises by the batch itself. None for other networks.
     """
@@ -56,7 +61,6 @@ class Task:
     num_classes: int
     batch_size: int = 128
     meta_batch_size: int = 64
-    sequential_on_cpu: bool = False
     pretrained: str = "digits"
     augment_fn: AugmentFn = no_augmentation
     model_state_fn: Callable[[Any, Any], Any] | None = None
@@ -72,4 +76,87 @@ class Task:
         return math.log(self.num_classes)
 
 
-__all__ = ["AugmentFn", "Task", "no_augmentation"]
+def check_batch_size(task: Task, part: Literal["train", "meta_train"] = "train") -> None:
+    """Raises a ValueError if a task's batches are larger than the data that they are drawn from.
+
+    To be called before anything of the size of a batch is allocated. Loads the data.
+
+    Args:
+      task: the task.
+      part: ``"train"`` to check ``task.batch_size``, ``"meta_train"`` for ``task.meta_batch_size``.
+
+    Raises:
+      ValueError: if the batch size is below one or above the number of examples of the part.
+
+    Example:
+      >>> from mlhf_optax.tasks import get_task
+      >>> check_batch_size(get_task("digits-mlp", batch_size=1000))
+      Traceback (most recent call last):
+      ValueError: `batch_size` must lie between 1 and the number of training examples ... 719, got 1000; ...
+    """
+    available = part_size(getattr(task.data, part))
+    if part == "train":
+        argument, size, examples = "batch_size", task.batch_size, "training examples"
+    else:
+        argument, size, examples = "meta_batch_size", task.meta_batch_size, "meta-training examples"
+    require_batch_fits(size, available, argument, f"{examples} of {task.name!r}")
+
+
+def image_task(
+    name: str,
+    description: str,
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    *,
+    augment: bool = False,
+    pad: int = 0,
+    **fields: Any,
+) -> Task:
+    """Returns a task of classifying images.
+
+    Args:
+      name: of the task.
+      description: of the task.
+      model: the network. A :class:`mlhf_optax.tasks.ResNet` is evaluated by statistics of the training
+        part.
+      image_shape: height, width and channels. Where the data are 8-bit arrays, the network sees
+        standardised images.
+      augment: crop and mirror training images at random.
+      pad: how far crops move (:func:`mlhf_optax.tasks.augment_images`).
+      **fields: other fields of :class:`Task`.
+
+    Returns:
+      The task.
+
+    Example:
+      >>> import jax
+      >>> from mlhf_optax.tasks import MLP, load_digits
+      >>> task = image_task("digits", "", MLP((8,)), (8, 8, 1), load_data=load_digits, num_classes=10)
+      >>> task.predict_fn(task.init_fn(jax.random.key(0)), task.data.test).shape
+      (359, 10)
+    """
+    is_resnet = isinstance(model, ResNet)
+
+    def predict_fn(params: Any, batch: Any) -> Any:
+        images, variables = network_input(batch["image"]), {"params": params}
+        if not is_resnet:
+            return model.apply(variables, images)
+        if "model_state" in batch:
+            variables["batch_stats"] = batch["model_state"]
+            return model.apply(variables, images, use_running_average=True)
+        return model.apply(variables, images, mutable=["batch_stats"])[0]
+
+    def model_state_fn(params: Any, examples: Any) -> Any:
+        assert isinstance(model, ResNet)
+        return batch_statistics(model, params, network_input(examples["image"][:_STATISTICS_SAMPLE]))
+
+    return Task(
+        name=name,
+        description=description,
+        init_fn=lambda key: model.init(key, jnp.zeros((1, *image_shape)))["params"],
+        predict_fn=predict_fn,
+        loss_fn=SoftmaxCrossEntropy(),
+        augment_fn=functools.partial(augment_batch, pad=pad) if augment else no_augmentation,
+        model_state_fn=model_state_fn if is_resnet else None,
+        **fields,
+    )

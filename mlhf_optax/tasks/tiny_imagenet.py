@@ -1,39 +1,41 @@
 """Tiny-ImageNet, the stand-in for ImageNet where that is out of reach: 64x64 pixels, up to 200 classes.
 
-It is read from one file of JPEG images, which is made of the folder that is distributed:
-
-    python -m mlhf_optax.tasks.tiny_imagenet tiny-imagenet-200 tiny_imagenet.npz
+It is read from one file of JPEG images, which :func:`pack_tiny_imagenet` makes once of the folder that
+is distributed.
 """
 
-import argparse
 import functools
 import io
-import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mlhf_optax.tasks.array_cache import cached_arrays
-from mlhf_optax.tasks.datasets import Dataset, Examples, freeze
-from mlhf_optax.tasks.tfds_data import data_folder
+from mlhf_optax.tasks.data import Dataset, freeze
+from mlhf_optax.tasks.prepared import DAMAGE, cache_folder, cached_arrays, data_folder, read_arrays
+from mlhf_optax.tasks.resnet import Stem, resnet18
+from mlhf_optax.tasks.task import Task, image_task
 
 IMAGE_SHAPE = (64, 64, 3)
 META_TRAIN_SHARE = 1 / 5
 _PATTERN = "tiny_imagenet*.npz"
 _SPLITS = ("train", "test")
+_HOW_TO_PACK = (
+    'python -c "from mlhf_optax.tasks import pack_tiny_imagenet; '
+    "pack_tiny_imagenet('tiny-imagenet-200', 'tiny_imagenet.npz')\""
+)
 
 
-def tiny_imagenet(
+def load_tiny_imagenet(
     data_dir: str | Path | None = None, cache_dir: str | Path | None = None, num_classes: int | None = None
 ) -> Dataset:
     """Returns Tiny-ImageNet: the first 1/5 of the training set is for meta-training, the rest for training.
 
     Args:
       data_dir: the file, or the folder that holds it under a name like ``tiny_imagenet.npz``
-        (:func:`mlhf_optax.tasks.tfds_data.data_folder` if None).
-      cache_dir: folder of decoded arrays (:func:`mlhf_optax.tasks.array_cache.cache_folder`).
+        (:func:`mlhf_optax.tasks.prepared.data_folder` if None).
+      cache_dir: folder of decoded arrays (:func:`mlhf_optax.tasks.prepared.cache_folder`).
       num_classes: number of classes that the file must hold; any if None.
 
     Returns:
@@ -45,10 +47,11 @@ def tiny_imagenet(
       ValueError: if the file is damaged or has other classes, or the folder holds several.
 
     Example:
-      ``tiny_imagenet("tiny_imagenet.npz").test["image"].shape`` is ``(5000, 64, 64, 3)`` for 100 classes.
+      ``load_tiny_imagenet("tiny_imagenet.npz").test["image"].shape`` is ``(5000, 64, 64, 3)`` for 100
+      classes.
     """
-    path = find_file(data_folder(data_dir))
-    data, found = _load(path, None if cache_dir is None else Path(cache_dir))
+    path = _find_file(data_folder(data_dir))
+    data, found = _load(path, cache_folder(cache_dir))
     if num_classes not in (None, found):
         raise ValueError(
             f"{path} holds {found} classes, but `num_classes` is {num_classes}; set it to {found}"
@@ -56,20 +59,13 @@ def tiny_imagenet(
     return data
 
 
-def find_file(place: Path) -> Path:
-    """Returns the file itself, or the one in a folder.
-
-    Raises:
-      FileNotFoundError: if there is none; it says how to make it.
-      ValueError: if there are several.
-    """
+def _find_file(place: Path) -> Path:
     files = [place] if place.is_file() else sorted(place.glob(_PATTERN))
     if not files:
         raise FileNotFoundError(
             f"there is no Tiny-ImageNet in {place}; say where its file {_PATTERN} lies with `data_dir` "
             "(--data-dir). To make it, get http://cs231n.stanford.edu/tiny-imagenet-200.zip (for research), "
-            "unpack it and run: python -m mlhf_optax.tasks.tiny_imagenet tiny-imagenet-200 "
-            "tiny_imagenet.npz"
+            f"unpack it and run: {_HOW_TO_PACK}"
         )
     if len(files) > 1:
         raise ValueError(f"{place} holds several files {_PATTERN}; give the path of one as `data_dir`")
@@ -77,43 +73,40 @@ def find_file(place: Path) -> Path:
 
 
 @functools.cache
-def _load(path: Path, cache_dir: Path | None) -> tuple[Dataset, int]:
+def _load(path: Path, cache_dir: Path) -> tuple[Dataset, int]:
+    names = [f"{split}_{part}" for split in _SPLITS for part in ("jpeg", "offsets")]
     try:
-        # Opened here, as numpy leaves a damaged file open.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            names = [f"{split}_{part}" for split in _SPLITS for part in ("jpeg", "offsets")]
-            found = {name: file[name] for name in (*names, "y_train", "y_test", "wnids")}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        packed = read_arrays(path, [*names, "y_train", "y_test", "wnids"])
+    except DAMAGE as error:
         raise _damaged(path, error) from error
-    described = b"".join(found[name].tobytes() for name in ("train_offsets", "test_offsets", "y_train"))
-    decode = lambda: {f"{split}_image": _decode(path, found, split) for split in _SPLITS}
+    described = b"".join(packed[name].tobytes() for name in ("train_offsets", "test_offsets", "y_train"))
+    decode = lambda: {f"{split}_image": _decode(path, packed, split) for split in _SPLITS}
     images = cached_arrays(f"tiny-imagenet-{zlib.crc32(described):08x}", decode, cache_dir)
-    boundary = round(META_TRAIN_SHARE * len(found["y_train"]))
-    data = Dataset(
-        meta_train=_part(path, found, images, "train", slice(None, boundary)),
-        train=_part(path, found, images, "train", slice(boundary, None)),
-        test=_part(path, found, images, "test", slice(None)),
+    num_classes = len(packed["wnids"])
+    for split in _SPLITS:
+        labels = packed[f"y_{split}"]
+        if labels.shape != (len(images[f"{split}_image"]),) or not np.isin(labels, range(num_classes)).all():
+            raise _damaged(path, f"labels of {split} do not fit its images and classes")
+    part = lambda split, rows: freeze(
+        image=images[f"{split}_image"][rows], label=packed[f"y_{split}"][rows].astype(np.int32)
     )
-    return data, len(found["wnids"])
+    boundary = round(META_TRAIN_SHARE * len(packed["y_train"]))
+    data = Dataset(
+        meta_train=part("train", slice(None, boundary)),
+        train=part("train", slice(boundary, None)),
+        test=part("test", slice(None)),
+    )
+    return data, num_classes
 
 
-def _part(path: Path, found: Mapping[str, np.ndarray], images, split: str, rows: slice) -> Examples:
-    labels = found[f"y_{split}"]
-    if labels.shape != (len(images[f"{split}_image"]),) or not 0 <= labels.min() <= labels.max() < len(
-        found["wnids"]
-    ):
-        raise _damaged(path, f"labels of {split} do not fit its images and classes")
-    return freeze({"image": images[f"{split}_image"][rows], "label": labels[rows].astype(np.int32)})
-
-
-def _decode(path: Path, found: Mapping[str, np.ndarray], split: str) -> np.ndarray:
+def _decode(path: Path, packed: dict[str, np.ndarray], split: str) -> np.ndarray:
     try:
         from PIL import Image
     except ImportError as error:
         raise ImportError(
             "Tiny-ImageNet is decoded by pillow, which is not installed; run `pip install 'mlhf-optax[data]'`"
         ) from error
-    content, offsets = found[f"{split}_jpeg"].tobytes(), found[f"{split}_offsets"]
+    content, offsets = packed[f"{split}_jpeg"].tobytes(), packed[f"{split}_offsets"]
     images = np.empty((len(offsets) - 1, *IMAGE_SHAPE), np.uint8)
     for index in range(len(images)):
         try:
@@ -127,15 +120,14 @@ def _decode(path: Path, found: Mapping[str, np.ndarray], split: str) -> np.ndarr
 
 def _damaged(path: Path, problem: object) -> ValueError:
     return ValueError(
-        f"{path} is not a whole file of Tiny-ImageNet ({problem}); make it again with "
-        "`python -m mlhf_optax.tasks.tiny_imagenet`"
+        f"{path} is not a whole file of Tiny-ImageNet ({problem}); make it again: {_HOW_TO_PACK}"
     )
 
 
 def pack_tiny_imagenet(folder: str | Path, path: str | Path, num_classes: int = 200) -> Path:
-    """Makes the file that :func:`tiny_imagenet` reads of the folder that is distributed.
+    """Makes the file that :func:`load_tiny_imagenet` reads, of the folder that is distributed.
 
-    The classes are the first in the order of their names; images of the training set follow each other
+    The classes are the first in the order of their names. Images of the training set follow each other
     class by class in turns, so that every stretch of them holds all classes. The validation set, whose
     labels are public, is for testing.
 
@@ -165,9 +157,7 @@ def pack_tiny_imagenet(folder: str | Path, path: str | Path, num_classes: int = 
     lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
     labelled = [line.split("\t")[:2] for line in lines if line]
     test = [(folder / "val" / "images" / name, wnids.index(w)) for name, w in labelled if w in wnids]
-    arrays = {"wnids": np.array(wnids)}
-    for split, files in (("train", train), ("test", test)):
-        arrays |= _pack(split, files)
+    arrays = {"wnids": np.array(wnids), **_pack("train", train), **_pack("test", test)}
     np.savez(path, allow_pickle=False, **arrays)
     return Path(path)
 
@@ -181,16 +171,51 @@ def _pack(split: str, files: Sequence[tuple[Path, int]]) -> dict[str, np.ndarray
     }
 
 
-def _main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Makes one file of the folder tiny-imagenet-200.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--classes", type=int, default=200)
-    options = parser.parse_args(arguments)
-    print(pack_tiny_imagenet(options.folder, options.file, options.classes))
+def tiny_imagenet_resnet18(
+    channels: int = 64,
+    stem: Stem = "small",
+    num_classes: int = 100,
+    batch_size: int = 64,
+    meta_batch_size: int = 64,
+    augment: bool = True,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+) -> Task:
+    """Returns the stand-in for ``imagenet-resnet18``: ResNet-18 v2 on Tiny-ImageNet.
 
+    Args:
+      channels: channels of the first stage; they double three times.
+      stem: see :class:`mlhf_optax.tasks.ResNet`; ``"imagenet"`` costs a tenth and is less accurate.
+      num_classes: classes in the file.
+      batch_size: examples per mini-batch when networks are trained.
+      meta_batch_size: examples per mini-batch in meta-training.
+      augment: crop and mirror training images at random.
+      data_dir: where the data lie (:func:`load_tiny_imagenet`).
+      cache_dir: where decoded images are kept.
 
-if __name__ == "__main__":
-    _main()
+    Returns:
+      The task.
 
-__all__ = ["find_file", "pack_tiny_imagenet", "tiny_imagenet"]
+    Raises:
+      ValueError: if a number is below one.
+
+    Example:
+      >>> tiny_imagenet_resnet18(channels=8).name
+      'tiny-imagenet-resnet18-8'
+    """
+    name = "tiny-imagenet-resnet18"
+    name += "" if channels == 64 else f"-{channels}"
+    name += "" if stem == "small" else f"-{stem}-stem"
+    return image_task(
+        name,
+        f"Tiny-ImageNet (64x64, {num_classes} classes), ResNet-18 v2 from {channels} channels",
+        resnet18(num_classes, stem, channels),
+        IMAGE_SHAPE,
+        load_data=functools.partial(load_tiny_imagenet, data_dir, cache_dir, num_classes),
+        num_classes=num_classes,
+        batch_size=batch_size,
+        meta_batch_size=meta_batch_size,
+        augment=augment,
+        pad=8,
+        pretrained="cifar10_resnet",
+    )

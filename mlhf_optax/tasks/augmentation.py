@@ -4,12 +4,12 @@ Images are padded, cropped back at random, mirrored at random and standardised o
 paper's authors do with CIFAR-10. Everything can be used under ``jit`` and ``vmap``.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def standardize(images: jax.Array) -> jax.Array:
@@ -65,34 +65,13 @@ def augment_images(key: chex.PRNGKey, images: jax.Array, pad: int = 4, flip: boo
     flat = images.reshape(-1, *images.shape[-3:])
     if pad:
         corners = jax.random.randint(crop_key, (len(flat), 2), 0, 2 * pad + 1)
-        flat = crop_at(jnp.pad(flat, ((0, 0), (pad, pad), (pad, pad), (0, 0))), corners, images.shape[-3:-1])
+        padded = jnp.pad(flat, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        crop = lambda image, corner: lax.dynamic_slice(image, (*corner, 0), images.shape[-3:])
+        flat = jax.vmap(crop)(padded, corners)
     if flip:
         is_mirrored = jax.random.bernoulli(flip_key, shape=(len(flat), 1, 1, 1))
         flat = jnp.where(is_mirrored, flat[:, :, ::-1], flat)
     return standardize(flat).reshape(images.shape)
-
-
-def crop_at(images: jax.Array, corners: jax.Array, size: Sequence[int]) -> jax.Array:
-    """Cuts a window out of every image.
-
-    Args:
-      images: shape (N, height, width, channels).
-      corners: shape (N, 2), row and column of each window's first pixel.
-      size: height and width of the windows.
-
-    Returns:
-      Shape (N, *size, channels).
-
-    Example:
-      >>> crop_at(jnp.arange(9).reshape(1, 3, 3, 1), jnp.array([[1, 0]]), (2, 2))[0, :, :, 0]
-      Array([[3, 4],
-             [6, 7]], dtype=int32)
-    """
-
-    def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (*size, image.shape[-1]))
-
-    return jax.vmap(crop)(images, corners)
 
 
 def augment_batch(
@@ -116,6 +95,3 @@ def network_input(images: jax.Array) -> jax.Array:
       2.0
     """
     return standardize(images) if images.dtype == jnp.uint8 else images
-
-
-__all__ = ["augment_batch", "augment_images", "crop_at", "network_input", "standardize"]

@@ -6,15 +6,14 @@ that numerator and denominator speak of the same function and no batch needs to 
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax.pcg import vdot
+from mlhf_optax import trees
+from mlhf_optax.controllers.protocol import Control, Controller, Observed, Operators, Outcome, Scale, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,27 +81,49 @@ class LevenbergMarquardt:
         return jnp.clip(damping * factor, self.min_damping, self.max_damping).astype(jnp.float32)
 
 
-class Solution(NamedTuple):
-    """A solve of ``(G + damping * I) d = g``.
+def levenberg_marquardt(
+    rule: LevenbergMarquardt = LevenbergMarquardt(), step_size: optax.ScalarOrSchedule = 1.0
+) -> Controller:
+    """Returns the controller whose damping follows the rule.
 
-    Attributes:
-      gradient: g, shaped like the parameters, as are d and r.
-      direction: d.
-      residual: ``r = g - (G + damping * I) d``.
-      damping: scalar.
+    A step to a loss that is not finite is not taken, and the damping grows.
+
+    Args:
+      rule: the rule.
+      step_size: the factor, a number or schedule, that is put on the direction later; the reduction ratio
+        is measured at the step that is taken.
+
+    Returns:
+      The controller; its state is the number of steps and the damping of the next one.
+
+    Example:
+      >>> levenberg_marquardt(LevenbergMarquardt(0.5)).init({"w": jnp.ones(2)})["damping"]
+      Array(0.5, dtype=float32)
     """
 
-    gradient: chex.ArrayTree
-    direction: chex.ArrayTree
-    residual: chex.ArrayTree
-    damping: jax.Array
+    def init(params):
+        del params
+        return {"count": jnp.zeros((), jnp.int32), "damping": jnp.asarray(rule.initial_damping, jnp.float32)}
+
+    def control(view: View, state: Any) -> Control:
+        del view
+        return Control(state["damping"], state)
+
+    def operators(view: View, signal: Any) -> Operators:
+        return Operators(Scale(jax.tree.map(lambda _: signal, view.gradient)))
+
+    def observe(view: View, outcome: Outcome, state: Any) -> Observed:
+        damping, size = state["damping"], step_size(state["count"]) if callable(step_size) else step_size
+        ratio, new_loss = reduction_ratio(view, outcome, damping, size)
+        adapted = jnp.where(outcome.is_sound, rule.adapt(damping, ratio), damping)
+        next_state = {"count": jnp.asarray(optax.safe_increment(state["count"])), "damping": adapted}
+        return Observed(next_state, outcome.is_sound & jnp.isfinite(new_loss), ratio)
+
+    return Controller(init, control, operators, observe, is_warm_started=False)
 
 
 def reduction_ratio(
-    loss: Callable[[Any], jax.Array],
-    params: chex.ArrayTree,
-    solution: Solution,
-    step_size: float | jax.Array,
+    view: View, outcome: Outcome, damping: jax.Array, step_size: float | jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the reduction ratio of the step ``-step_size * direction`` and the loss after it.
 
@@ -110,31 +131,22 @@ def reduction_ratio(
     ``G d = g - r - damping * d``.
 
     Args:
-      loss: the loss of the parameters, on the batch that the gradient is from.
-      params: the parameters before the step.
-      solution: gradient, direction, residual and damping.
+      view: parameters, gradient and loss before the step.
+      outcome: direction and residual of the solve of ``(G + damping * I) d = g``.
+      damping: scalar.
       step_size: factor on the direction.
 
     Returns:
       Two float32 scalars. The ratio is 0 where the model itself predicts no descent, which it does
       for steps of more than twice the direction, and then is no guide.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> loss = lambda w: jnp.sum(w**2)  # its own quadratic model: G = 2 I, g = 2 w
-      >>> one = jnp.ones(1)
-      >>> reduction_ratio(loss, one, Solution(2 * one, one, 0 * one, jnp.zeros(())), 0.5)
-      (Array(1., dtype=float32), Array(0.25, dtype=float32))
     """
-    direction = solution.direction
+    direction = outcome.direction
     step = jax.tree.map(lambda d: (-step_size * d).astype(d.dtype), direction)
-    new_loss = loss(optax.apply_updates(params, step))  # rounds to the dtype of the parameters
-    slope = vdot(direction, solution.gradient)
-    curvature = slope - vdot(direction, solution.residual) - solution.damping * vdot(direction, direction)
+    new_loss = view.loss_at(optax.apply_updates(view.params, step))  # rounds to the dtype of the parameters
+    slope = trees.vdot(direction, view.gradient)
+    curvature = slope - trees.vdot(direction, outcome.residual) - damping * trees.vdot(direction, direction)
     predicted = -step_size * slope + 0.5 * step_size**2 * curvature
     promises = predicted < 0
-    ratio = jnp.where(promises, (new_loss - loss(params)) / jnp.where(promises, predicted, 1.0), 0.0)
+    change = new_loss - view.loss_at(view.params)
+    ratio = jnp.where(promises, change / jnp.where(promises, predicted, 1.0), 0.0)
     return ratio.astype(jnp.float32), new_loss.astype(jnp.float32)
-
-
-__all__ = ["LevenbergMarquardt", "Solution", "reduction_ratio"]

@@ -1,0 +1,362 @@
+"""What the two LSTMs of MLHF see, and what their outputs mean: small objects, put together in `Settings`."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from mlhf_optax import trees
+from mlhf_optax.controllers.protocol import Quotient, Scale
+
+
+class Inputs(NamedTuple):
+    """What the LSTMs look at, trees shaped like the parameters.
+
+    Attributes:
+      direction: d0, the previous direction.
+      residual: r0, the previous residual, or the current starting residual for LSTM_p.
+      gradient: g.
+    """
+
+    direction: chex.ArrayTree
+    residual: chex.ArrayTree
+    gradient: chex.ArrayTree
+
+
+def _require(is_met: Callable[[float], bool], wanted: str, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not is_met(value):
+            raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
+
+
+def _require_positive(**values: Any) -> None:
+    _require(lambda x: 0 < x < math.inf, "a positive number", values)
+
+
+def _require_at_least_zero(**values: Any) -> None:
+    _require(lambda x: 0 <= x < math.inf, "a number >= 0", values)
+
+
+# Features.
+
+
+@dataclasses.dataclass(frozen=True)
+class TanhFeatures:
+    """The tanh of d0, r0 and g (paper): late in training, when all are tiny, they cannot be told from zero.
+
+    Example:
+      >>> TanhFeatures().count
+      3
+    """
+
+    count: ClassVar[int] = 3
+
+    def own(self, inputs: Inputs) -> chex.ArrayTree:
+        """Returns each parameter's own features, leaves ``(F, *shape)`` in at least float32."""
+        return jax.tree.map(lambda *q: jnp.stack([jnp.tanh(trees.at_least_f32(x)) for x in q]), *inputs)
+
+    def shared(self, inputs: Inputs) -> jax.Array | None:
+        """Returns None: no feature is shared by all coordinates."""
+        del inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class LogFeatures:
+    """Two features per quantity, clipped log magnitude and clipped scaled value, which tell 1e-3 from 1e-6.
+
+    Args:
+      log_range: magnitudes from ``exp(-log_range)`` to 1 are resolved.
+      has_shared: also the log of each quantity's root mean square over all parameters.
+
+    Raises:
+      ValueError: for a range that is not positive.
+
+    Example:
+      >>> LogFeatures().count, LogFeatures(has_shared=False).count
+      (9, 6)
+
+    Source: Andrychowicz et al. 2016, appendix A.
+    """
+
+    log_range: float = 16.0
+    has_shared: bool = True
+
+    def __post_init__(self):
+        _require_positive(log_range=self.log_range)
+
+    @property
+    def count(self) -> int:
+        """Number of features."""
+        return 9 if self.has_shared else 6
+
+    def own(self, inputs: Inputs) -> chex.ArrayTree:
+        """Returns each parameter's own features, leaves ``(F, *shape)`` in at least float32."""
+
+        def stack(*quantities):
+            features = []
+            for quantity in quantities:
+                x = trees.at_least_f32(quantity)
+                features += [self._log_magnitude(jnp.abs(x))]
+                features += [jnp.clip(x * math.exp(self.log_range), -1.0, 1.0)]
+            return jnp.stack(features)
+
+        return jax.tree.map(stack, *inputs)
+
+    def shared(self, inputs: Inputs) -> jax.Array | None:
+        """Returns the features that are the same for all coordinates, shape (3,), if there are any."""
+        if not self.has_shared:
+            return None
+        return jnp.stack([self._log_magnitude(trees.root_mean_square(tree)) for tree in inputs])
+
+    def _log_magnitude(self, magnitude: jax.Array) -> jax.Array:
+        """-1 at and below exp(-log_range), 0 at 1, at most 1."""
+        smallest = math.exp(-self.log_range)
+        return jnp.clip(jnp.log(jnp.maximum(magnitude, smallest)) / self.log_range, -1.0, 1.0)
+
+
+# From outputs to positive values.
+
+
+@dataclasses.dataclass(frozen=True)
+class Softplus:
+    """``softplus(scale * output + c)`` (paper).
+
+    Args:
+      scale: factor on the output.
+
+    Raises:
+      ValueError: for a scale that is not positive.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self):
+        _require_positive(scale=self.scale)
+
+    def __call__(self, output: jax.Array, initial: float) -> jax.Array:
+        """Returns positive values, ``initial`` where the output is zero."""
+        offset = initial + math.log(-math.expm1(-initial))  # softplus^-1
+        return jax.nn.softplus(self.scale * output + offset)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exponential:
+    """``initial * exp(scale * output)``, which reaches several decades.
+
+    Args:
+      scale: factor on the output.
+
+    Raises:
+      ValueError: for a scale that is not positive.
+
+    Example:
+      >>> Exponential(1.0)(jnp.zeros(()), 30.0).round(2)
+      Array(30., dtype=float32)
+    """
+
+    scale: float = 3.0
+
+    def __post_init__(self):
+        _require_positive(scale=self.scale)
+
+    def __call__(self, output: jax.Array, initial: float) -> jax.Array:
+        """Returns positive values, ``initial`` where the output is zero."""
+        # exp(+-30) keeps every later product of such values inside float32.
+        return jnp.exp(jnp.clip(self.scale * output + math.log(initial), -30.0, 30.0))
+
+
+# The unit of both.
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """The unit of s and P, ``rms(g)^gradient_power / rms(w0)^parameter_power`` over all parameters.
+
+    Near a minimum of a cross-entropy the GGN shrinks with the loss. A damping that shrinks with the
+    gradient, as in regularised Newton methods (Fan and Yuan 2005), keeps its size relative to it, and the
+    LSTMs only have to learn the ratio. With both powers 1 the unit has the dimension of curvature, loss over
+    parameter squared: the outputs then mean the same on wide networks, whose parameters are smaller, as on
+    narrow ones. The size of the parameters is measured at the start: they grow while they are trained,
+    and a damping that sinks as they do lets the noise of mini-batches in.
+
+    Args:
+      gradient_power: 0 for the paper.
+      parameter_power: 0 for the paper.
+      gradient_floor: smallest root mean square of the gradient. Without it the steps of a training whose
+        gradient is rounding noise stay long, and it jumps away.
+      parameter_floor: smallest root mean square of the parameters.
+
+    Raises:
+      ValueError: for a negative power or a floor that is not positive.
+
+    Example:
+      >>> float(Unit(parameter_power=1.0)(jnp.array([0.5, -0.5]), jnp.array(0.25)))
+      2.0
+    """
+
+    gradient_power: float = 1.0
+    parameter_power: float = 0.0
+    gradient_floor: float = 1e-5
+    parameter_floor: float = 1e-3
+
+    def __post_init__(self):
+        _require_positive(gradient_floor=self.gradient_floor, parameter_floor=self.parameter_floor)
+        _require_at_least_zero(gradient_power=self.gradient_power, parameter_power=self.parameter_power)
+
+    def __call__(self, gradient: chex.ArrayTree, initial_rms: jax.Array) -> jax.Array:
+        """Returns a positive scalar; 1 where both powers are 0."""
+        unit = jnp.ones(())
+        if self.gradient_power:
+            size = jnp.maximum(trees.root_mean_square(gradient), self.gradient_floor)
+            unit = size**self.gradient_power
+        if self.parameter_power:
+            unit = unit / jnp.maximum(initial_rms, self.parameter_floor) ** self.parameter_power
+        return unit
+
+
+# What P is.
+
+
+@dataclasses.dataclass(frozen=True)
+class Divide:
+    """Solves ``P y = r`` with P from LSTM_p (paper)."""
+
+    def __call__(self, values: chex.ArrayTree, damping: chex.ArrayTree) -> Quotient:
+        """Returns the preconditioner."""
+        del damping
+        return Quotient(values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiply:
+    """Takes ``y = P r`` (the authors' code)."""
+
+    def __call__(self, values: chex.ArrayTree, damping: chex.ArrayTree) -> Scale:
+        """Returns the preconditioner."""
+        del damping
+        return Scale(values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Jacobi:
+    """Divides by ``s + P``: LSTM_p estimates the diagonal of the GGN alone, as the damping is known."""
+
+    def __call__(self, values: chex.ArrayTree, damping: chex.ArrayTree) -> Quotient:
+        """Returns the preconditioner."""
+        return Quotient(jax.tree.map(jnp.add, damping, values))
+
+
+_KINDS = (TanhFeatures, LogFeatures, Softplus, Exponential, Unit, Divide, Multiply, Jacobi)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the LSTMs see and what their outputs mean.
+
+    The defaults are what measurement chose on handwritten digits: with tanh features, softplus and an
+    absolute scale (:data:`PAPER_SETTINGS`) the LSTMs cannot tell late training from early, keep the
+    damping that was right early, and late losses stay orders of magnitude higher.
+
+    Args:
+      features: :class:`TanhFeatures` (paper) or :class:`LogFeatures`.
+      output: :class:`Softplus` (paper) or :class:`Exponential`.
+      unit: :class:`Unit` of s and P.
+      preconditioner: :class:`Divide` (paper), :class:`Multiply` (the authors' code) or :class:`Jacobi`.
+      initial_damping: s of a freshly initialised LSTM_s, in the unit, > 0.
+      initial_preconditioner: the same for LSTM_p.
+      damping_floor: constant added to s (paper: 0, the authors' code: 2e-5).
+      sees_current_residual: LSTM_p sees the starting residual ``g - A d0`` of the current step (the
+        authors' code) rather than the residual of the previous one (paper).
+
+    Raises:
+      ValueError: for a value out of range.
+      TypeError: for an object of a wrong kind.
+
+    Example:
+      >>> Settings(features=TanhFeatures()).features.count
+      3
+    """
+
+    features: TanhFeatures | LogFeatures = LogFeatures()
+    output: Softplus | Exponential = Exponential()
+    unit: Unit = Unit()
+    preconditioner: Divide | Multiply | Jacobi = Jacobi()
+    initial_damping: float = 30.0
+    initial_preconditioner: float = 30.0
+    damping_floor: float = 0.0
+    sees_current_residual: bool = False
+
+    def __post_init__(self):
+        kinds = {
+            "features": (TanhFeatures, LogFeatures),
+            "output": (Softplus, Exponential),
+            "unit": (Unit,),
+            "preconditioner": (Divide, Multiply, Jacobi),
+        }
+        for name, allowed in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, allowed):
+                names = " or ".join(kind.__name__ for kind in allowed)
+                raise TypeError(f"`{name}` must be a {names}, got {value!r}")
+        _require_positive(
+            initial_damping=self.initial_damping, initial_preconditioner=self.initial_preconditioner
+        )
+        _require_at_least_zero(damping_floor=self.damping_floor)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the settings as plain JSON values; each object names its kind.
+
+        Example:
+          >>> Settings().to_json()["output"]
+          {'kind': 'Exponential', 'scale': 3.0}
+        """
+        as_json = lambda value: {"kind": type(value).__name__, **dataclasses.asdict(value)}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            name: as_json(value) if isinstance(value, _KINDS) else value for name, value in fields.items()
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Settings":
+        """Returns the settings that :meth:`to_json` wrote.
+
+        Raises:
+          ValueError: for an unknown kind or a value out of range.
+          TypeError: for an unknown field.
+
+        Example:
+          >>> Settings.from_json(AUTHORS_SETTINGS.to_json()) == AUTHORS_SETTINGS
+          True
+        """
+        kinds = {kind.__name__: kind for kind in _KINDS}
+
+        def restored(value: Any) -> Any:
+            if not isinstance(value, Mapping):
+                return value
+            arguments = dict(value)
+            kind = arguments.pop("kind", None)
+            if kind not in kinds:
+                raise ValueError(f"there is no setting of the kind {kind!r}")
+            return kinds[kind](**arguments)
+
+        return cls(**{name: restored(value) for name, value in values.items()})
+
+
+PAPER_SETTINGS = Settings(
+    features=TanhFeatures(),
+    output=Softplus(),
+    unit=Unit(gradient_power=0.0),
+    preconditioner=Divide(),
+    initial_damping=math.log(2.0),  # softplus(0)
+    initial_preconditioner=math.log(2.0),
+)
+"""The method as the paper states it."""
+
+AUTHORS_SETTINGS = dataclasses.replace(
+    PAPER_SETTINGS, damping_floor=2e-5, preconditioner=Multiply(), sees_current_residual=True
+)
+"""The method as the authors' code has it."""

@@ -1,0 +1,191 @@
+"""What a controller is: from what a step sees to damping, preconditioner and its own next state.
+
+The damped step (:mod:`mlhf_optax.damped_step`) is the same for every optimizer of the library; they
+differ in their controller.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from mlhf_optax.curvature import Matvec
+
+
+class View(NamedTuple):
+    """What a step sees before it solves.
+
+    Attributes:
+      params: w, the current parameters.
+      gradient: g, shaped like the parameters; zeros if it is not finite.
+      direction: d0, where CG starts: the previous direction, or zeros.
+      residual: r0, the previous residual, or zeros.
+      ggn: product with the undamped GGN at w.
+      loss: loss on the batch of the GGN products at w, a scalar of at least float32.
+      loss_at: ``loss_at(params)``, the loss on the whole batch.
+      initial_rms: root mean square of the parameters when the optimizer was initialised, a scalar.
+      is_valid: whether the gradient and its square are finite, shape (); a step that is not valid is skipped.
+    """
+
+    params: chex.ArrayTree
+    gradient: chex.ArrayTree
+    direction: chex.ArrayTree
+    residual: chex.ArrayTree
+    ggn: Matvec
+    loss: jax.Array
+    loss_at: Callable[[Any], jax.Array]
+    initial_rms: jax.Array
+    is_valid: jax.Array
+
+
+class Control(NamedTuple):
+    """What a controller says at a step.
+
+    Attributes:
+      signal: what the operators are made of, a pytree; meta-training differentiates by it.
+      state: the controller's next state.
+      seen: what the signal was made of, for back-propagation through time; computed only if used.
+    """
+
+    signal: Any
+    state: Any
+    seen: Any = ()
+
+
+class Scale(NamedTuple):
+    """The operator ``v -> values * v``, diagonal.
+
+    Attributes:
+      values: tree like the parameters; a leaf is a scalar for the whole tensor, or a number per coordinate.
+
+    Example:
+      >>> Scale({"w": jnp.array(2.0)})({"w": jnp.array([1.0, 3.0])})
+      {'w': Array([2., 6.], dtype=float32)}
+    """
+
+    values: chex.ArrayTree
+
+    def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
+        """Returns the product."""
+        return jax.tree.map(lambda s, v: (s * v).astype(v.dtype), self.values, vector)
+
+
+class Quotient(NamedTuple):
+    """The operator ``v -> v / values``, the inverse of :class:`Scale`.
+
+    Attributes:
+      values: as those of :class:`Scale`.
+    """
+
+    values: chex.ArrayTree
+
+    def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
+        """Returns the product with the inverse."""
+        # The reciprocal does not depend on the vector, so a compiled solve takes it once, not in every step.
+        return jax.tree.map(lambda p, v: ((1.0 / p) * v).astype(v.dtype), self.values, vector)
+
+
+class Product(NamedTuple):
+    """An operator that is given as a function.
+
+    Attributes:
+      values: tree like the parameters that shows how large the operator is.
+      times: the product with a vector.
+    """
+
+    values: chex.ArrayTree
+    times: Matvec
+
+    def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
+        """Returns the product."""
+        return self.times(vector)
+
+
+class Operator(Protocol):
+    """A linear map of trees like the parameters, with numbers that tell how large it is."""
+
+    @property
+    def values(self) -> chex.ArrayTree:
+        """A tree like the parameters, a scalar per tensor or a number per coordinate, for the info."""
+        ...
+
+    def __call__(self, vector: chex.ArrayTree, /) -> chex.ArrayTree:
+        """Returns the product."""
+        ...
+
+
+class Operators(NamedTuple):
+    """The operators of one solve.
+
+    Attributes:
+      damping: S, positive semidefinite; ``values`` are shown in the info.
+      preconditioner: approximates ``A^-1``, positive definite; None is the identity. Its ``values`` are
+        shown, too.
+      right_hand_side: what the system is solved for, such as a running mean of gradients; None is g.
+      start: where CG starts; None is the previous direction.
+      step_scale: factor on the direction that is handed on, a scalar; None is 1.
+      is_damping_inverted: the preconditioner is ``S^-1``; the solve then needs no product with S per step.
+    """
+
+    damping: Operator
+    preconditioner: Operator | None = None
+    right_hand_side: chex.ArrayTree | None = None
+    start: chex.ArrayTree | None = None
+    step_scale: jax.Array | None = None
+    is_damping_inverted: bool = False
+
+
+class Outcome(NamedTuple):
+    """What came of a step, before anything is moved.
+
+    Attributes:
+      direction: d.
+      residual: ``r = b - (G + S) d`` for the right-hand side b, usually g.
+      is_sound: whether all is finite and d is a direction of descent, shape ().
+    """
+
+    direction: chex.ArrayTree
+    residual: chex.ArrayTree
+    is_sound: jax.Array
+
+
+class Observed(NamedTuple):
+    """What a controller makes of an outcome.
+
+    Attributes:
+      state: its next state.
+      is_accepted: whether the step is taken, shape (); one that is not sound never is.
+      reduction_ratio: change of the loss over the change that the quadratic model predicts; 0 if it was
+        not measured.
+    """
+
+    state: Any
+    is_accepted: jax.Array
+    reduction_ratio: jax.Array
+
+
+def accept(view: View, outcome: Outcome, state: Any) -> Observed:
+    """Takes every sound step; what most controllers do with an outcome."""
+    del view
+    return Observed(state, outcome.is_sound, jnp.zeros((), jnp.float32))
+
+
+class Controller(NamedTuple):
+    """A controller, four functions.
+
+    Attributes:
+      init: ``init(params) -> state``.
+      control: ``control(view, state) ->`` :class:`Control`.
+      operators: ``operators(view, signal) ->`` :class:`Operators`.
+      observe: ``observe(view, outcome, state) ->`` :class:`Observed`; :func:`accept` for most.
+      is_warm_started: CG starts from the previous direction, which the state then holds with its
+        residual; otherwise from zero.
+    """
+
+    init: Callable[[chex.ArrayTree], Any]
+    control: Callable[[View, Any], Control]
+    operators: Callable[[View, Any], Operators]
+    observe: Callable[[View, Outcome, Any], Observed] = accept
+    is_warm_started: bool = True

@@ -1,0 +1,400 @@
+"""The damped Gauss-Newton step: controls, solve, guard, info. Every optimizer of the library takes this one.
+
+Symbols of the paper and names here: w ``params``, g ``gradient``, d ``direction``, r ``residual``, s and S
+``damping``, P ``preconditioner``, A v = G v + S v ``matvec``, K ``num_cg_steps``.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from mlhf_optax import trees
+from mlhf_optax.controllers.protocol import Controller, Operators, Outcome, View
+from mlhf_optax.curvature import (
+    CurvatureBatch,
+    LossFn,
+    Matvec,
+    PerExample,
+    PredictFn,
+    check_curvature_batch,
+    curvature_subset,
+    loss_and_ggn,
+)
+from mlhf_optax.layer_types import check_params, check_whole_tree
+from mlhf_optax.pcg import check_num_steps, pcg
+from mlhf_optax.transforms import require_batch, require_params
+
+
+class StepInfo(NamedTuple):
+    """What the last step did, for looking at: nothing in it is used by the next step.
+
+    All but ``skipped_steps`` and the two losses after it describe the last step that was tried, skipped
+    or not.
+
+    Attributes:
+      skipped_steps: number of steps so far that moved no parameter because something was not finite
+        or the direction was not one of descent.
+      best_loss: lowest ``smoothed_loss`` so far; infinite before the first step.
+      smoothed_loss: running mean of ``loss`` (decay 0.9). One that is many times ``best_loss`` is the mark of
+        a training that blows up although every number stays finite.
+      loss: loss on the batch of the GGN products before the step.
+      descent: <d, b> for the right-hand side b, which is g for most; positive for a direction of descent.
+      cg_steps: number of CG steps that changed the direction.
+      cg_residual_norm: norm of ``g - A d`` after them.
+      damping_min, damping_mean, damping_max: statistics of the damping over all coordinates.
+      preconditioner_min, preconditioner_mean, preconditioner_max: the same for the preconditioner; 1 if
+        there is none.
+      reduction_ratio: change of the loss over the change that the quadratic model predicts; 0 if the
+        damping is not adapted by it, for then it is not measured.
+    """
+
+    skipped_steps: jax.Array  # shape=(), dtype=int32
+    best_loss: jax.Array  # shape=(), dtype=float32, as all others but cg_steps
+    smoothed_loss: jax.Array
+    loss: jax.Array
+    descent: jax.Array
+    cg_steps: jax.Array  # dtype=int32
+    cg_residual_norm: jax.Array
+    damping_min: jax.Array
+    damping_mean: jax.Array
+    damping_max: jax.Array
+    preconditioner_min: jax.Array
+    preconditioner_mean: jax.Array
+    preconditioner_max: jax.Array
+    reduction_ratio: jax.Array
+
+
+class DampedStepState(NamedTuple):
+    """State of :func:`scale_by_damped_step`.
+
+    Attributes:
+      count: number of steps that were not skipped.
+      direction: d of the last such step, shaped like the parameters; empty if CG starts from zero.
+      residual: r of the last such step, likewise.
+      restart: the next CG starts from zero, because the last direction was not one of descent. From zero CG
+        always descends. From a direction that no longer fits it may not, and as a skipped step leaves
+        the state as it was, a training on one batch would try the same step for ever.
+      controller: state of the controller.
+      initial_rms: root mean square of the parameters when the optimizer was initialised.
+      info: what the last step did.
+    """
+
+    count: jax.Array  # shape=(), dtype=int32
+    direction: chex.ArrayTree
+    residual: chex.ArrayTree
+    restart: jax.Array  # shape=(), dtype=bool
+    controller: Any
+    initial_rms: jax.Array  # shape=(), at least float32
+    info: StepInfo
+
+
+class Solver(NamedTuple):
+    """How the system is solved; arguments of :func:`mlhf_optax.pcg.pcg`."""
+
+    num_steps: int = 4
+    tolerance: chex.Numeric = 0.0
+    early_exit: bool = False
+    unroll: bool | int = True
+
+
+class Solution(NamedTuple):
+    """What PCG found.
+
+    Attributes:
+      direction: d, shaped like the parameters.
+      residual: r = g - A d, shaped like the parameters.
+      num_steps: CG steps that changed the direction.
+      residual_norm: norm of r.
+      operators: damping and preconditioner.
+      right_hand_side: what the system was solved for, usually g.
+    """
+
+    direction: chex.ArrayTree
+    residual: chex.ArrayTree
+    num_steps: jax.Array
+    residual_norm: jax.Array
+    operators: Operators
+    right_hand_side: chex.ArrayTree
+
+
+class Step(NamedTuple):
+    """One damped step.
+
+    Attributes:
+      direction: what replaces the gradient; zero if the step is skipped.
+      state: the next state.
+      is_taken: whether the step is taken, shape ().
+      seen: what the controller has seen (:class:`mlhf_optax.controllers.Control`).
+      extra: what ``around_solve`` returned beside the solution.
+    """
+
+    direction: chex.ArrayTree
+    state: DampedStepState
+    is_taken: jax.Array
+    seen: Any
+    extra: Any
+
+
+SolveFn = Callable[[Any], Solution]  # solve(signal) -> Solution
+
+
+def _just_solve(solve: SolveFn, signal: Any) -> tuple[Solution, Any]:
+    return solve(signal), None
+
+
+def init_state(controller: Controller, params: chex.ArrayTree) -> DampedStepState:
+    """Returns the state before the first step; each leaf has its own buffer, so that it may be donated."""
+    vector = lambda: jax.tree.map(jnp.zeros_like, params) if controller.is_warm_started else ()
+    info = StepInfo(
+        *(jnp.zeros((), jnp.int32 if name in _COUNTS else jnp.float32) for name in StepInfo._fields)
+    )
+    info = info._replace(best_loss=jnp.full((), jnp.inf, jnp.float32))
+    count, restart = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    rms = jnp.array(trees.root_mean_square(params))
+    return DampedStepState(count, vector(), vector(), restart, controller.init(params), rms, info)
+
+
+_COUNTS = ("skipped_steps", "cg_steps")
+
+
+def look(
+    controller: Controller,
+    state: DampedStepState,
+    model: tuple[PredictFn, LossFn],
+    params: chex.ArrayTree,
+    gradient: chex.ArrayTree,
+    batch: Any,
+    curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
+) -> View:
+    """Returns what a step sees; linearizes the model.
+
+    Args:
+      controller: says where CG starts.
+      state: the state.
+      model: ``predict_fn`` and ``loss_fn``.
+      params: w.
+      gradient: g.
+      batch: the batch.
+      curvature_batch_size: part of it for GGN products.
+      per_example: what of the batch has one entry per example.
+
+    Returns:
+      The view.
+    """
+    predict_fn, loss_fn = model
+    # A step with numbers that are not finite is skipped. It is still computed, on zeros: derivatives through
+    # a step would otherwise be NaN although nothing of it was used.
+    # A gradient whose square overflows is as bad: no inner product of the solve would be finite.
+    is_valid = trees.is_finite([trees.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradient)])
+    gradient, batch = trees.zero_unless(is_valid, gradient), _shielded(is_valid, batch)
+    part = curvature_subset(predict_fn, params, batch, curvature_batch_size, per_example, loss_fn=loss_fn)
+    loss, ggn = loss_and_ggn(predict_fn, loss_fn, params, part)
+    zeros = jax.tree.map(jnp.zeros_like, gradient)
+    return View(
+        params=params,
+        gradient=gradient,
+        direction=trees.zero_unless(~state.restart, state.direction) if controller.is_warm_started else zeros,
+        residual=state.residual if controller.is_warm_started else zeros,
+        ggn=ggn,
+        loss=jnp.where(is_valid, loss, jnp.nan),
+        loss_at=lambda p: loss_fn(predict_fn(p, batch), batch),
+        initial_rms=state.initial_rms,
+        is_valid=is_valid,
+    )
+
+
+def _shielded(is_valid: jax.Array, batch: Any) -> Any:
+    """Returns the batch, its floating-point numbers zero where the step is not valid."""
+
+    def shield(leaf):
+        is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        return jnp.where(is_valid, leaf, jnp.zeros_like(leaf)) if is_float else leaf
+
+    return jax.tree.map(shield, batch)
+
+
+def damped_step(
+    controller: Controller,
+    solver: Solver,
+    view: View,
+    state: DampedStepState,
+    around_solve: Callable[[SolveFn, Any], tuple[Solution, Any]] = _just_solve,
+) -> Step:
+    """Takes one step: controls, solve, guard, info (paper, Algorithm 1).
+
+    A step whose gradient, direction or controller state is not finite, or whose direction is not one of
+    descent, gives a zero direction and leaves the state as it was, but for counters and info. At an exact
+    optimum, where the gradient is zero, the step is taken and moves nothing.
+
+    Args:
+      controller: chooses damping and preconditioner.
+      solver: how the system is solved.
+      view: what the step sees.
+      state: the state.
+      around_solve: ``around_solve(solve, signal) -> (solution, extra)``, calls ``solve(signal)``;
+        meta-training differentiates it here.
+
+    Returns:
+      A :class:`Step`.
+    """
+    control = controller.control(view, state.controller)
+    solution, extra = around_solve(lambda signal: _solve(controller, solver, view, signal), control.signal)
+    descent = jnp.asarray(trees.vdot(solution.direction, solution.right_hand_side), jnp.float32)
+    is_optimum = ~trees.is_any_nonzero(view.gradient)
+    # A gradient may be finite and overflow in a product: then nothing was solved, and the norm shows it.
+    numbers = (descent, solution.residual_norm, solution.direction, solution.residual)
+    is_finite = view.is_valid & trees.is_finite((numbers, control.state))
+    is_sound = is_finite & ((descent > 0) | is_optimum)
+    kept = trees.select(is_sound, control.state, state.controller)
+    outcome = Outcome(solution.direction, solution.residual, is_sound)
+    observed = controller.observe(view, outcome, kept)
+    is_taken = observed.is_accepted
+    direction = trees.zero_unless(is_taken & ~is_optimum, solution.direction)
+    scale = solution.operators.step_scale
+    handed_on = direction if scale is None else jax.tree.map(lambda d: (scale * d).astype(d.dtype), direction)
+    new_state = state._replace(
+        count=jnp.where(is_taken, jnp.asarray(optax.safe_increment(state.count)), state.count),
+        restart=jnp.where(is_finite, ~is_sound, state.restart),
+        controller=observed.state,
+        info=_info(state.info, view, solution, descent, is_taken, observed.reduction_ratio),
+    )
+    if controller.is_warm_started:
+        new_state = new_state._replace(
+            direction=trees.select(is_taken, direction, state.direction),
+            residual=trees.select(is_taken, solution.residual, state.residual),
+        )
+    return Step(handed_on, new_state, is_taken, control.seen, extra)
+
+
+def _solve(controller: Controller, solver: Solver, view: View, signal: Any) -> Solution:
+    """Solves ``(G + S) d = g`` by PCG, with S and P from the controller's signal."""
+    operators = controller.operators(view, signal)
+    b = view.gradient if operators.right_hand_side is None else operators.right_hand_side
+    start = view.direction if operators.start is None else operators.start
+    is_inverted = operators.is_damping_inverted
+    direction, residual, info = pcg(
+        view.ggn if is_inverted else damped(view.ggn, operators.damping),
+        b,
+        start if controller.is_warm_started else None,
+        shift=operators.damping if is_inverted else None,
+        num_steps=solver.num_steps,
+        preconditioner=operators.preconditioner,
+        tolerance=solver.tolerance,
+        early_exit=solver.early_exit,
+        unroll=solver.unroll,
+    )
+    return Solution(direction, residual, info.steps, info.residual_norm, operators, b)
+
+
+def damped(ggn: Matvec, damping: Matvec) -> Matvec:
+    """Returns ``v -> G v + S v``."""
+    return lambda vector: jax.tree.map(jnp.add, ggn(vector), damping(vector))
+
+
+def _info(before: StepInfo, view: View, solution: Solution, descent, is_taken, reduction_ratio) -> StepInfo:
+    loss = jnp.asarray(view.loss, jnp.float32)
+    is_first = jnp.isinf(before.best_loss)
+    smoothed = jnp.where(is_first, loss, 0.9 * before.smoothed_loss + 0.1 * loss)
+    smoothed = jnp.where(jnp.isfinite(loss), smoothed, before.smoothed_loss)
+    preconditioner = solution.operators.preconditioner
+    one = (jnp.ones((), jnp.float32),) * 3
+    like = view.gradient
+    return StepInfo(
+        before.skipped_steps + jnp.logical_not(is_taken).astype(jnp.int32),
+        jnp.where(jnp.isfinite(loss), jnp.minimum(before.best_loss, smoothed), before.best_loss),
+        smoothed,
+        loss,
+        descent,
+        solution.num_steps,
+        solution.residual_norm,
+        *_min_mean_max(solution.operators.damping.values, like),
+        *(one if preconditioner is None else _min_mean_max(preconditioner.values, like)),
+        reduction_ratio,
+    )
+
+
+def _min_mean_max(values: chex.ArrayTree, like: chex.ArrayTree) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Statistics over all coordinates of a tree whose leaves may each stand for a whole tensor."""
+    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(values)]
+    sizes = [leaf.size for leaf in jax.tree.leaves(like)]
+    totals = [
+        jnp.sum(leaf) * (size // leaf.size) if leaf.size else jnp.zeros(())
+        for leaf, size in zip(leaves, sizes, strict=True)
+    ]
+    mean = jnp.sum(jnp.stack(totals)) / sum(sizes)
+    smallest = jnp.min(jnp.stack([jnp.min(leaf) for leaf in leaves]))
+    return smallest, mean, jnp.max(jnp.stack([jnp.max(leaf) for leaf in leaves]))
+
+
+def scale_by_damped_step(
+    controller: Controller,
+    predict_fn: PredictFn,
+    loss_fn: LossFn,
+    *,
+    name: str = "scale_by_damped_step",
+    solver: Solver = Solver(),
+    curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces the gradient by the direction of a damped step, in the sign of the gradient.
+
+    Args:
+      controller: chooses damping and preconditioner (:mod:`mlhf_optax.controllers`).
+      predict_fn: ``predict_fn(params, batch) -> outputs``, any pytree of arrays.
+      loss_fn: ``loss_fn(outputs, batch) -> scalar``, convex in the outputs; the gradients given to
+        ``update`` are those of ``loss_fn(predict_fn(params, batch), batch)``.
+      name: what error messages call the optimizer.
+      solver: how the system is solved.
+      curvature_batch_size: take GGN products on part of the batch: a number of examples, a
+        fraction or a function of the batch (:func:`mlhf_optax.curvature.curvature_subset`).
+      per_example: with a number or a fraction, the names in the batch below which every array has one
+        entry per example; None if that is so for all of the batch.
+
+    Returns:
+      A transformation whose ``update(grads, state, params, *, batch)`` needs the batch.
+
+    Raises:
+      TypeError: for arguments of a wrong type, and from ``update`` if ``batch`` is missing.
+      ValueError: for arguments out of range, missing ``params`` or parameters hidden by a wrapper.
+
+    Example:
+      >>> from mlhf_optax import SquaredError
+      >>> from mlhf_optax.controllers import scheduled
+      >>> predict_fn = lambda w, batch: batch["x"] @ w
+      >>> batch = {"x": jnp.array([[2.0, 0.0], [0.0, 1.0]]), "label": jnp.ones(2)}
+      >>> tx = scale_by_damped_step(scheduled(0.0), predict_fn, SquaredError())
+      >>> params = jnp.zeros(2)
+      >>> grads = jax.grad(lambda w: SquaredError()(predict_fn(w, batch), batch))(params)
+      >>> tx.update(grads, tx.init(params), params, batch=batch)[0].round(3)
+      Array([-0.5, -1. ], dtype=float32)
+    """
+    for argument, function in (("predict_fn", predict_fn), ("loss_fn", loss_fn)):
+        if not callable(function):
+            raise TypeError(f"`{argument}` must be a function, got {type(function).__name__}")
+    check_num_steps(solver.num_steps, "num_cg_steps")
+    if solver.num_steps < 1:
+        raise ValueError("`num_cg_steps` must be at least 1: without a step there is no direction")
+    if isinstance(solver.tolerance, int | float) and not solver.tolerance >= 0:
+        raise ValueError(f"`tolerance` must be a number >= 0, got {solver.tolerance}")
+    check_curvature_batch(curvature_batch_size, per_example)
+
+    def init_fn(params):
+        check_params(params, name)
+        return init_state(controller, params)
+
+    def update_fn(updates, state, params: Any = None, *, batch=None, **extra_args):
+        del extra_args
+        require_params(params, name)
+        require_batch(batch, name)
+        check_whole_tree(params)
+        model = (predict_fn, loss_fn)
+        view = look(controller, state, model, params, updates, batch, curvature_batch_size, per_example)
+        step = damped_step(controller, solver, view, state)
+        return step.direction, step.state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

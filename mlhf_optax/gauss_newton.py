@@ -1,0 +1,87 @@
+"""Gauss-Newton damped by one constant: the control for everything learned, and good by itself."""
+
+from typing import Any
+
+import optax
+
+from mlhf_optax.controllers.constant import constant
+from mlhf_optax.controllers.metrics import Metric
+from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn
+from mlhf_optax.damped_step import Solver, scale_by_damped_step
+from mlhf_optax.transforms import after_solve
+
+
+def gauss_newton(
+    learning_rate: optax.ScalarOrSchedule,
+    predict_fn: PredictFn,
+    loss_fn: LossFn,
+    *,
+    damping: float | Any = 3.0,
+    metric: str | Metric = "identity",
+    num_cg_steps: int = 4,
+    curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
+    max_update_ratio: float | None = 0.25,
+    momentum: float | None = None,
+    weight_decay: float = 0.0,
+    unroll: bool | int = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gauss-Newton whose damping is one constant in the unit ``rms(g) / rms(w0)``.
+
+    .. math::
+      d \approx \left(J^T H_l J + x \frac{\operatorname{rms}(g)}{\operatorname{rms}(w_0)} M\right)^{-1} g
+
+    by a few steps of CG from the previous direction. The unit makes one constant x suit networks of any
+    width, and lets the damping shrink with the gradient.
+
+    Args:
+      learning_rate: a number or an optax schedule; 1 for the whole direction, less for small mini-batches.
+      predict_fn: ``predict_fn(params, batch) -> outputs``, any pytree of arrays.
+      loss_fn: ``loss_fn(outputs, batch) -> scalar``, convex in the outputs.
+      damping: the constant x, > 0. From 1 to 3 suits the first hundred steps, 3 to 10 later ones.
+      metric: M (:mod:`mlhf_optax.controllers.metrics`): ``"identity"``, without state; ``"diagonal"``, the
+        root of the running mean of squared gradients, one float per parameter; or ``"kronecker"``, factors
+        of every matrix as in Shampoo.
+      num_cg_steps: CG steps K; the step costs K + 1 GGN products.
+      curvature_batch_size: take GGN products on part of the batch
+        (:func:`mlhf_optax.curvature.curvature_subset`).
+      per_example: with a number or a fraction of examples, names in the batch below which every array has
+        one entry per example; None if that is so for all of the batch.
+      max_update_ratio: bound on the norm of the update as a share of that of the parameters; None for none.
+      momentum: decay of a running average over updates; None for none.
+      weight_decay: decoupled weight decay.
+      unroll: unroll the CG loop (:func:`mlhf_optax.pcg.pcg`).
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`; call ``update(grads, state, params, batch=batch)``.
+      Its state is that of :func:`mlhf_optax.mlhf` without LSTMs: two vectors, and the metric's.
+
+    Raises:
+      TypeError: from ``update`` if ``batch`` is missing.
+      ValueError: for arguments out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from mlhf_optax import SquaredError
+      >>> predict_fn = lambda p, batch: batch["x"] @ p
+      >>> loss = lambda p: SquaredError()(predict_fn(p, batch), batch)
+      >>> batch = {"x": jnp.diag(jnp.array([1.0, 10.0])), "label": jnp.ones(2)}
+      >>> params = jnp.full(2, 0.5)
+      >>> tx = gauss_newton(1.0, predict_fn, SquaredError(), damping=0.1)
+      >>> updates, state = tx.update(jax.grad(loss)(params), tx.init(params), params, batch=batch)
+      >>> bool(loss(optax.apply_updates(params, updates)) < loss(params))
+      True
+    """
+    direction = scale_by_damped_step(
+        constant(damping, metric),
+        predict_fn,
+        loss_fn,
+        name="gauss_newton",
+        solver=Solver(num_cg_steps, unroll=unroll),
+        curvature_batch_size=curvature_batch_size,
+        per_example=per_example,
+    )
+    after = after_solve(
+        learning_rate, max_update_ratio=max_update_ratio, momentum=momentum, weight_decay=weight_decay
+    )
+    return optax.chain(direction, after)

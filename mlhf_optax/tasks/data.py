@@ -1,0 +1,204 @@
+"""What all data have in common: parts of examples, in memory or streamed, and mini-batches of them.
+
+A batch is a dict ``{"image": (B, height, width, channels), "label": int32 (B,)}``, and a whole part of
+a dataset in memory is one such batch. Meta-training, training and test never share an example: the
+paper meta-trains on 3/5 of CIFAR-10 and trains on the rest (section 4.1).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Examples = dict[str, Any]
+
+
+class ExampleStream(Protocol):
+    """A part that does not fit in memory, such as :class:`mlhf_optax.tasks.Stream`."""
+
+    @property
+    def sample(self) -> Examples:
+        """Some of the examples, in memory."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def batches(self, seed: int, batch_size: int, start: int = 0) -> Iterator[Examples]:
+        """Returns mini-batches by shuffled epochs, without end, from number ``start`` on."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Three disjoint parts of one dataset.
+
+    Attributes:
+      meta_train: what optimizers are meta-trained on.
+      train: what networks are trained on to compare optimizers; a stream if it does not fit in memory.
+      test: what is only ever evaluated on.
+    """
+
+    meta_train: Examples
+    train: Examples | ExampleStream
+    test: Examples
+
+
+def in_memory(part: Examples | ExampleStream) -> Examples:
+    """Returns the part itself or, of a stream, the sample of it that is held in memory.
+
+    Example:
+      >>> in_memory({"label": np.zeros(3)})
+      {'label': array([0., 0., 0.])}
+    """
+    return part if isinstance(part, dict) else part.sample
+
+
+def part_size(part: Examples | ExampleStream) -> int:
+    """Returns the number of examples of a part, in memory or not.
+
+    Example:
+      >>> part_size({"label": np.zeros(3)})
+      3
+    """
+    return num_examples(part) if isinstance(part, dict) else len(part)
+
+
+def num_examples(data: chex.ArrayTree) -> int:
+    """Returns the common leading size of a pytree of arrays.
+
+    Raises:
+      ValueError: if the arrays differ in their leading size, or there are none.
+
+    Example:
+      >>> num_examples({"image": np.zeros((5, 8, 8, 1)), "label": np.zeros(5)})
+      5
+    """
+    sizes = {leaf.shape[0] if leaf.shape else None for leaf in jax.tree.leaves(data)}
+    size = next(iter(sizes)) if len(sizes) == 1 else None
+    if size is None:
+        raise ValueError(
+            "`data` must be arrays with the examples first, all of one leading size, got leading sizes "
+            f"{sorted(map(str, sizes))}"
+        )
+    return size
+
+
+def take(data: chex.ArrayTree, indices: jax.Array) -> chex.ArrayTree:
+    """Returns the examples with the given numbers.
+
+    Args:
+      data: pytree of arrays with the examples first.
+      indices: integers of any shape.
+
+    Returns:
+      A pytree like ``data`` with leaves of shape ``(*indices.shape, ...)``.
+
+    Example:
+      >>> take({"x": np.array([10, 20, 30])}, jnp.array([2, 0]))
+      {'x': Array([30, 10], dtype=int32)}
+    """
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[indices], data)
+
+
+def require_batch_fits(
+    batch_size: int, available: int, argument: str = "batch_size", examples: str = "examples"
+) -> None:
+    """Raises a ValueError unless a batch can be drawn without repeats.
+
+    Args:
+      batch_size: examples per batch.
+      available: number of examples to draw from.
+      argument: name of the argument that ``batch_size`` came from, for the message.
+      examples: what the examples are, for the message.
+
+    Raises:
+      ValueError: if ``batch_size`` is not in [1, available].
+
+    Example:
+      >>> require_batch_fits(11, 10)
+      Traceback (most recent call last):
+      ValueError: `batch_size` must lie between 1 and the number of examples, 10, got 11; ...
+    """
+    if not 1 <= batch_size <= available:
+        raise ValueError(
+            f"`{argument}` must lie between 1 and the number of {examples}, {available}, got {batch_size}; "
+            "take smaller batches or more data"
+        )
+
+
+def epoch_indices(key: chex.PRNGKey, num_examples: int, batch_size: int, num_steps: int) -> jax.Array:
+    """Returns which examples make up each mini-batch when training by shuffled epochs.
+
+    Every epoch is a fresh shuffle, cut into whole batches. What is left over at its end (fewer than
+    ``batch_size`` examples, different ones each time) is dropped. Can be used under ``jit`` and ``vmap``.
+
+    Args:
+      key: random key.
+      num_examples: number of examples N.
+      batch_size: examples per batch B, at most N.
+      num_steps: number of batches.
+
+    Returns:
+      Shape (num_steps, B), int32 in [0, N); no example repeats within an epoch.
+
+    Raises:
+      ValueError: if ``batch_size`` is not in [1, N] or ``num_steps`` is negative.
+
+    Example:
+      >>> epoch_indices(jax.random.key(0), num_examples=10, batch_size=4, num_steps=3).shape
+      (3, 4)
+    """
+    require_batch_fits(batch_size, num_examples)
+    if num_steps < 0:
+        raise ValueError(f"`num_steps` must be at least 0, got {num_steps}")
+    steps_per_epoch = num_examples // batch_size
+    num_epochs = -(-num_steps // steps_per_epoch)
+    keys = jax.random.split(key, max(num_epochs, 1))
+    shuffled = jax.vmap(lambda k: jax.random.permutation(k, num_examples))(keys)
+    batches = shuffled[:, : steps_per_epoch * batch_size].reshape(-1, batch_size)
+    return batches[:num_steps].astype(jnp.int32)
+
+
+def sample_batches(data: chex.ArrayTree, key: chex.PRNGKey, shape: tuple[int, ...]) -> chex.ArrayTree:
+    """Draws examples uniformly, with replacement, into batches of any leading shape.
+
+    A batch larger than the data is refused all the same: it would only repeat examples, and the many
+    batches of a meta-iteration would fill the memory.
+
+    Args:
+      data: pytree of arrays with the examples first.
+      key: random key.
+      shape: leading shape of the result with the batch last, such as (T + 1, B) for an unroll.
+
+    Returns:
+      A pytree like ``data`` with leaves of shape ``(*shape, ...)``; can be used under ``jit``.
+
+    Raises:
+      ValueError: if the arrays differ in their leading size, there are none, or B is larger than it.
+
+    Example:
+      >>> batches = sample_batches({"x": np.arange(6)}, jax.random.key(0), (3, 2))
+      >>> batches["x"].shape
+      (3, 2)
+    """
+    available = num_examples(data)
+    require_batch_fits(shape[-1], available, "shape[-1]")
+    return take(data, jax.random.randint(key, shape, 0, available))
+
+
+def freeze(**arrays: np.ndarray) -> Examples:
+    """Returns examples of read-only arrays: writing into shared data would change later trainings.
+
+    Example:
+      >>> freeze(label=np.zeros(2))["label"].flags.writeable
+      False
+    """
+    for array in arrays.values():
+        array.setflags(write=False)
+    return arrays

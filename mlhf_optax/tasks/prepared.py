@@ -1,0 +1,247 @@
+"""Datasets in files: reading what tensorflow-datasets has prepared, and a cache of decoded arrays.
+
+Files in the array_record format can be read example by example with ``tensorflow-datasets`` and
+``pillow`` alone, without tensorflow. Nothing is downloaded here: whoever prepares a dataset accepts its
+terms.
+"""
+
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlhf_optax.tasks.data import Examples, freeze
+from mlhf_optax.tasks.streaming import Source
+
+
+def data_folder(data_dir: str | Path | None = None) -> Path:
+    """Returns the folder of prepared datasets, whether it is there or not.
+
+    Args:
+      data_dir: the folder; if None, that of the environment variable ``TFDS_DATA_DIR``, and if there is
+        none, ``~/tensorflow_datasets``, where tensorflow-datasets puts them.
+
+    Example:
+      >>> data_folder("/data/tfds").name
+      'tfds'
+    """
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def open_sources(name: str, folder: Path) -> dict[str, Source]:
+    """Opens all splits of a prepared dataset.
+
+    Args:
+      name: name of the dataset, such as ``"cifar10"``.
+      folder: see :func:`data_folder`.
+
+    Returns:
+      A source of decoded examples per split, by its name.
+
+    Raises:
+      FileNotFoundError: if the dataset is not there; it says how to get it.
+      ImportError: if tensorflow-datasets is missing.
+      ValueError: if the dataset is there but cannot be opened.
+
+    Example:
+      >>> open_sources("cifar10", Path("/nowhere"))
+      Traceback (most recent call last):
+      FileNotFoundError: there is no prepared dataset 'cifar10' in /nowhere; ...
+    """
+    if not _descriptions(name, folder):
+        raise FileNotFoundError(
+            f"there is no prepared dataset {name!r} in {folder}; say where it lies with `data_dir` "
+            f"(--data-dir) or the environment variable TFDS_DATA_DIR, or {_how_to_prepare(name, folder)}"
+        )
+    try:
+        import PIL.Image  # noqa: F401
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            f"the dataset {name!r} is read with tensorflow-datasets and pillow, but {error.name} is not "
+            "installed; run `pip install 'mlhf-optax[data]'`"
+        ) from error
+    try:
+        sources: Any = tfds.data_source(name, data_dir=folder, download=False)
+        return {split: source for split, source in sources.items() if len(source)}
+    except Exception as error:  # Damaged files make array_record and tfds raise nearly anything.
+        raise _damaged(name, folder, error) from error
+
+
+def decode_parts(
+    parts: Mapping[str, Source], name: str, folder: Path, cache_name: str, cache_dir: Path, *form: Any
+) -> dict[str, Examples]:
+    """Decodes parts of a prepared dataset once, and from then on reads them from a file of the cache.
+
+    Args:
+      parts: by name, what gives decoded examples by number.
+      name: name of the dataset.
+      folder: where it lies.
+      cache_name: name of the file, to which is added what tells versions of the dataset apart.
+      cache_dir: see :func:`cache_folder`.
+      *form: ``shape`` and ``num_classes`` of :func:`decode_split`.
+
+    Returns:
+      The parts, read-only.
+
+    Raises:
+      ValueError: if an example is damaged, or the file of the cache.
+    """
+    # The description names version and sizes of the shards: other data, another file.
+    described = b"".join(path.read_bytes() for path in _descriptions(name, folder))
+
+    def decode() -> dict[str, np.ndarray]:
+        decoded = {part: decode_split(source, name, folder, *form) for part, source in parts.items()}
+        return {f"{part}_{key}": array for part in parts for key, array in decoded[part].items()}
+
+    arrays = cached_arrays(f"{cache_name}-{zlib.crc32(described):08x}", decode, cache_dir)
+    return {part: freeze(image=arrays[f"{part}_image"], label=arrays[f"{part}_label"]) for part in parts}
+
+
+def decode_split(
+    source: Source, name: str, folder: Path, shape: tuple[int, ...], num_classes: int
+) -> dict[str, np.ndarray]:
+    """Decodes all examples of a source, checks them and returns them in the order of their ids.
+
+    Files of tensorflow-datasets are shuffled; the ids restore the order in which the dataset was
+    published. Examples without ids stay as they are. Shows a progress bar on a terminal.
+
+    Args:
+      source: gives decoded examples by number.
+      name: name of the dataset, for messages.
+      folder: where it lies, for messages.
+      shape: what every image must be.
+      num_classes: labels must lie below it.
+
+    Returns:
+      ``"image"``, uint8 of shape (N, *shape), and ``"label"``, int32 of shape (N,).
+
+    Raises:
+      ValueError: if an example cannot be read or is not what it should be.
+
+    Example:
+      >>> source = [{"image": np.zeros((1, 1, 3), np.uint8), "label": label} for label in (2, 1)]
+      >>> decode_split(source, "two", Path("/data"), (1, 1, 3), num_classes=3)["label"]
+      array([2, 1], dtype=int32)
+    """
+    images, labels = np.empty((len(source), *shape), np.uint8), np.empty(len(source), np.int32)
+    ids = []
+    for index in _with_progress(range(len(source)), f"decoding {name}"):
+        try:
+            example = source[index]
+            image, label = np.asarray(example["image"]), int(example["label"])
+        except Exception as error:  # As in `open_sources`.
+            raise _damaged(name, folder, error) from error
+        if image.shape != shape or image.dtype != np.uint8 or not 0 <= label < num_classes:
+            problem = f"example {index} is an image of {image.dtype}{image.shape} with label {label}"
+            raise _damaged(name, folder, problem)
+        images[index], labels[index] = image, label
+        ids.append(example.get("id", b""))
+    order = np.argsort(np.array(ids), kind="stable")
+    return {"image": images[order], "label": labels[order]}
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Returns the folder for files that can be made anew at any time, whether it is there or not.
+
+    Args:
+      cache_dir: the folder; if None, ``mlhf_optax`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Example:
+      >>> cache_folder("/tmp/arrays").name
+      'arrays'
+    """
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlhf_optax"
+    return Path(default if cache_dir is None else cache_dir).expanduser()
+
+
+def cached_arrays(
+    name: str, make: Callable[[], Mapping[str, np.ndarray]], cache_dir: str | Path | None = None
+) -> dict[str, np.ndarray]:
+    """Returns arrays from a file of the cache, or makes them and writes the file.
+
+    The file is written under another name and renamed, so it is whole or absent; later damage is
+    noticed by the checksums of the zip format.
+
+    Args:
+      name: name of the file without ending; whatever leads to other arrays must change it.
+      make: makes the arrays, by name.
+      cache_dir: see :func:`cache_folder`.
+
+    Returns:
+      The arrays by name.
+
+    Raises:
+      ValueError: if the file is damaged.
+
+    Example:
+      >>> import tempfile
+      >>> folder = tempfile.mkdtemp()
+      >>> first = cached_arrays("ones", lambda: {"x": np.ones(2)}, folder)
+      >>> cached_arrays("ones", lambda: {"x": np.zeros(2)}, folder)
+      {'x': array([1., 1.])}
+    """
+    path = cache_folder(cache_dir) / f"{name}.npz"
+    if not path.exists():
+        arrays = dict(make())
+        _write(path, arrays)
+        return arrays
+    try:
+        return read_arrays(path)
+    except DAMAGE as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and it will be made anew") from error
+
+
+DAMAGE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)  # what `read_arrays` raises
+
+
+def read_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Returns the arrays of an npz file, all of them or those with the given names.
+
+    Raises:
+      One of ``DAMAGE``: if the file is damaged or lacks a name.
+    """
+    # The file is opened here, as numpy leaves a damaged one open.
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        return {name: file[name] for name in (names or file.files)}
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _with_progress(numbers: range, title: str) -> Iterable[int]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return numbers
+    return tqdm(numbers, desc=title, leave=False, disable=None)  # None: only on a terminal
+
+
+def _descriptions(name: str, folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"{name}/*/dataset_info.json"))
+
+
+def _how_to_prepare(name: str, folder: Path) -> str:
+    return (
+        'prepare it once, for which tensorflow is needed: python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', data_dir='{folder}', file_format='array_record').download_and_prepare()\""
+    )
+
+
+def _damaged(name: str, folder: Path, problem: object) -> ValueError:
+    return ValueError(
+        f"the dataset {name!r} in {folder} is damaged or not in the array_record format ({problem}); delete "
+        f"{folder / name} and {_how_to_prepare(name, folder)}"
+    )

@@ -1,0 +1,48 @@
+"""The tasks by name."""
+
+import inspect
+from collections.abc import Callable
+
+from mlhf_optax.tasks.cifar10 import cifar10_convnet, cifar10_resnet9
+from mlhf_optax.tasks.digits import digits_convnet, digits_mlp
+from mlhf_optax.tasks.imagenet import imagenet_resnet18
+from mlhf_optax.tasks.task import Task
+from mlhf_optax.tasks.tiny_imagenet import tiny_imagenet_resnet18
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "digits-mlp": digits_mlp,
+    "digits-convnet": digits_convnet,
+    "cifar10-convnet": cifar10_convnet,
+    "cifar10-resnet9": cifar10_resnet9,
+    "imagenet-resnet18": imagenet_resnet18,
+    "tiny-imagenet-resnet18": tiny_imagenet_resnet18,
+}
+
+
+def get_task(name: str, **options) -> Task:
+    """Builds a task by name.
+
+    Args:
+      name: a key of :data:`TASKS`.
+      **options: arguments of the function registered there, such as ``hidden=(16,)`` for ``"digits-mlp"``.
+
+    Returns:
+      The task; its data are not loaded yet.
+
+    Raises:
+      ValueError: if there is no such task.
+      TypeError: if the task has no such option.
+
+    Example:
+      >>> get_task("digits-mlp", batch_size=32).batch_size
+      32
+    """
+    if name not in TASKS:
+        raise ValueError(f"`name` must be one of {', '.join(map(repr, TASKS))}, got {name!r}")
+    known = list(inspect.signature(TASKS[name]).parameters)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(
+            f"the task {name!r} has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}"
+        )
+    return TASKS[name](**options)

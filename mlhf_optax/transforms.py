@@ -1,0 +1,196 @@
+"""What follows the solve: learning rate, bound on the update, momentum, weight decay."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from mlhf_optax import trees
+
+
+def after_solve(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    max_update_ratio: float | None = 0.25,
+    momentum: float | jax.Array | None = None,
+    weight_decay: float | jax.Array = 0.0,
+) -> optax.GradientTransformation:
+    """Returns what turns a direction into an update: weight decay, learning rate, bound, momentum.
+
+    Each update is bounded before it is averaged, so that one bad gradient moves the average by a bounded
+    amount.
+
+    Args:
+      learning_rate: a number or an optax schedule.
+      max_update_ratio: see :func:`limit_update_ratio`; None for no bound.
+      momentum: see :func:`average_updates`; None for none, and no state.
+      weight_decay: see :func:`decay_weights`.
+
+    Returns:
+      A gradient transformation.
+
+    Raises:
+      ValueError: for numbers out of range.
+
+    Example:
+      >>> tx, w = after_solve(0.5, max_update_ratio=None), jnp.ones(2)
+      >>> tx.update(jnp.array([1.0, 2.0]), tx.init(w), w)[0]
+      Array([-0.5, -1. ], dtype=float32)
+    """
+    return optax.chain(
+        decay_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+        optax.identity() if max_update_ratio is None else limit_update_ratio(max_update_ratio),
+        optax.identity() if momentum is None else average_updates(momentum),
+    )
+
+
+def limit_update_ratio(max_update_ratio: float, min_rms: float = 1e-3) -> optax.GradientTransformation:
+    """Bounds the norm of the whole update to a share of the norm of the parameters.
+
+    Scales the update by ``min(1, max_update_ratio * max(|w|, min_rms * sqrt(N)) / |u|)``, with norms over
+    all N coordinates. Chain it after the learning rate: it bounds the step that is taken. The
+    authors of MLHF bound their steps so in meta-training, at 0.25. Unlike
+    :func:`optax.adaptive_grad_clip` it sees all parameters as one vector, so it keeps the direction.
+
+    Args:
+      max_update_ratio: largest allowed ``|u| / |w|``, > 0.
+      min_rms: root mean square below which parameters count as this large, so that parameters
+        initialised to zero can leave zero.
+
+    Returns:
+      A gradient transformation without state.
+
+    Raises:
+      ValueError: if ``max_update_ratio`` is not positive, or ``params`` is missing in ``update``.
+
+    Example:
+      >>> tx = limit_update_ratio(0.1)
+      >>> tx.update(jnp.array([3.0, 4.0]), tx.init(None), jnp.array([10.0, 0.0]))[0]
+      Array([0.6, 0.8], dtype=float32)
+    """
+    if isinstance(max_update_ratio, int | float) and not max_update_ratio > 0:
+        raise ValueError(f"`max_update_ratio` must be positive, or None for no bound, got {max_update_ratio}")
+
+    def update_fn(updates, state, params: Any = None):
+        require_params(params, "limit_update_ratio")
+        smallest = min_rms * trees.size(params) ** 0.5
+        allowed = max_update_ratio * jnp.maximum(trees.norm(params), smallest)
+        norm = trees.norm(updates)
+        is_long = norm > allowed
+        scale = jnp.where(is_long, allowed / jnp.where(is_long, norm, 1.0), 1.0)
+        return jax.tree.map(lambda u: (scale * u).astype(u.dtype), updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update_fn)
+
+
+def decay_weights(weight_decay: float | jax.Array) -> optax.GradientTransformation:
+    """Adds ``weight_decay * w`` to every update but those that are zero as a whole.
+
+    Unlike :func:`optax.add_decayed_weights` it lets a skipped step, whose update is zero, change
+    nothing.
+
+    Args:
+      weight_decay: factor on the parameters.
+
+    Returns:
+      A gradient transformation without state.
+
+    Example:
+      >>> tx, w = decay_weights(0.5), jnp.array([2.0, 4.0])
+      >>> [tx.update(u, tx.init(w), w)[0] for u in (jnp.array([0.0, 1.0]), jnp.zeros(2))]
+      [Array([1., 3.], dtype=float32), Array([0., 0.], dtype=float32)]
+    """
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return optax.identity()
+
+    def update_fn(updates, state, params=None):
+        require_params(params, "decay_weights")
+        is_step = trees.is_any_nonzero(updates)
+        decay = lambda u, w: u + jnp.where(is_step, weight_decay * w, 0.0).astype(u.dtype)
+        return jax.tree.map(decay, updates, params), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update_fn)
+
+
+class AverageUpdatesState(NamedTuple):
+    """State of :func:`average_updates`.
+
+    Attributes:
+      num_averaged: number of updates averaged so far; those of skipped steps are not among them.
+      average: ``m_t = momentum * m_(t-1) + (1 - momentum) * u_t``, shaped like the parameters.
+    """
+
+    num_averaged: jax.Array  # shape=(), dtype=int32
+    average: chex.ArrayTree
+
+
+def average_updates(momentum: float | jax.Array) -> optax.GradientTransformation:
+    """Replaces each update by the running average of all so far, with weights that decay.
+
+    Every direction of MLHF solves the system of one mini-batch and carries its noise. The average has
+    the noise of about ``(1 + momentum) / (1 - momentum)`` mini-batches, lags behind by about
+    ``momentum / (1 - momentum)`` steps, and costs one more vector of state. It is not part of the
+    paper's method. A zero update, which is what a skipped step gives, is passed on and changes nothing.
+
+    Args:
+      momentum: decay of the weights, in [0, 1).
+
+    Returns:
+      A gradient transformation. The average is divided by the sum of its weights, as in Adam, so the
+      first steps are not shorter than the others (:func:`optax.ema` with ``debias=True``, which would
+      average zero updates).
+
+    Raises:
+      ValueError: if ``momentum`` is a number outside [0, 1).
+
+    Example:
+      >>> tx = average_updates(0.5)
+      >>> first, state = tx.update(jnp.array([4.0]), tx.init(jnp.zeros(1)))
+      >>> second, state = tx.update(jnp.array([1.0]), state)
+      >>> first, second
+      (Array([4.], dtype=float32), Array([2.], dtype=float32))
+
+    Source: Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015, section 3, for the correction.
+    """
+    if isinstance(momentum, int | float) and not 0 <= momentum < 1:
+        raise ValueError(f"`momentum` must be in [0, 1), or None for none, got {momentum}")
+
+    def init_fn(params):
+        return AverageUpdatesState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update_fn(updates, state, params: Any = None):
+        del params
+        is_step = trees.is_any_nonzero(updates)
+        next_average = lambda m, u: (momentum * m + (1 - momentum) * u).astype(m.dtype)
+        average = jax.tree.map(next_average, state.average, updates)
+        new = AverageUpdatesState(jnp.asarray(optax.safe_increment(state.num_averaged)), average)
+        sum_of_weights = 1 - jnp.asarray(momentum, jnp.result_type(float)) ** new.num_averaged
+        correct = lambda m, u: jnp.where(is_step, m / sum_of_weights, 0.0).astype(u.dtype)
+        return jax.tree.map(correct, average, updates), trees.select(is_step, new, state)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def require_params(params: Any, name: str) -> None:
+    """Raises ValueError if ``params`` were not given to ``update``."""
+    if params is None:
+        raise ValueError(
+            f"`{name}` needs the current parameters: call `update(grads, state, params, ...)` with `params`, "
+            "not None"
+        )
+
+
+def require_batch(batch: Any, name: str) -> None:
+    """Raises TypeError if ``batch`` was not given to ``update``."""
+    if batch is None:
+        raise TypeError(
+            f"`{name}` needs the batch to evaluate curvature: call "
+            "`tx.update(grads, state, params, batch=batch)`. With Flax use `mlhf_optax.TrainState` and "
+            "`apply_gradients(grads=grads, batch=batch)`, or "
+            "`nnx.Optimizer.update(model, grads, batch=batch)`. Wrappers whose update takes no extra "
+            "arguments (`optax.lookahead`, `optax.contrib.sam`, `MultiSteps.gradient_transformation()`) "
+            "drop it"
+        )

@@ -1,0 +1,82 @@
+"""Arithmetic on pytrees of arrays that optax.tree lacks: scalars in float32, derivatives that stay finite."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def at_least_f32(array: jax.Array) -> jax.Array:
+    """Returns the array in float32, or in its own dtype where that is wider."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def vdot(a: Any, b: Any) -> Any:
+    """Returns the inner product of two trees, a scalar of at least float32."""
+
+    def leaf(x, y):
+        dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
+        return jnp.sum(x.astype(dtype) * y.astype(dtype))
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)))
+
+
+def norm(tree: chex.ArrayTree) -> jax.Array:
+    """Returns the Euclidean norm of a tree, a scalar of at least float32 whose derivative at zero is zero.
+
+    Example:
+      >>> jax.value_and_grad(norm)(jnp.zeros(2))
+      (Array(0., dtype=float32), Array([0., 0.], dtype=float32))
+    """
+    return _safe_sqrt(_sum_of_squares(tree))
+
+
+def root_mean_square(tree: chex.ArrayTree) -> jax.Array:
+    """Returns the root mean square of all numbers in a tree; scalar and derivative as those of :func:`norm`.
+
+    Example:
+      >>> float(root_mean_square({"kernel": jnp.array([3.0, 5.0]), "bias": jnp.array([-4.0, 0.0])}))
+      3.535533905029297
+    """
+    # A tree without leaves is what optax.tree.map_params initialises an optimizer with.
+    return _safe_sqrt(_sum_of_squares(tree) / max(1, size(tree)))
+
+
+def size(tree: chex.ArrayTree) -> int:
+    """Returns how many numbers a tree holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def is_finite(tree: chex.ArrayTree) -> jax.Array:
+    """Returns whether every number in the tree is finite."""
+    # One flag per leaf: `all` of every leaf fuses into the pass that made it.
+    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    # The smallest flag, by sorting: a chain of `and` would be fused, whole, into every pass that selects
+    # by it, and programs and the time to compile them would grow with the square of the number of leaves.
+    return jnp.sort(jnp.stack(flags))[0] if flags else jnp.asarray(True)
+
+
+def is_any_nonzero(tree: chex.ArrayTree) -> jax.Array:
+    """Returns whether any number in the tree is not zero."""
+    return jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)]))
+
+
+def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
+    """Returns one of two trees of equal shapes, by a traced condition."""
+    return jax.tree.map(lambda t, f: jnp.where(condition, t, f).astype(f.dtype), on_true, on_false)
+
+
+def zero_unless(condition: jax.Array, tree: Any) -> Any:
+    """Returns the tree, or zeros in its place unless the condition holds."""
+    return jax.tree.map(lambda x: jnp.where(condition, x, jnp.zeros_like(x)), tree)
+
+
+def _sum_of_squares(tree: chex.ArrayTree) -> Any:
+    return sum(jnp.sum(jnp.square(at_least_f32(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def _safe_sqrt(x: Any) -> jax.Array:
+    # The derivative of a square root is infinite at zero, and meta-training differentiates norms.
+    is_positive = x > jnp.finfo(jnp.result_type(x, jnp.float32)).tiny
+    return jnp.where(is_positive, jnp.sqrt(jnp.where(is_positive, x, 1.0)), 0.0)

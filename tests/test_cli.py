@@ -57,17 +57,10 @@ def test_train_prints_a_table_and_writes_results_and_figure(capsys, folder, meta
     data = json.loads((folder / "out.json").read_text())
     assert data["task"] == "digits-mlp-4"
     assert data["command"].startswith("mlhf-optax train --seeds 2 --steps 3")
-    assert [entry["name"] == "mlhf" for entry in data["results"]] == [True] + 9 * [False]
-    assert data["results"][0]["hyperparameters"] == {
-        "learning_rate": 0.5,
-        "num_cg_steps": 1,
-        "curvature_batch_size": None,
-        "max_update_ratio": 0.1,
-        "carry_dtype": "float32",
-        "momentum": 0.0,
-        "meta_params": meta_params,
-    }
-    assert data["results"][1]["steps"] == [1, 2, 3]
+    assert [entry["family"] for entry in data["optimizers"]] == ["mlhf"] + 9 * ["sgd"]
+    settings = data["optimizers"][0]["setting"]
+    assert (settings["learning_rate"], settings["num_cg_steps"], settings["meta_params"]) == (0.5, 1, meta_params)
+    assert data["optimizers"][1]["steps"] == [1, 2, 3]
 
 
 def test_the_figure_goes_to_the_current_folder_by_default(folder):
@@ -85,13 +78,13 @@ def test_options_of_mlhf_override_its_record(meta_params):
         num_cg_steps=7,
         curvature_batch_size=0.25,
     )
-    settings = plan.contenders[0].hyperparameters[0]
+    settings = plan.contenders[0].settings[0]
     assert (settings["learning_rate"], settings["num_cg_steps"], settings["curvature_batch_size"]) == (
         2.0,
         7,
         0.25,
     )
-    assert plan.contenders[1].hyperparameters[0]["learning_rate"] == pytest.approx(0.1 * 32 / 128)
+    assert plan.contenders[1].settings[0]["learning_rate"] == pytest.approx(0.1 * 32 / 128)
 
 
 def test_arguments_of_train_reach_the_plan(monkeypatch, folder):
@@ -139,8 +132,8 @@ def test_curvature_batch_is_a_number_or_a_share(text, part):
         (["cifar10-convnet", "--channels", "8"], "`channels` must be one number a convolution"),
         (["cifar10-resnet9", "--channels", "8,16"], "`channels` must be one number, those of the first"),
         (["cifar10-resnet9", "--channels", "x"], "--channels must be widths separated by commas"),
-        (["--optimizers", "mlhf,lion"], "--optimizers must be among mlhf,sgd,rmsprop,adam"),
-        (["--optimizers", ""], "--optimizers must be among mlhf,sgd,rmsprop,adam"),
+        (["--optimizers", "mlhf,lion"], "--optimizers must be among mlhf,adam_rates,sgd,rmsprop,adam"),
+        (["--optimizers", ""], "--optimizers must be among mlhf,adam_rates,sgd,rmsprop,adam"),
         (["--hidden", "4,x"], "--hidden must be widths separated by commas, like 32 or 32,32, got '4,x'"),
         (["digits-convnet", "--hidden", "4"], "the task 'digits-convnet' has no option 'hidden'"),
         (["--activation", "swish"], "`activation` must be one of"),
@@ -175,9 +168,12 @@ def test_wrong_options_are_refused(arguments, capsys):
 def test_ctrl_c_shows_what_was_done_and_writes_nothing(monkeypatch, capsys, folder):
     compare = train_command.compare
 
-    def interrupted(task, contenders, **options):
-        yield from compare(task, contenders[:1], **options)
-        raise KeyboardInterrupt
+    def interrupted(task, contenders, steps, on_progress, **options):
+        def stop(progress):
+            if progress.optimizer.startswith("adam"):
+                raise KeyboardInterrupt
+
+        return compare(task, contenders, steps, on_progress=stop, **options)
 
     monkeypatch.setattr(train_command, "compare", interrupted)
     assert run("train", *TINY, "--optimizers", "sgd,adam", "--json", "out.json") == 130

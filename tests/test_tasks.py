@@ -12,8 +12,8 @@ import optax
 import pytest
 
 from mlhf_optax import layer_types
-from mlhf_optax.comparison.inner_training import draw_batch, evaluation_state, mean_loss
-from mlhf_optax.comparison.training import train
+from mlhf_optax.comparison import Contender, compare
+from mlhf_optax.comparison.run import draw_batch, evaluation_state, mean_loss
 from mlhf_optax.layer_types import PAPER_LAYER_TYPES
 from mlhf_optax.meta_training import runs_in_sequence
 from mlhf_optax.tasks import TASKS, Dataset, ResNet, Stream, cifar10, digits_mlp, get_task, in_memory
@@ -101,8 +101,9 @@ def test_data_are_looked_for_where_they_are_said_to_be(name, data, tmp_path):
 
 def test_streamed_tasks_can_be_trained():
     task = small_task("imagenet-resnet18", channels=1)
-    curves = train(task, lambda: optax.sgd(0.01), seeds=[0], num_steps=2)
-    assert np.isfinite(curves.train_loss).all()
+    sgd = Contender("sgd", ("sgd",), ({},), lambda: optax.sgd(0.01))
+    found = compare(task, [sgd], [1, 2], seeds=[0], timed=False).frame
+    assert np.isfinite(found["train_loss"].to_numpy()).all()
 
 
 @pytest.mark.parametrize(

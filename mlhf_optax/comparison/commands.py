@@ -25,7 +25,7 @@ from mlhf_optax.comparison.arguments import (
     parse_widths,
 )
 from mlhf_optax.comparison.meta_train_options import meta_train
-from mlhf_optax.comparison.train_command import FAMILIES, make_plan, run_plan
+from mlhf_optax.comparison.train_command import DEFAULT_FAMILIES, make_plan, run_plan
 from mlhf_optax.pretrained import list_pretrained
 from mlhf_optax.tasks import TASKS, get_task
 from mlhf_optax.tasks.models import ACTIVATIONS
@@ -68,7 +68,7 @@ def train(
     steps: Annotated[int, option("Length of each training, in mini-batches.", min=1)] = 500,
     batch_size: BatchSize = None,
     optimizers: Annotated[str, option("Which ones, separated by commas.", metavar="NAMES")] = ",".join(
-        FAMILIES
+        DEFAULT_FAMILIES
     ),
     meta_params: Annotated[
         str | None,

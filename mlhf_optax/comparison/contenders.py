@@ -14,7 +14,7 @@ from optax import contrib
 
 from mlhf_optax.comparison.run import MakeOptimizer
 from mlhf_optax.comparison.run_grid import Program
-from mlhf_optax.learned import LEARNED, LearnedFamily
+from mlhf_optax.learned import LEARNED
 from mlhf_optax.pretrained.files import Pretrained
 from mlhf_optax.tasks import Task
 
@@ -78,7 +78,7 @@ def learned_contender(
       >>> learned_contender(get_task("digits-mlp"), load_pretrained("digits"), name="CG 2", num_cg_steps=2).labels
       ('MLHF CG 2',)
     """
-    family = family_of(pretrained)
+    family = pretrained.family
     optimizer = pretrained.optimizer(task.predict_fn, task.loss_fn, **changes)
     settings = {**pretrained.recommended, **changes, "meta_params": source}
     # Two files of one name may hold other numbers: what is kept must tell them apart.
@@ -86,11 +86,6 @@ def learned_contender(
     names = (f"{family.name} {name}".strip(),)
     labels = (f"{family.label} {name}".strip(),)
     return Contender(family.name, names, (settings,), lambda: optimizer, labels=labels)
-
-
-def family_of(pretrained: Pretrained) -> LearnedFamily:
-    """Returns the learned optimizer that meta-parameters belong to; old records do not name it."""
-    return LEARNED[pretrained.record.get("optimizer", next(iter(LEARNED)))]
 
 
 def meta_params_digest(meta_params: Any) -> str:
@@ -165,7 +160,9 @@ def grid_contenders(
             raise ValueError(f"`{name}` must be at least 1, got {size}")
     if rates is not None:
         if not len(rates):
-            raise ValueError("`rates` is empty; give at least one learning rate, or None for the paper's grid")
+            raise ValueError(
+                "`rates` is empty; give at least one learning rate, or None for the paper's grid"
+            )
         return [_grid(name, [{"learning_rate": rate} for rate in rates]) for name in families]
     scaled = [rate * batch_size / baseline_batch_size for rate in PAPER_RATES]
     contenders = []

@@ -163,7 +163,9 @@ def compare(
             for group in _groups(task, contender, steps, seeds, where, resume, group_size):
                 of_group = group.finished() or group.train(counter)
                 counter.finish(group.num_steps)
-                entries += [entry | {"seconds_per_step": seconds.get(contender.names[0])} for entry in of_group]
+                entries += [
+                    entry | {"seconds_per_step": seconds.get(contender.names[0])} for entry in of_group
+                ]
         is_complete = True
     except KeyboardInterrupt:
         pass  # what is finished is returned

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlhf_optax.comparison.machine import machine_info, versions
+from mlhf_optax.comparison.record import machine_info, versions
 from mlhf_optax.meta_training import Progressed
 from mlhf_optax.tasks import Task
 

@@ -1,25 +1,30 @@
 """What ``mlhf-optax train`` does once its arguments are parsed."""
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlhf_optax.comparison import first_order
-from mlhf_optax.comparison.comparison import Contender, OnProgress, compare, grid_contenders, mlhf_contender
-from mlhf_optax.comparison.figures import require_matplotlib, save_comparison
-from mlhf_optax.comparison.machine import machine_info
-from mlhf_optax.comparison.results import Result, report
-from mlhf_optax.comparison.tables import comparison_table, format_loss
+from mlhf_optax.comparison.contenders import (
+    PAPER_FAMILIES,
+    Contender,
+    grid_contenders,
+    is_learned,
+    learned_contender,
+)
+from mlhf_optax.comparison.engine import compare, log_steps
+from mlhf_optax.comparison.figures import require_matplotlib, save_figure
+from mlhf_optax.comparison.progress import progress_bar
+from mlhf_optax.comparison.record import machine_info
+from mlhf_optax.comparison.tables import comparison_table
 from mlhf_optax.curvature import CurvatureBatch
+from mlhf_optax.learned import LEARNED
 from mlhf_optax.pretrained import load_pretrained
 from mlhf_optax.tasks import Task, check_batch_size, get_task, in_memory, num_examples
 
-FAMILIES = ("mlhf", *first_order.FAMILIES)
+FAMILIES = (*LEARNED, *PAPER_FAMILIES)
+DEFAULT_FAMILIES = (next(iter(LEARNED)), *PAPER_FAMILIES)
 
 
 class Plan(NamedTuple):
@@ -28,7 +33,7 @@ class Plan(NamedTuple):
     Attributes:
       task: what to train.
       contenders: what to train it with.
-      num_seeds: trainings an optimizer.
+      num_seeds: trainings per optimizer.
       num_steps: length of every training.
       figure: where the figure goes.
       json_file: where the results go, or None.
@@ -46,7 +51,7 @@ def make_plan(
     task_name: str,
     task_options: Mapping[str, Any],
     *,
-    families: Sequence[str] = FAMILIES,
+    families: Sequence[str] = DEFAULT_FAMILIES,
     meta_params: str | None = None,
     learning_rate: float | None = None,
     num_cg_steps: int | None = None,
@@ -63,26 +68,18 @@ def make_plan(
       task_options: arguments of the function registered there.
       families: names of :data:`FAMILIES`.
       meta_params: name or path of meta-parameters; those recommended for the task if None.
-      learning_rate: of MLHF; what the record of the meta-parameters says if None.
-      num_cg_steps: of MLHF; what the record says if None.
-      curvature_batch_size: of MLHF; what the record says if None, 1.0 for the whole batch.
-      num_seeds: trainings an optimizer.
+      learning_rate: of the learned optimizer; what the record of the meta-parameters says if None.
+      num_cg_steps: the same.
+      curvature_batch_size: the same; 1.0 for the whole batch.
+      num_seeds: trainings per optimizer.
       num_steps: length of every training.
       figure: where the figure goes; a name made of the task's in the current folder if None.
       json_file: where the results go, or None.
-
-    Returns:
-      The plan.
 
     Raises:
       ValueError, TypeError: for arguments that do not fit.
       FileNotFoundError: if there are no such meta-parameters.
       ImportError: if a package for data or figures is missing.
-
-    Example:
-      >>> plan = make_plan("digits-mlp", {"hidden": (16,)}, families=["adam"])
-      >>> plan.figure.name, len(plan.contenders[0].names)
-      ('mlhf-optax-digits-mlp-16.png', 27)
     """
     task = get_task(task_name, **task_options)
     figure = Path(f"mlhf-optax-{task.name}.png") if figure is None else figure
@@ -91,17 +88,24 @@ def make_plan(
             raise ValueError(f"the folder of {path} does not exist; make it first")
     require_matplotlib()
     check_batch_size(task)  # also loads the data
-    contenders = grid_contenders(task.batch_size, [f for f in first_order.FAMILIES if f in families])
-    if "mlhf" in families:
+    grids = [family for family in PAPER_FAMILIES if family in families]
+    contenders = grid_contenders(grids, batch_size=task.batch_size)
+    wanted = [family for family in families if is_learned(family)]
+    if wanted:
         source = meta_params or task.pretrained
-        learned = load_pretrained(source)
         asked = {
             "learning_rate": learning_rate,
             "num_cg_steps": num_cg_steps,
             "curvature_batch_size": curvature_batch_size,
         }
-        chosen = learned.recommended | {name: value for name, value in asked.items() if value is not None}
-        contenders.insert(0, mlhf_contender(task, learned.meta_params, source=source, **chosen))
+        chosen = {name: value for name, value in asked.items() if value is not None}
+        contender = learned_contender(task, load_pretrained(source), source=source, **chosen)
+        missing = sorted(set(wanted) - {contender.family})
+        if missing:
+            raise ValueError(
+                f"`meta_params` {source} are for {contender.family}, not for {', '.join(missing)}"
+            )
+        contenders.insert(0, contender)
     return Plan(task, contenders, num_seeds, num_steps, figure, json_file)
 
 
@@ -115,65 +119,30 @@ def run_plan(plan: Plan, *, command: str, show_all: bool = False) -> bool:
 
     Returns:
       False if it was stopped by Ctrl-C; then the table shows what was done, and no file is written.
-
-    Example:
-      ``mlhf-optax train`` is :func:`make_plan` and this.
     """
-    console = Console(highlight=False)
+    console, steps = Console(highlight=False), log_steps(plan.num_steps)
     _print_introduction(console, plan)
-    results, is_complete = _train(plan)
+    with progress_bar() as on_progress:
+        comparison = compare(
+            plan.task,
+            plan.contenders,
+            steps,
+            seeds=range(plan.num_seeds),
+            command=command,
+            on_progress=on_progress,
+        )
     title = f"{plan.task.name}: {_seeds(plan)}, batch {plan.task.batch_size}"
-    if results:
-        console.print(comparison_table(results, title, show_all=show_all))
+    if not comparison.frame.is_empty():
+        console.print(comparison_table(comparison, title, show_all=show_all))
         _print_legend(console, plan, show_all)
-    if not is_complete:
+    if not comparison.is_complete:
         console.print("Stopped: neither figure nor file was written.")
         return False
-    console.print(f"figure:  {save_comparison(results, plan.figure, title)}", soft_wrap=True, markup=False)
+    console.print(f"figure:  {save_figure(comparison, plan.figure, title)}", soft_wrap=True, markup=False)
     if plan.json_file is not None:
-        plan.json_file.write_text(json.dumps(report(plan.task, results, command), indent=1) + "\n")
+        comparison.save(plan.json_file)
         console.print(f"results: {plan.json_file}", soft_wrap=True, markup=False)
     return True
-
-
-def _train(plan: Plan) -> tuple[list[Result], bool]:
-    """Returns the results there are, and whether these are all."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %  {task.fields[loss]}"),
-        TimeRemainingColumn(),
-    )
-    done: list[Result] = []
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        try:
-            for results in compare(
-                plan.task,
-                plan.contenders,
-                num_seeds=plan.num_seeds,
-                num_steps=plan.num_steps,
-                on_progress=_progress_reporter(progress, plan),
-            ):
-                done += results
-        except KeyboardInterrupt:
-            return done, False
-    return done, True
-
-
-def _progress_reporter(progress: Progress, plan: Plan) -> OnProgress:
-    total = plan.num_steps * len(plan.contenders)
-    bar = progress.add_task("compiling and timing single steps", total=total, loss="")
-    start = {contender.family: plan.num_steps * index for index, contender in enumerate(plan.contenders)}
-    shown = math.inf
-
-    def on_progress(family: str, step: int, loss: float | None) -> None:
-        nonlocal shown
-        shown = shown if loss is None else loss
-        completed = start[family] + step
-        progress.update(bar, description=family, completed=completed, loss=f"loss {format_loss(shown)}")
-
-    return on_progress
 
 
 def _seeds(plan: Plan) -> str:
@@ -182,19 +151,16 @@ def _seeds(plan: Plan) -> str:
 
 def _print_introduction(console: Console, plan: Plan) -> None:
     parts = []
-    for contender in plan.contenders:
-        if contender.family == "mlhf":
-            rate, source = (contender.hyperparameters[0][key] for key in ("learning_rate", "meta_params"))
-            parts.append(f"MLHF (meta-parameters {source}, learning rate {rate:g})")
-    grid = sum(len(contender.names) for contender in plan.contenders if contender.family != "mlhf")
+    for contender in (one for one in plan.contenders if is_learned(one.family)):
+        rate, source = (contender.settings[0].get(key) for key in ("learning_rate", "meta_params"))
+        tuned = "" if rate is None else f", learning rate {rate:g}"
+        parts.append(f"{contender.labels[0]} (meta-parameters {source}{tuned})")
+    grid = sum(len(one.names) for one in plan.contenders if not is_learned(one.family))
     if grid:
         parts.append(f"{grid} settings of first-order optimizers")
     console.print(f"{plan.task.name}: {plan.task.description}", markup=False)
-    console.print(
-        f"{' and '.join(parts)}, {_seeds(plan)} each, {plan.num_steps} steps of batch "
-        f"{plan.task.batch_size}\n",
-        markup=False,
-    )
+    length = f"{plan.num_steps} steps of batch {plan.task.batch_size}"
+    console.print(f"{' and '.join(parts)}, {_seeds(plan)} each, {length}\n", markup=False)
 
 
 def _print_legend(console: Console, plan: Plan, show_all: bool) -> None:
@@ -206,15 +172,11 @@ def _print_legend(console: Console, plan: Plan, show_all: bool) -> None:
         f"test: accuracy on {num_examples(data.test)} other examples after the last step.",
         f"ms: one step of one training on {device}.",
     ]
-    if plan.contenders[0].family == "mlhf" and len(plan.contenders) > 1:
-        lines.append(
-            "MLHF / that best: below 1x, MLHF has the lower loss. Underlined: the best of the others."
-        )
+    first = plan.contenders[0]
+    if is_learned(first.family) and len(plan.contenders) > 1:
+        lines.append(f"{first.labels[0]} / that best: below 1x, {first.labels[0]} has the lower loss.")
     if not show_all:
         lines.append(
             "Shown of each family: the settings that are its best at some step; --all shows every one."
         )
     console.print("\n".join(lines) + "\n", markup=False)
-
-
-__all__ = ["FAMILIES", "Plan", "make_plan", "run_plan"]

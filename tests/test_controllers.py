@@ -104,7 +104,10 @@ def test_a_metric_of_low_precision_gradients_is_in_float32():
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"decay": 1.0}, r"`decay` must be in \[0, 1\), got 1.0"), ({"floor": -1.0}, "`floor` must be a number")],
+    [
+        ({"decay": 1.0}, r"`decay` must be in \[0, 1\), got 1.0"),
+        ({"floor": -1.0}, "`floor` must be a number"),
+    ],
 )
 def test_a_metric_out_of_range_is_an_error(wrong, message):
     with pytest.raises(ValueError, match=message):

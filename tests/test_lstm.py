@@ -91,9 +91,7 @@ def test_a_low_precision_carry_keeps_its_dtype_while_the_arithmetic_does_not_use
     weights = random_weights()
     inputs = jnp.asarray(np.random.default_rng(1).normal(size=(3, 5)))
     exact, _ = lstm.apply(weights, lstm.init_carry(jnp.zeros(5), (4, 4), float), inputs)
-    low, carry = lstm.apply(
-        weights, lstm.init_carry(jnp.zeros(5), (4, 4), jnp.bfloat16), inputs
-    )
+    low, carry = lstm.apply(weights, lstm.init_carry(jnp.zeros(5), (4, 4), jnp.bfloat16), inputs)
     assert {leaf.dtype for leaf in jax.tree.leaves(carry)} == {jnp.dtype(jnp.bfloat16)}
     np.testing.assert_allclose(low, exact, rtol=1e-12)  # a zero carry loses nothing
 

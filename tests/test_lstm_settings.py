@@ -149,7 +149,9 @@ def test_log_features_tell_small_from_tiny_where_tanh_does_not():
     [
         PAPER_SETTINGS,
         AUTHORS_SETTINGS,
-        Settings(features=LogFeatures(7.0, has_shared=False), unit=Unit(0.5, 2.0, 1e-4, 1e-2), damping_floor=0.1),
+        Settings(
+            features=LogFeatures(7.0, has_shared=False), unit=Unit(0.5, 2.0, 1e-4, 1e-2), damping_floor=0.1
+        ),
     ],
 )
 def test_settings_come_back_from_json(settings):

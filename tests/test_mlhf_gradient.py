@@ -129,7 +129,11 @@ def unroll(request):
         opt_state = start(learned, meta_params, problem, params)
         run = jax.jit(functools.partial(learned.meta_gradient, task=problem))
         result = run(
-            meta_params, params=params, opt_state=opt_state, batches=problems.stack(batches), key=jax.random.key(0)
+            meta_params,
+            params=params,
+            opt_state=opt_state,
+            batches=problems.stack(batches),
+            key=jax.random.key(0),
         )
         result = jax.device_get(result)
     steps = references.naive_mlhf(

@@ -65,7 +65,7 @@ def test_every_step_is_that_of_the_textbook(num_steps):
 
 def test_the_preconditioner_may_be_any_function_and_the_exact_one_needs_one_step():
     matrix, b, x0, _ = system()
-    x, residual, info = pcg(
+    x, _, info = pcg(
         lambda v: matrix @ v, b, x0, num_steps=4, preconditioner=lambda r: jnp.linalg.solve(matrix, r)
     )
     np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=1e-9)
@@ -312,7 +312,12 @@ def test_bfloat16_vectors_stay_bfloat16_and_their_scalars_do_not():
     matvec = lambda v: (jnp.asarray(matrix, jnp.float32) @ v.astype(jnp.float32)).astype(v.dtype)
     for early_exit in (False, True):
         x, residual, info = pcg(
-            matvec, *low[:2], num_steps=4, preconditioner=Quotient(low[2]), tolerance=1e-3, early_exit=early_exit
+            matvec,
+            *low[:2],
+            num_steps=4,
+            preconditioner=Quotient(low[2]),
+            tolerance=1e-3,
+            early_exit=early_exit,
         )
         assert (x.dtype, residual.dtype, info.residual_norm.dtype) == (
             jnp.bfloat16,

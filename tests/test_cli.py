@@ -15,6 +15,7 @@ from mlhf_optax.comparison import train_command
 from mlhf_optax.tasks import TASKS
 
 RECORD = {
+    "optimizer": "mlhf",
     "task": "digits-mlp",
     "learning_rate": 0.5,
     "batch_size": 64,
@@ -33,7 +34,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def meta_params(folder):
-    return str(save_meta_params(folder / "mine.npz", init_meta_params(jax.random.key(0)), RECORD))
+    return str(save_meta_params(folder / "mine", init_meta_params(jax.random.key(0)), RECORD))
 
 
 def run(*arguments):
@@ -136,7 +137,7 @@ def test_curvature_batch_is_a_number_or_a_share(text, part):
         (["--hidden", "4,x"], "--hidden must be widths separated by commas, like 32 or 32,32, got '4,x'"),
         (["digits-convnet", "--hidden", "4"], "the task 'digits-convnet' has no option 'hidden'"),
         (["--activation", "swish"], "`activation` must be one of"),
-        (["--batch-size", "9999"], "`batch_size` must lie between 1 and the number of examples, 719"),
+        (["--batch-size", "9999"], "number of training examples of 'digits-mlp', 719, got 9999"),
         (
             ["--curvature-batch-size", "half"],
             "--curvature-batch-size must be a number or a share, got 'half'",
@@ -243,8 +244,8 @@ def test_meta_train_hands_on_its_arguments(driver_calls):
 def test_meta_train_goes_on_from_other_meta_parameters(driver_calls, capsys):
     assert run("meta-train", "--start", "digits") == 0
     assert driver_calls.pop()["start"] == "digits"
-    assert run("meta-train", "--start", "nowhere.npz") == 2
-    assert "nowhere.npz: there is no such file" in capsys.readouterr().err
+    assert run("meta-train", "--start", "nowhere.safetensors") == 2
+    assert "nowhere.safetensors: there is no such file" in capsys.readouterr().err
     assert run("meta-train", "--start", "digits", "--settings", "relative", "--initial-damping", "3") == 2
     assert "leave out initial_damping, settings" in " ".join(capsys.readouterr().err.split())
     assert not driver_calls

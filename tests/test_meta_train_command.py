@@ -88,7 +88,7 @@ def trained(tmp_path_factory):
 
 def test_the_result_can_be_loaded_and_used(trained):
     (meta_params, record), path, _ = trained
-    assert path.name == "meta_params.npz"
+    assert path.name == "meta_params.safetensors"
     assert meta_params.settings == Settings()
     assert meta_params.layer_types == ("dense_bias", "dense_kernel")
     task = tasks.get_task(TASK)
@@ -149,7 +149,7 @@ def test_a_run_that_was_stopped_is_resumed_with_the_same_result(trained, tmp_pat
         patch.setattr(command, "_reporter", stopping_reporter)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, checkpoint_every=1)
-    assert not (tmp_path / "meta_params.npz").exists()
+    assert not (tmp_path / "meta_params.safetensors").exists()
     (meta_params, record), path, _ = run(tmp_path, resume=True, checkpoint_every=1)
     jax.tree.map(np.testing.assert_array_equal, meta_params, trained[0].meta_params)
     assert path.read_bytes() == trained[1].read_bytes()
@@ -227,7 +227,7 @@ def test_settings_select_what_the_networks_mean_and_the_losses_and_bounds_that_g
 def test_it_goes_on_from_other_meta_parameters_with_their_settings(monkeypatch, tmp_path):
     authors = init_meta_params(jax.random.key(5), AUTHORS_SETTINGS, layer_types=["dense_kernel", "other"])
     record = load_pretrained("digits").record | {"meta_training": {"settings": "authors"}}
-    path = save_meta_params(tmp_path / "first.npz", authors, record)
+    path = save_meta_params(tmp_path / "first", authors, record)
     seen = prepared(monkeypatch, tmp_path / "second", settings=None, start=str(path))
     found = seen["meta_params"]
     assert found.settings == AUTHORS_SETTINGS
@@ -256,16 +256,14 @@ def test_settings_that_contradict_the_start_are_refused(tmp_path, arguments, wor
 @pytest.mark.parametrize("made", [{"settings": "mine"}, {"settings": None}])
 def test_a_start_with_unknown_settings_is_refused(tmp_path, made):
     digits = load_pretrained("digits")
-    path = save_meta_params(tmp_path / "a.npz", digits.meta_params, digits.record | {"meta_training": made})
+    path = save_meta_params(tmp_path / "a", digits.meta_params, digits.record | {"meta_training": made})
     with pytest.raises(ValueError, match=r"names settings ('mine'|None); it should be one of 'default'"):
         run(tmp_path / "b", settings=None, start=str(path))
 
 
 def test_a_start_whose_record_does_not_say_how_it_was_made_counts_as_default(monkeypatch, tmp_path):
     digits = load_pretrained("digits")
-    path = save_meta_params(
-        tmp_path / "a.npz", digits.meta_params, digits.record | {"meta_training": "long ago"}
-    )
+    path = save_meta_params(tmp_path / "a", digits.meta_params, digits.record | {"meta_training": "long ago"})
     seen = prepared(monkeypatch, tmp_path / "b", settings=None, start=str(path))
     assert seen["about"]["settings"] == "default"
 

@@ -17,7 +17,15 @@ from mlhf_optax.comparison.meta_train_start import learned_options, starting_poi
 from mlhf_optax.curvature import CurvatureBatch
 from mlhf_optax.layer_types import layer_types
 from mlhf_optax.pretrained.files import save_meta_params
-from mlhf_optax.tasks import Task, epoch_indices, get_task, num_examples, sample_batches, take
+from mlhf_optax.tasks import (
+    Task,
+    check_batch_size,
+    epoch_indices,
+    get_task,
+    num_examples,
+    sample_batches,
+    take,
+)
 
 _VALIDATION_EXAMPLES = 4096  # on which the loss is taken; all at once, so their number is bounded
 _NUM_CG_STEPS = 4
@@ -96,6 +104,7 @@ def run_meta_training(
     point = starting_point(settings, start, initial)
     meta_params, options = point.meta_params(jax.random.key(seed), types), learned_options(point.name)
     batch_size = problem.meta_batch_size if batch_size is None else batch_size
+    check_batch_size(dataclasses.replace(problem, meta_batch_size=batch_size), "meta_train")
     config = mt.MetaTrainingConfig(
         num_tasks=num_tasks,
         unroll_length=unroll_length,

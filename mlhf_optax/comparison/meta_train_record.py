@@ -51,6 +51,7 @@ def make_record(
     every = max(1, len(metrics) // 50)
     names = ("iteration", "l_p", "l_s", "inner_loss", "log_inner_loss", "age")
     return {
+        "optimizer": "mlhf",
         "task": problem.name,
         "trained_on": f"{problem.description}; the part for meta-training only",
         "learning_rate": about["learning_rate"],

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from rich.console import Console
 
 from mlhf_optax.comparison.contenders import (
@@ -18,12 +17,11 @@ from mlhf_optax.comparison.engine import compare, log_steps
 from mlhf_optax.comparison.figures import require_matplotlib, save_figure
 from mlhf_optax.comparison.progress import progress_bar
 from mlhf_optax.comparison.record import machine_info
-from mlhf_optax.comparison.run import draw_order
 from mlhf_optax.comparison.tables import comparison_table
 from mlhf_optax.curvature import CurvatureBatch
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.pretrained import load_pretrained
-from mlhf_optax.tasks import Task, get_task, in_memory, num_examples
+from mlhf_optax.tasks import Task, check_batch_size, get_task, in_memory, num_examples
 
 FAMILIES = (*LEARNED, *PAPER_FAMILIES)
 DEFAULT_FAMILIES = (next(iter(LEARNED)), *PAPER_FAMILIES)
@@ -89,7 +87,7 @@ def make_plan(
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"the folder of {path} does not exist; make it first")
     require_matplotlib()
-    draw_order(task, jax.random.key(0), 1)  # loads the data, and refuses a batch that is too large
+    check_batch_size(task)  # also loads the data
     grids = [family for family in PAPER_FAMILIES if family in families]
     contenders = grid_contenders(grids, batch_size=task.batch_size)
     wanted = [family for family in families if is_learned(family)]

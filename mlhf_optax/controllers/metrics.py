@@ -337,7 +337,7 @@ def _root(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
 
 
-def _relative(x: jax.Array, mean: jax.Array) -> jax.Array:
+def _relative(x: jax.Array, mean: Any) -> jax.Array:
     """Returns x over its mean, ones where the mean is zero."""
     return jnp.where(mean > 0, x / jnp.where(mean > 0, mean, 1.0), 1.0)
 

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mlhf_optax.curvature import LossFn, PredictFn
 from mlhf_optax.files import pack_arrays, unpack_arrays, write_atomically
 from mlhf_optax.layer_types import path_text
 from mlhf_optax.learned import LearnedFamily, get_learned
@@ -282,3 +281,6 @@ def _record_problem(record: Mapping[str, Any]) -> str | None:
 def _with_ending(path: str | os.PathLike) -> Path:
     path = Path(path)
     return path.with_name(f"{path.name.removesuffix(_ENDING)}{_ENDING}")
+
+
+__all__ = ["FORMAT", "VERSION", "Pretrained", "decode", "load_meta_params", "save_meta_params"]

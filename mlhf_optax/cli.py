@@ -1,6 +1,5 @@
 """Entry point of ``mlhf-optax``; it can be imported, and explains itself, without the extras."""
 
-import shlex
 import sys
 from collections.abc import Sequence
 
@@ -21,15 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        import rich  # noqa: F401
-        import typer  # noqa: F401
-    except ImportError as error:
+        from mlhf_optax.cli_commands import run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("mlhf_optax"):
+            raise
         remedy = "run `pip install 'mlhf-optax[experiments]'`"
         print(f"mlhf-optax needs {error.name}, which is not installed; {remedy}", file=sys.stderr)
         sys.exit(1)
-    from mlhf_optax.comparison.commands import app
-
-    app(args=arguments, prog_name="mlhf-optax", obj=shlex.join(["mlhf-optax", *arguments]))
-
-
-__all__ = ["main"]
+    sys.exit(run(arguments))

@@ -137,6 +137,10 @@ def _settings(options: MLHFOptions, start: Any) -> tuple[str, Settings]:
     return own, start.meta_params.settings
 
 
+def _resolve(options: MLHFOptions, start: Any) -> MLHFOptions:
+    return dataclasses.replace(options, settings=_settings(options, start)[0])
+
+
 def _optimizer(
     meta_params: MetaParams,
     predict_fn: PredictFn,
@@ -232,6 +236,7 @@ MLHF = LearnedFamily(
     arguments=("learning_rate", "num_cg_steps", "max_update_ratio", "curvature_batch_size", "momentum"),
     record=_record,
     structure=_structure,
+    resolve=_resolve,
     template=_template,
     check_record=_check_record,
 )

@@ -15,6 +15,12 @@ def _no_structure(meta_params: Any) -> dict[str, Any]:
     return {}
 
 
+def _unchanged(options: Any, start: Any) -> Any:
+    """Options of a learned optimizer whose start decides nothing."""
+    del start
+    return options
+
+
 def _no_problem(record: Mapping[str, Any]) -> str | None:
     """Finds nothing wrong with a record."""
     del record
@@ -39,6 +45,8 @@ class LearnedFamily:
       structure: ``structure(meta_params)``, the JSON that ``template`` needs.
       template: ``template(structure)``, a tree of shapes (anything with ``shape`` and ``dtype``) with the
         structure of the meta-parameters; ValueError, TypeError or KeyError for one that makes no sense.
+      resolve: ``resolve(options, start)``, the options with what the start (or its absence) decides filled
+        in, as a record has to name them; ValueError for options that contradict the start.
       check_record: ``check_record(record)``, what is wrong with its recommendations, None for nothing.
     """
 
@@ -52,4 +60,5 @@ class LearnedFamily:
     record: Callable[[Any], dict[str, Any]]
     template: Callable[[Mapping[str, Any]], Any]
     structure: Callable[[Any], dict[str, Any]] = _no_structure
+    resolve: Callable[[Any, Any], Any] = _unchanged
     check_record: Callable[[Mapping[str, Any]], str | None] = _no_problem

@@ -29,6 +29,7 @@ import pytest
 
 from mlhf_optax import (
     LevenbergMarquardt,
+    gauss_newton,
     hessian_free,
     load_pretrained,
     mlhf,
@@ -73,11 +74,22 @@ def of_mlhf(factory, meta_params, layers, units, momenta=0, **arguments):
     )
 
 
-HF = {"number": "damping_value", "smooth": {"early_exit": False}}
+def of_gauss_newton(metric, vectors):
+    return Entry(
+        gauss_newton,
+        {"damping": 0.3, "metric": metric, "num_cg_steps": 2},
+        injected=("damping",),
+        by_parameter=((3, 2),) * vectors,
+    )
+
+
+HF = {"smooth": {"early_exit": False}}
 OPTIMIZERS = {
     "mlhf": of_mlhf(mlhf, load_pretrained("digits").meta_params, layers=2, units=4),
     "mlhf momentum": of_mlhf(mlhf, META_PARAMS, layers=1, units=2, momenta=1, momentum=0.5),
     "scale_by_mlhf": of_mlhf(scaled_mlhf, META_PARAMS, layers=1, units=2),
+    "gauss_newton": of_gauss_newton("identity", 2),
+    "gauss_newton diagonal": of_gauss_newton("diagonal", 3),
     "hessian_free": Entry(hessian_free, {"damping": 0.1, "num_cg_steps": 2}, injected=("damping",), **HF),
     # A rule that changes the damping makes jumps; within its band it does not.
     "hessian_free LM": Entry(
@@ -87,7 +99,7 @@ OPTIMIZERS = {
     ),
 }
 # Where compiling takes long, each kind of optimizer is asked once.
-KINDS = pytest.mark.parametrize("name", ["mlhf", "hessian_free", "hessian_free LM"])
+KINDS = pytest.mark.parametrize("name", ["mlhf", "gauss_newton diagonal", "hessian_free LM"])
 
 
 def build(name, learning_rate=0.5, predict_fn=problems.linear, loss_fn=problems.LOSS, **changes):
@@ -414,9 +426,8 @@ def test_hyperparameters_may_be_injected(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            "mlhf", marks=pytest.mark.xfail(reason="an injected momentum of 0 has a state", strict=True)
-        ),
+        "mlhf",
+        "gauss_newton",
         "hessian_free",
         "hessian_free LM",
     ],

@@ -32,7 +32,8 @@ def unit(gradient: Any, initial_rms: jax.Array) -> jax.Array:
 
     Args:
       gradient: g.
-      initial_rms: root mean square of the parameters at the start of the training, a scalar.
+      initial_rms: root mean square of the parameters at the start of the training, a scalar; zero counts
+        as 1.
 
     Returns:
       A positive scalar, in units of the loss over parameter squared.
@@ -42,7 +43,9 @@ def unit(gradient: Any, initial_rms: jax.Array) -> jax.Array:
       2.0
     """
     size = jnp.maximum(trees.root_mean_square(gradient), _SMALLEST_GRADIENT)
-    return size / jnp.maximum(initial_rms, _SMALLEST_PARAMETERS)
+    # Parameters that all start at zero have no size to measure damping by.
+    parameters = jnp.where(initial_rms > 0, jnp.maximum(initial_rms, _SMALLEST_PARAMETERS), 1.0)
+    return size / parameters
 
 
 def constant(damping: float | jax.Array = 3.0, metric: str | Metric = "identity") -> Controller:

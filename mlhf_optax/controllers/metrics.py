@@ -55,7 +55,7 @@ class DiagonalState(NamedTuple):
 
     Attributes:
       count: gradients averaged so far.
-      mean_square: running mean of the squared gradient, shaped like the parameters, float32.
+      mean_square: running mean of the squared gradient, shaped like the parameters, at least float32.
     """
 
     count: jax.Array  # shape=(), dtype=int32
@@ -87,17 +87,17 @@ def diagonal(decay: float = 0.98, floor: float = 1e-3) -> Metric:
     _check(decay, floor)
 
     def init(params):
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        zeros = jax.tree.map(lambda p: trees.at_least_f32(jnp.zeros(p.shape, p.dtype)), params)
         return DiagonalState(jnp.zeros((), jnp.int32), zeros)
 
     def update(gradient, state):
         count = jnp.asarray(optax.safe_increment(state.count))
-        mix = lambda v, g: _mix(decay, v, jnp.square(g.astype(jnp.float32)))
+        mix = lambda v, g: _mix(decay, v, jnp.square(trees.at_least_f32(g)))
         return DiagonalState(count, jax.tree.map(mix, state.mean_square, gradient))
 
     def values(state, like):
         del like
-        correction = 1 - decay ** jnp.maximum(state.count, 1).astype(jnp.float32)
+        correction = 1 - decay ** jnp.maximum(state.count, 1)
         roots = jax.tree.map(lambda v: _root(v / correction), state.mean_square)
         mean = sum(jnp.sum(root) for root in jax.tree.leaves(roots)) / max(1, trees.size(roots))
         return jax.tree.map(lambda root: _relative(root, mean) + floor, roots)

@@ -75,7 +75,8 @@ def learned_contender(
     Example:
       >>> from mlhf_optax import load_pretrained
       >>> from mlhf_optax.tasks import get_task
-      >>> learned_contender(get_task("digits-mlp"), load_pretrained("digits"), name="CG 2", num_cg_steps=2).labels
+      >>> task, learned = get_task("digits-mlp"), load_pretrained("digits")
+      >>> learned_contender(task, learned, name="CG 2", num_cg_steps=2).labels
       ('MLHF CG 2',)
     """
     family = pretrained.family
@@ -192,8 +193,8 @@ def rates_per_decade(lowest: float, highest: float, count: int = 3) -> list[floa
 
 def default_adam() -> Contender:
     """Returns Adam as somebody has it who tunes nothing: learning rate 0.001 and the defaults of optax."""
-    settings = {"learning_rate": 1e-3}
-    return Contender("adam defaults", ("adam defaults",), (settings,), lambda: optax.adam(**settings))
+    name, rate = "adam defaults", 1e-3
+    return Contender(name, (name,), ({"learning_rate": rate},), lambda: optax.adam(rate))
 
 
 def _grid(family: str, settings: Sequence[dict[str, float]]) -> Contender:

@@ -37,7 +37,7 @@ def by_step(found: Comparison) -> list[str]:
     seeds = found.curves()[0].seeds
     note = (
         f"`{found.record['task']}`, mean over {seeds} seeds, loss in nats on the whole training part. For "
-        "each first-order family we show the setting with the lowest final loss. {origin(found.record)}"
+        f"each first-order family we show the setting with the lowest final loss. {origin(found.record)}"
     )
     return [*comparison_markdown(found), "", note]
 

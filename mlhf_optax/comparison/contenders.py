@@ -14,6 +14,7 @@ from optax import contrib
 
 from mlhf_optax.comparison.run import MakeOptimizer
 from mlhf_optax.comparison.run_grid import Program
+from mlhf_optax.gauss_newton import gauss_newton
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.pretrained.files import Pretrained
 from mlhf_optax.tasks import Task
@@ -87,6 +88,29 @@ def learned_contender(
     names = (f"{family.name} {name}".strip(),)
     labels = (f"{family.label} {name}".strip(),)
     return Contender(family.name, names, (settings,), lambda: optimizer, labels=labels)
+
+
+def constant_contender(task: Task, dampings: Sequence[float] = (1.0, 3.0, 10.0), **options: Any) -> Contender:
+    """Returns Gauss-Newton damped by a constant, the control that everything learned has to beat.
+
+    Args:
+      task: the task to be trained.
+      dampings: the constants, one optimizer each.
+      **options: arguments of :func:`mlhf_optax.gauss_newton`; ``learning_rate`` is 1 by default.
+
+    Example:
+      >>> from mlhf_optax.tasks import get_task
+      >>> constant_contender(get_task("digits-mlp"), [1.0, 3.0], metric="diagonal").names
+      ('constant damping=1', 'constant damping=3')
+    """
+    chosen = {"learning_rate": 1.0} | options
+
+    def make(damping):
+        return gauss_newton(predict_fn=task.predict_fn, loss_fn=task.loss_fn, damping=damping, **chosen)
+
+    settings = [{"damping": damping} for damping in dampings]
+    about = tuple({**setting, **chosen} for setting in settings)
+    return Contender("constant", names_of("constant", settings), about, make, stack_settings(settings))
 
 
 def meta_params_digest(meta_params: Any) -> str:

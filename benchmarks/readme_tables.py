@@ -36,8 +36,8 @@ def by_step(found: Comparison) -> list[str]:
     """Returns losses by step, as of ``mlhf-optax train``."""
     seeds = found.curves()[0].seeds
     note = (
-        f"`{found.record['task']}`, mean over {seeds} seeds, loss in nats on the whole training part. For each "
-        "first-order family we show the setting with the lowest final loss. {origin(found.record)}"
+        f"`{found.record['task']}`, mean over {seeds} seeds, loss in nats on the whole training part. For "
+        f"each first-order family we show the setting with the lowest final loss. {origin(found.record)}"
     )
     return [*comparison_markdown(found), "", note]
 
@@ -126,7 +126,7 @@ def ablation(content: dict[str, Any]) -> list[str]:
     note = (
         f"`{content['task']}`, {content['iterations']} meta-iterations, seeds: {content['seeds']}, batch "
         f"{content['batch_size']}. A lower l_p is better. On the same systems l_p is given over that of 20 "
-        f"steps without LSTM_p, where above 1 is better, and the residual over the gradient. {origin(content)}"
+        f"steps without LSTM_p (above 1 is better), and the residual over the gradient. {origin(content)}"
     )
     return [*markdown_table(rows), "", note]
 

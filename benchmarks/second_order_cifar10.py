@@ -81,7 +81,7 @@ def adapted_contender(task: Task, decay: float) -> Contender:
         tx = hessian_free(learning_rate, task.predict_fn, task.loss_fn, damping=rule)
         # Set in the state rather than in the rule, which checks its numbers, it may be a traced one.
         start = jnp.asarray(initial_damping, jnp.float32)
-        return tx._replace(init=lambda params: optax.tree.set(tx.init(params), damping_value=start))
+        return tx._replace(init=lambda params: optax.tree.set(tx.init(params), damping=start))
 
     about = tuple({**setting, "decay": decay} for setting in settings)
     return Contender("hf-lm", names_of("hf-lm", about), about, make, stack_settings(settings))

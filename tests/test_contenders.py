@@ -7,8 +7,16 @@ import pytest
 from blobs import TASK
 from optax import contrib
 
-from mlhf_optax import load_pretrained
-from mlhf_optax.comparison import compare, default_adam, grid_contenders, learned_contender, rates_per_decade
+from mlhf_optax import gauss_newton, load_pretrained
+from mlhf_optax.comparison import (
+    Contender,
+    compare,
+    constant_contender,
+    default_adam,
+    grid_contenders,
+    learned_contender,
+    rates_per_decade,
+)
 from mlhf_optax.comparison.contenders import is_learned
 from mlhf_optax.comparison.experiment import find_meta_params
 from mlhf_optax.learned import LEARNED
@@ -61,6 +69,17 @@ def test_all_families_train_side_by_side():
     assert compare(TASK, found, [1, 9], seeds=[0], timed=False).frame[
         "train_loss"
     ].to_list() == pytest.approx(adam)
+
+
+def test_constants_train_side_by_side_as_they_do_alone():
+    contender = constant_contender(TASK, [1.0, 10.0], metric="diagonal", learning_rate=0.5)
+    assert contender.settings[1] == {"damping": 10.0, "metric": "diagonal", "learning_rate": 0.5}
+    frame = compare(TASK, [contender], [3], seeds=[0], timed=False).frame
+    alone = gauss_newton(0.5, TASK.predict_fn, TASK.loss_fn, damping=10.0, metric="diagonal")
+    single = Contender("alone", ("alone",), ({},), lambda: alone)
+    expected = compare(TASK, [single], [3], seeds=[0], timed=False).frame["train_loss"][0]
+    assert frame["train_loss"][1] == pytest.approx(expected, rel=1e-5)
+    assert frame["train_loss"][0] != frame["train_loss"][1]
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def find_meta_params(task: Task, name_or_path: str | None) -> tuple[str, Pretrai
         return source, load_pretrained(source)
     name, family = next(iter(LEARNED.items()))
     learned = family.learned(family.options())
+    assert learned.init is not None  # those of the registry have one
     fresh = learned.init(jax.random.key(0), task)
     return source, Pretrained(fresh, {"optimizer": name, **_UNTRAINED_RECORD})
 
@@ -114,7 +115,7 @@ def learned_contenders(task: Task, options: ExperimentOptions) -> list[Contender
     if options.only and learned.family.name not in options.only:
         return []
     given = {"learning_rate": options.learning_rate, "momentum": options.momentum}
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     found = [learned_contender(task, learned, source=source, **changes, curvature_batch_size=None)]
     share, usual = options.curvature_share, learned.recommended["num_cg_steps"]
     for count in dict.fromkeys(options.cg_steps or (usual,)) if share else ():

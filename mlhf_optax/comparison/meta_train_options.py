@@ -21,7 +21,7 @@ from mlhf_optax.comparison.arguments import (
     parse_widths,
 )
 from mlhf_optax.comparison.meta_train_start import SETTINGS, starting_point
-from mlhf_optax.tasks import get_task
+from mlhf_optax.tasks import check_batch_size, get_task
 
 StartingSettings = enum.StrEnum("StartingSettings", list(SETTINGS))
 
@@ -133,7 +133,8 @@ def meta_train(
         options = given(
             data_dir=data_dir, channels=parse_channels(channels), hidden=parse_widths(hidden, "hidden")
         )
-        get_task(task, **options).data  # noqa: B018  what is wrong with them is said at once
+        # Loads the data, so that what is wrong with them is said at once.
+        check_batch_size(get_task(task, **options, **given(meta_batch_size=batch_size)), "meta_train")
         initial = given(initial_damping=initial_damping, initial_preconditioner=initial_preconditioner)
         starting_point(settings, start, initial)
         part, steps = parse_part(curvature_batch_size), parse_steps(validation_steps)

@@ -291,7 +291,7 @@ def _info(before: StepInfo, view: View, solution: Solution, descent, is_taken, r
     smoothed = jnp.where(is_first, loss, 0.9 * before.smoothed_loss + 0.1 * loss)
     smoothed = jnp.where(jnp.isfinite(loss), smoothed, before.smoothed_loss)
     preconditioner = solution.operators.preconditioner
-    one = (jnp.ones((), jnp.float32),) * 3
+    one = jnp.ones((), jnp.float32)
     like = view.gradient
     return StepInfo(
         before.skipped_steps + jnp.logical_not(is_taken).astype(jnp.int32),
@@ -302,7 +302,7 @@ def _info(before: StepInfo, view: View, solution: Solution, descent, is_taken, r
         solution.num_steps,
         solution.residual_norm,
         *_min_mean_max(solution.operators.damping.values, like),
-        *(one if preconditioner is None else _min_mean_max(preconditioner.values, like)),
+        *((one, one, one) if preconditioner is None else _min_mean_max(preconditioner.values, like)),
         reduction_ratio,
     )
 

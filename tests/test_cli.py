@@ -1,34 +1,36 @@
 """The command line, from arguments to files."""
 
+import dataclasses
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from shared import one_compilation as one_compilation
 
 import mlhf_optax
-from mlhf_optax import cli, init_meta_params, save_meta_params
-from mlhf_optax.comparison import train_command
-from mlhf_optax.tasks import TASKS
+from mlhf_optax import cli, cli_commands, comparison, init_meta_params, load_pretrained, save_meta_params
+from mlhf_optax.cli_options import MetaTrain, parse
+from mlhf_optax.files import locked_folder
+from mlhf_optax.learned import LEARNED
+from mlhf_optax.tasks import TASKS, get_task
 
-RECORD = {
-    "optimizer": "mlhf",
-    "task": "digits-mlp",
-    "learning_rate": 0.5,
-    "batch_size": 64,
-    "num_cg_steps": 1,
-    "max_update_ratio": 0.1,
-}
+RECORD = {"optimizer": "mlhf", "task": "digits-mlp", "learning_rate": 0.5, "batch_size": 64}
+RECORD |= {"num_cg_steps": 1, "max_update_ratio": 0.1}
+TINY = ("--seeds", "2", "--steps", "3", "--hidden", "4")
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """Every test runs in an empty folder, with a known width of the terminal."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "200")
     return tmp_path
 
 
@@ -37,311 +39,420 @@ def meta_params(folder):
     return str(save_meta_params(folder / "mine", init_meta_params(jax.random.key(0)), RECORD))
 
 
+SMALL = "--optimizer adam_rates --num-tasks 2 --unroll-length 2 --batch-size 8 --iterations 1 --hidden 4"
+SMALL = f"{SMALL} --validation-steps 1".split()
+
+
 def run(*arguments):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     return stop.value.code
 
 
-TINY = ("--seeds", "2", "--steps", "3", "--hidden", "4")
+def refused(capsys, *arguments):
+    """Runs a command that must fail with one line before it prints anything; returns the line."""
+    assert run(*arguments) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err.startswith("error: ")
+    assert streams.err.count("\n") == 1
+    return streams.err
+
+
+def wrong_usage(capsys, *arguments):
+    """Runs a command whose options are refused; returns what is said, without the frame around it."""
+    assert run(*arguments) == 2
+    return unframed(capsys.readouterr().err)
+
+
+def unframed(text):
+    return " ".join(" ".join(line.strip("│| ") for line in text.splitlines()).split())
+
+
+# Training ----------------------------------------------------------------------------------------
 
 
 def test_train_prints_a_table_and_writes_results_and_figure(capsys, folder, meta_params):
     files = ("--json", "out.json", "--figure", "out.png")
-    assert run("train", *TINY, "--optimizers", "sgd,mlhf", "--meta-params", meta_params, *files) == 0
+    assert run("train", *TINY, "--optimizers", "sgd, mlhf", "--meta-params", meta_params, *files) == 0
     out = capsys.readouterr().out
     assert "64-4-10" in out
     assert "MLHF lr=0.5" in out
     assert "best of the other 9 there" in out
     assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
-    data = json.loads((folder / "out.json").read_text())
-    assert data["task"] == "digits-mlp-4"
-    assert data["command"].startswith("mlhf-optax train --seeds 2 --steps 3")
-    assert [entry["family"] for entry in data["optimizers"]] == ["mlhf"] + 9 * ["sgd"]
-    settings = data["optimizers"][0]["setting"]
-    assert (settings["learning_rate"], settings["num_cg_steps"], settings["meta_params"]) == (0.5, 1, meta_params)
-    assert data["optimizers"][1]["steps"] == [1, 2, 3]
+    result = comparison.Comparison.load("out.json")
+    assert result.record["task"] == "digits-mlp-4"
+    assert result.record["command"].startswith("mlhf-optax train --seeds 2 --steps 3")
+    learned, *others = result.curves()
+    assert (learned.optimizer, learned.seeds, learned.steps) == ("mlhf", 2, [1, 2, 3])
+    expected = {"learning_rate": 0.5, "num_cg_steps": 1, "max_update_ratio": 0.1, "meta_params": meta_params}
+    assert expected.items() <= learned.setting.items()
+    assert [curve.family for curve in others] == 9 * ["sgd"]
 
 
-def test_the_figure_goes_to_the_current_folder_by_default(folder):
-    assert run("train", *TINY, "--optimizers", "adam", "--activation", "tanh") == 0
+@pytest.fixture(scope="module")
+def meta_trained(one_compilation, tmp_path_factory):
+    """The folder of a small meta-training from the command line."""
+    output = tmp_path_factory.mktemp("meta-trained")
+    assert run("meta-train", *SMALL, "--initial-rate", "0.03", "--output", str(output)) == 0
+    return output
+
+
+def test_any_learned_optimizer_is_meta_trained_and_compared(meta_trained, capsys, folder):
+    file = str(meta_trained / "meta_params.safetensors")
+    found = load_pretrained(file).record
+    assert (found["optimizer"], found["meta_training"]["initial_rate"]) == ("adam_rates", 0.03)
+    options = ("--optimizers", "adam_rates,adam", "--meta-params", file, "--activation", "tanh")
+    assert run("train", "--seeds", "1", "--steps", "1", "--hidden", "4", *options) == 0
+    out = capsys.readouterr().out
+    assert "Adam, learned rates / that best" in out
+    assert f"Adam, learned rates (meta-parameters {file}) and 27 settings" in out
     assert (folder / "mlhf-optax-digits-mlp-4-tanh.png").exists()
 
 
-def test_options_of_mlhf_override_its_record(meta_params):
-    plan = train_command.make_plan(
-        "digits-mlp",
-        {"batch_size": 32},
-        families=["mlhf", "adam"],
-        meta_params=meta_params,
-        learning_rate=2.0,
-        num_cg_steps=7,
-        curvature_batch_size=0.25,
-    )
-    settings = plan.contenders[0].settings[0]
-    assert (settings["learning_rate"], settings["num_cg_steps"], settings["curvature_batch_size"]) == (
-        2.0,
-        7,
-        0.25,
-    )
-    assert plan.contenders[1].settings[0]["learning_rate"] == pytest.approx(0.1 * 32 / 128)
+def contenders(*arguments):
+    options = parse(["train", *arguments])
+    task = get_task(options.task, **options.task_options())
+    learned = cli_commands._learned_contenders(task, options)
+    return [*learned, *cli_commands._other_contenders(task, options.optimizers)]
 
 
-def test_arguments_of_train_reach_the_plan(monkeypatch, folder):
-    seen = {}
+def test_meta_parameters_may_be_given_for_one_of_several_optimizers(meta_trained):
+    file = str(meta_trained / "meta_params")
+    for given in (file, f"adam_rates={file}"):
+        own, shipped = contenders("--optimizers", "adam_rates,mlhf", "--meta-params", given)
+        assert (own.family, own.settings[0]["meta_params"]) == ("adam_rates", file)
+        assert (shipped.family, shipped.settings[0]["meta_params"]) == ("mlhf", "digits")
 
-    def plan(task, options, **others):
-        seen.update(others, task=task, options=options)
 
-    monkeypatch.setattr("mlhf_optax.comparison.commands.make_plan", plan)
-    monkeypatch.setattr(
-        "mlhf_optax.comparison.commands.run_plan", lambda plan, **options: seen.update(options) or True
-    )
-    arguments = (
-        "train digits-convnet --seeds 3 --steps 40 --batch-size 64 --learning-rate 0.5 --cg-steps 2 --all"
-    )
-    assert run(*arguments.split(), "--curvature-batch-size", "0.5", "--optimizers", "adam, mlhf") == 0
+def test_options_override_the_record(meta_params):
+    options = "--learning-rate 2 --cg-steps 7 --curvature-batch-size 0.25 --optimizers mlhf,adam,muon"
+    learned, adam, muon = contenders(*options.split(), "--batch-size", "32", "--meta-params", meta_params)
     expected = {
-        "task": "digits-convnet",
-        "options": {"batch_size": 64},
-        "families": ["adam", "mlhf"],
-        "num_seeds": 3,
-        "num_steps": 40,
-        "learning_rate": 0.5,
-        "num_cg_steps": 2,
-        "curvature_batch_size": 0.5,
-        "show_all": True,
-        "command": f"mlhf-optax {arguments} --curvature-batch-size 0.5 --optimizers 'adam, mlhf'",
+        "learning_rate": 2.0,
+        "num_cg_steps": 7,
+        "curvature_batch_size": 0.25,
+        "max_update_ratio": 0.1,
     }
-    assert {name: seen[name] for name in expected} == expected
+    assert expected.items() <= learned.settings[0].items()
+    assert adam.settings[0]["learning_rate"] == pytest.approx(0.1 * 32 / 128)
+    assert [one["learning_rate"] for one in muon.settings][::9] == pytest.approx([0.001, 1.0])
 
 
-@pytest.mark.parametrize(("text", "part"), [("32", 32), ("0.25", 0.25), (None, None)])
-def test_curvature_batch_is_a_number_or_a_share(text, part):
-    from mlhf_optax.comparison.arguments import parse_part
+@pytest.mark.parametrize(("task", "name"), [("digits-convnet", "digits_convnet"), ("digits-mlp", "digits")])
+def test_meta_parameters_are_by_default_those_of_the_task(task, name):
+    assert contenders(task, "--optimizers", "mlhf")[0].settings[0]["meta_params"] == name
 
-    assert parse_part(text) == part
-    assert type(parse_part(text)) is type(part)
+
+def test_a_task_that_recommends_another_optimizer_gets_any_shipped_set(monkeypatch):
+    monkeypatch.setattr("mlhf_optax.cli_commands.list_pretrained", lambda: {"digits": {"optimizer": "mlhf"}})
+    task = dataclasses.replace(get_task("digits-mlp"), pretrained="other")
+    assert cli_commands._shipped_meta_params(task, "mlhf")[0] == "digits"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["cifar"], "`name` must be one of 'digits-mlp', 'digits-convnet', "),
-        (["cifar10-convnet", "--data-dir", "nowhere"], "no prepared dataset 'cifar10' in nowhere; say where"),
-        (["cifar10-convnet", "--channels", "8"], "`channels` must be one number a convolution"),
-        (["cifar10-resnet9", "--channels", "8,16"], "`channels` must be one number, those of the first"),
-        (["cifar10-resnet9", "--channels", "x"], "--channels must be widths separated by commas"),
-        (["--optimizers", "mlhf,lion"], "--optimizers must be among mlhf,adam_rates,sgd,rmsprop,adam"),
-        (["--optimizers", ""], "--optimizers must be among mlhf,adam_rates,sgd,rmsprop,adam"),
-        (["--hidden", "4,x"], "--hidden must be widths separated by commas, like 32 or 32,32, got '4,x'"),
+        (["cifar10-convnet", "--data-dir", "nowhere"], "no prepared dataset 'cifar10' in nowhere"),
+        (["cifar10-convnet", "--channels", "8"], "`channels` must be one number per convolution"),
+        (["cifar10-resnet9", "--channels", "8,16"], "`channels` must be one number"),
         (["digits-convnet", "--hidden", "4"], "the task 'digits-convnet' has no option 'hidden'"),
         (["--activation", "swish"], "`activation` must be one of"),
-        (["--batch-size", "9999"], "number of training examples of 'digits-mlp', 719, got 9999"),
+        (["--batch-size", "9999"], "`batch_size` must lie between 1 and the number of training examples"),
         (
-            ["--curvature-batch-size", "half"],
-            "--curvature-batch-size must be a number or a share, got 'half'",
+            ["--curvature-batch-size", "2.0"],
+            "`curvature_batch_size` as a fraction must lie in (0, 1], got",
+        ),
+        (["--curvature-batch-size", "0"], "`curvature_batch_size` must be at least 1 example, got 0"),
+        (["--cg-steps", "0"], "`num_cg_steps` must be at least 1"),
+        (
+            ["--optimizers", "adam", "--cg-steps", "2"],
+            "`num_cg_steps` is an argument of no",
         ),
         (["--meta-params", "nowhere/x"], "there is no such file"),
+        (["--optimizers", "adam", "--meta-params", "digits"], "digits holds meta-parameters of 'mlhf', but"),
+        (["--meta-params", "adam_rates=digits"], "of 'mlhf', but they are asked for adam_rates"),
+        (["--meta-params", "digits,digits_convnet"], "two sets for 'mlhf', digits and digits_convnet"),
+        (
+            ["--optimizers", "adam_rates"],
+            "no meta-parameters of 'adam_rates' come with the package",
+        ),
         (["--json", "nowhere/out.json"], "the folder of nowhere/out.json does not exist"),
         (["--figure", "nowhere/out.png"], "the folder of nowhere/out.png does not exist"),
+        (["--figure", "out.txt"], "`figure` must end in one of"),
+        (["--json", "."], ". is a folder; name a file in it"),
     ],
 )
 def test_wrong_arguments_are_explained_in_one_line_before_any_work(arguments, message, capsys, folder):
-    assert run("train", *arguments) == 2
-    streams = capsys.readouterr()
-    assert streams.out == ""
-    assert streams.err.startswith("error: ")
-    assert message in streams.err
-    assert streams.err.count("\n") == 1
+    assert message in refused(capsys, "train", *arguments)
     assert not any(folder.iterdir())
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(capsys, monkeypatch, folder):
+    monkeypatch.setattr(os, "access", lambda path, mode: not (path == folder and mode == os.W_OK))
+    assert "out.json cannot be written" in refused(
+        capsys, "train", "--figure", "/tmp/a.png", "--json", "out.json"
+    )
+
+
+def test_a_curvature_batch_beyond_the_batch_is_explained(capsys, meta_params):
+    options = ("--optimizers", "mlhf", "--meta-params", meta_params, "--curvature-batch-size", "500")
+    assert run("train", *TINY, *options) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: `curvature_batch_size`=500 is larger than the batch of 128"
+    )
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--seeds", "0"], ["--steps", "-1"], ["--steps", "many"], ["--nonsense"]]
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "`seeds` must be at least 1, got 0"),
+        (["--steps", "-1"], "`steps` must be at least 1, got -1"),
+        (["--steps", "many"], "invalid literal for int() with base 10: 'many'"),
+        (["--nonsense"], "Unrecognized options: --nonsense"),
+        (["--hidden", "4,x"], "must be numbers separated by commas, like 32 or 32,32, got '4,x'"),
+        (["--channels", "x"], "must be numbers separated by commas"),
+        (["--optimizers", "mlhf,lion"], "must be among mlhf,adam_rates,sgd,rmsprop,adam,muon, separated by"),
+        (["--optimizers", ""], "must be among mlhf,"),
+        (
+            ["--curvature-batch-size", "half"],
+            "no type matching INT|FLOAT",
+        ),
+    ],
 )
-def test_wrong_options_are_refused(arguments, capsys):
-    assert run("train", *arguments) == 2
-    assert arguments[0] in capsys.readouterr().err
+def test_wrong_options_of_train_are_refused(arguments, message, capsys):
+    assert message in wrong_usage(capsys, "train", *arguments)
 
 
-def test_ctrl_c_shows_what_was_done_and_writes_nothing(monkeypatch, capsys, folder):
-    compare = train_command.compare
-
-    def interrupted(task, contenders, steps, on_progress, **options):
-        def stop(progress):
+def test_ctrl_c_shows_progress_and_what_was_done_and_writes_nothing(monkeypatch, capsys, folder):
+    def interrupted(*arguments, on_progress, **options):
+        def stopping(progress):
             if progress.optimizer.startswith("adam"):
                 raise KeyboardInterrupt
+            on_progress(progress)
 
-        return compare(task, contenders, steps, on_progress=stop, **options)
+        return compare(*arguments, on_progress=stopping, **options)
 
-    monkeypatch.setattr(train_command, "compare", interrupted)
+    compare = comparison.compare
+    monkeypatch.setattr(comparison, "compare", interrupted)
+    monkeypatch.setenv("FORCE_COLOR", "1")
     assert run("train", *TINY, "--optimizers", "sgd,adam", "--json", "out.json") == 130
-    out = capsys.readouterr().out
+    out, progress = capsys.readouterr()
+    assert all(text in progress for text in ("compiling and timing single steps", "/216", "loss 2."))
     assert "sgd lr=" in out
     assert "adam lr=" not in out
     assert "Stopped: neither figure nor file was written." in out
     assert not any(folder.iterdir())
 
 
+def test_a_disk_that_is_full_after_a_comparison_is_explained(monkeypatch, capsys):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    options = ("--optimizers", "sgd", "--json", "out.json")
+    assert run("train", "--seeds", "1", "--steps", "1", "--hidden", "4", *options) == 2
+    streams = capsys.readouterr()
+    assert "sgd lr=" in streams.out
+    assert streams.err.startswith("error: cannot write out.json: No space left on device")
+
+
+# Meta-training -----------------------------------------------------------------------------------
+
+
 @pytest.fixture
-def driver_calls(monkeypatch):
+def calls(monkeypatch):
+    """Arguments of meta-trainings that are not done."""
     calls = []
-    module = types.ModuleType("mlhf_optax.comparison.meta_train_command")
-    module.run_meta_training = lambda **options: calls.append(options)
-    monkeypatch.setitem(sys.modules, "mlhf_optax.comparison.meta_train_command", module)
+    names = ("task", "family", "options", "output", "schedule", "config")
+
+    def stop(*arguments, **others):
+        calls.append(dict(zip(names, arguments, strict=True)) | others)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_commands, "meta_train_task", stop)
     return calls
 
 
-def test_meta_train_has_defaults(driver_calls):
-    assert run("meta-train") == 0
-    (options,) = driver_calls
-    assert options.pop("output").as_posix() == "runs/digits-mlp"
-    assert options == {
-        "task": "digits-mlp",
-        "iterations": 1000,
-        "num_tasks": 8,
-        "unroll_length": 10,
-        "batch_size": None,
-        "meta_learning_rate": 1e-2,
-        "seed": 0,
-        "resume": False,
-        "checkpoint_every": 50,
-        "validate_every": 100,
-        "validation_steps": (10, 30, 100, 300),
-        "settings": None,
-        "start": None,
-        "initial": {},
-        "learning_rate": 1.0,
-        "keep_probability": 0.95,
-        "age_scale": None,
-        "replay_opt_state": False,
-        "same_batch_weight": 1.0,
-        "curvature_batch_size": None,
-        "stop_after": None,
-        "task_options": {},
-    }
+def test_meta_train_has_defaults(calls, capsys):
+    assert run("meta-train") == 130
+    assert "--resume goes on from the last checkpoint in runs/digits-mlp." in capsys.readouterr().out
+    (call,) = calls
+    family = next(iter(LEARNED.values()))
+    assert (call["task"].name, call["family"], call["options"]) == ("digits-mlp", family, family.options())
+    assert call["output"] == Path("runs/digits-mlp")
+    schedule, config = call["schedule"], call["config"]
+    assert (schedule.iterations, schedule.checkpoint_every, schedule.validate_every) == (1000, 50, 100)
+    assert (config.num_tasks, config.unroll_length, config.meta_learning_rate) == (8, 10, 0.01)
+    assert (config.decay_iterations, config.keep_probability, config.age_scale) == (1000, 0.95, None)
+    assert (call["validation_steps"], call["seed"], call["resume"]) == ((10, 30, 100, 300), 0, False)
+    assert call["start"] is None
 
 
-def test_meta_train_hands_on_its_arguments(driver_calls):
+def test_meta_train_hands_on_its_arguments(calls):
     arguments = (
-        "meta-train digits-convnet --output there --iterations 7 --num-tasks 3 --unroll-length 5 "
+        "meta-train digits-mlp --hidden 4,5 --output there --iterations 7 --num-tasks 3 --unroll-length 5 "
         "--batch-size 16 --meta-learning-rate 0.1 --learning-rate 0.5 --seed 4 --resume --checkpoint-every 2 "
         "--validate-every 3 --validation-steps 1,5 --settings authors --initial-damping 100 "
         "--initial-preconditioner 0.5 --keep-probability 0.5 --age-scale 50 --replay-opt-state "
-        "--same-batch-weight 0.25 --curvature-batch-size 8 --stop-after 6"
+        "--same-batch-weight 0.25 --curvature-batch-size 8 --stop-after 6 --start digits"
     )
-    assert run(*arguments.split()) == 0
-    (options,) = driver_calls
-    assert options.pop("output").as_posix() == "there"
-    assert options.pop("initial") == {"initial_damping": 100.0, "initial_preconditioner": 0.5}
-    values = ["digits-convnet", {}, 7, 3, 5, 16, 0.1, 0.5, 4, True, 2, 3, (1, 5)]
-    values += ["authors", None]
-    values += [0.5, 50.0, True, 0.25, 8, 6]
-    assert list(options.values()) == values
+    assert run(*arguments.split()) == 130
+    (call,) = calls
+    assert (call["task"].name, call["task"].meta_batch_size) == ("digits-mlp-4-5", 16)
+    settings = {"settings": "authors", "initial_damping": 100.0, "initial_preconditioner": 0.5}
+    settings |= {
+        "learning_rate": 0.5,
+        "same_batch_weight": 0.25,
+        "curvature_batch_size": 8,
+        "num_cg_steps": 4,
+    }
+    assert dataclasses.asdict(call["options"]) == settings
+    assert dataclasses.astuple(call["schedule"])[:3] == (7, 2, 3)
+    assert call["schedule"].stop_after == 6
+    config = call["config"]
+    assert (config.num_tasks, config.unroll_length, config.meta_learning_rate) == (3, 5, 0.1)
+    assert (config.keep_probability, config.age_scale, config.replay_opt_state) == (0.5, 50.0, True)
+    rest = (call["output"], call["validation_steps"], call["seed"], call["resume"], call["start"])
+    assert rest == (Path("there"), (1, 5), 4, True, "digits")
+    assert call["command"] == f"mlhf-optax {arguments}"
 
 
-def test_meta_train_goes_on_from_other_meta_parameters(driver_calls, capsys):
-    assert run("meta-train", "--start", "digits") == 0
-    assert driver_calls.pop()["start"] == "digits"
-    assert run("meta-train", "--start", "nowhere.safetensors") == 2
-    assert "nowhere.safetensors: there is no such file" in capsys.readouterr().err
-    assert run("meta-train", "--start", "digits", "--settings", "relative", "--initial-damping", "3") == 2
-    assert "leave out initial_damping, settings" in " ".join(capsys.readouterr().err.split())
-    assert not driver_calls
+def test_options_of_image_tasks_reach_them():
+    variant = "--channels 8,16 --hidden 16 --data-dir here"
+    options = parse(["train", "cifar10-convnet", *variant.split()])
+    assert options.task_options() == {"channels": (8, 16), "hidden": (16,), "data_dir": Path("here")}
+    assert parse(["train", "cifar10-resnet9", "--channels", "4"]).task_options() == {"channels": 4}
 
 
-@pytest.mark.parametrize("steps", ["10,5", "0,10", "10,10", "ten", ""])
-def test_validation_steps_ascend(driver_calls, capsys, steps):
-    assert run("meta-train", "--validation-steps", steps) == 2
-    assert "must be ascending numbers" in capsys.readouterr().err
-    assert not driver_calls
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer", "l2l"], "there is no learned optimizer 'l2l'; there are mlhf, adam_rates"),
+        (["cifar10-convnet", "--data-dir", "nowhere"], "no prepared dataset 'cifar10' in nowhere"),
+        (["--batch-size", "1000000"], "must lie between 1 and the number of meta-training examples"),
+        (["--start", "nowhere"], "there is no such file"),
+        (
+            ["--start", "digits", "--settings", "relative", "--initial-damping", "3"],
+            "leave out initial_",
+        ),
+        (["--start", "digits", "--optimizer", "adam_rates"], "holds meta-parameters of 'mlhf', not of"),
+        (["--keep-probability", "2"], "`keep_probability` must be in [0, 1], got 2.0"),
+        (["--stop-after", "0"], "`stop_after` must be at least 1, got 0"),
+        (["--output", "file"], "is not a folder that can be written to"),
+    ],
+)
+def test_meta_train_says_in_one_line_what_is_wrong(arguments, message, capsys, folder):
+    (folder / "file").touch()
+    assert message in refused(capsys, "meta-train", *arguments)
 
 
-def test_meta_train_takes_variants_of_tasks(driver_calls):
-    assert run("meta-train", "digits-mlp", "--hidden", "4,5") == 0
-    assert driver_calls[0]["task_options"] == {"hidden": (4, 5)}
+def test_what_lies_in_the_folder_of_a_meta_training_is_not_lost(meta_trained, capsys, folder):
+    shutil.copytree(meta_trained, "out")
+    again = ("meta-train", *SMALL, "--initial-rate", "0.03", "--output", "out")
+    assert "already has checkpoints; set `resume` (--resume)" in refused(capsys, *again)
+    assert "other settings (seed: 0 there, 4 now)" in refused(capsys, *again, "--resume", "--seed", "4")
+    with locked_folder(folder / "out"):
+        assert "is in use by another run" in refused(capsys, *again, "--resume")
+    assert run(*again, "--resume") == 0
+    assert "iteration 1 of 1, in out/meta_params.safetensors" in capsys.readouterr().out
+    files = [path / "meta_params.safetensors" for path in (meta_trained, folder / "out")]
+    jax.tree.map(np.testing.assert_array_equal, *(load_pretrained(path).meta_params for path in files))
 
 
-def test_meta_train_says_at_once_what_is_wrong_with_the_task(driver_calls, capsys):
-    assert run("meta-train", "cifar10-convnet", "--data-dir", "nowhere") == 2
-    assert "no prepared dataset 'cifar10' in nowhere" in capsys.readouterr().err
-    assert not driver_calls
+def full_disk(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_options_of_image_tasks_reach_them(monkeypatch, folder):
-    seen = {}
-    monkeypatch.setattr(
-        "mlhf_optax.comparison.commands.make_plan", lambda task, options, **others: seen.update(options)
-    )
-    monkeypatch.setattr("mlhf_optax.comparison.commands.run_plan", lambda plan, **options: True)
-    assert run("train", "cifar10-convnet", "--channels", "8, 16", "--hidden", "16", "--data-dir", "here") == 0
-    assert seen == {"channels": (8, 16), "hidden": (16,), "data_dir": Path("here")}
-    assert run("train", "cifar10-resnet9", "--channels", "4") == 0
-    assert seen["channels"] == 4
+def test_a_full_disk_ends_a_meta_training_with_one_line(meta_trained, capsys, monkeypatch):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    assert "No space left on device" in refused(capsys, "meta-train", *SMALL, "--output", "out")
 
 
-@pytest.mark.parametrize("option", ["--initial-damping", "--initial-preconditioner"])
-def test_meta_train_refuses_starting_values_that_are_not_positive(driver_calls, capsys, option):
-    assert run("meta-train", option, "-1") == 2
-    assert f"`{option[2:].replace('-', '_')}` must be a positive number, got -1" in capsys.readouterr().err
-    assert not driver_calls
+def test_progress_of_a_meta_training_shows_the_losses_it_has(meta_trained, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert run("meta-train", *SMALL, "--output", "out") == 0
+    shown = capsys.readouterr().err
+    assert "1/1" in shown
+    assert "meta loss" in shown
+    assert "inner loss" in shown
 
 
-@pytest.mark.parametrize("option", ["--learning-rate", "--meta-learning-rate", "--age-scale"])
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
-def test_meta_train_refuses_rates_and_scales_that_are_not_positive(driver_calls, capsys, option, value):
-    assert run("meta-train", option, value) == 2
-    assert f"`{option}` must be a positive number, got {float(value)}" in capsys.readouterr().err
-    assert not driver_calls
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *((["--validation-steps", text], "must be ascending numbers") for text in ("10,5", "0,10", "1,1")),
+        *((["--validation-steps", text], "must be numbers separated by commas") for text in ("ten", "")),
+        *((["--learning-rate", text], "`learning_rate` must be a positive number") for text in ("0", "nan")),
+        *((["--meta-learning-rate", text], "`meta_learning_rate` must be a pos") for text in ("-1", "inf")),
+        *((["--age-scale", text], "`age_scale` must be a positive number") for text in ("0", "nan", "inf")),
+        (["--initial-damping", "-1"], "`initial_damping` must be a positive number, got -1"),
+        (["--initial-preconditioner", "-1"], "`initial_preconditioner` must be a positive number, got -1"),
+        (["--settings", "best"], "'best'"),
+        (["--curvature-batch-size", "2.0"], "must lie in (0, 1], got 2.0"),
+        (["--curvature-batch-size", "0"], "must be at least 1 example, got 0"),
+        (["--optimizer", "adam_rates", "--settings", "paper"], "Unrecognized options: --settings"),
+        (["--optimizer"], "Missing value for argument '--optimizer'"),
+    ],
+)
+def test_wrong_options_of_meta_train_are_refused(arguments, message, capsys, calls):
+    assert message in wrong_usage(capsys, "meta-train", *arguments)
+    assert not calls
 
 
-def test_meta_train_refuses_unknown_settings(driver_calls, capsys):
-    assert run("meta-train", "--settings", "best") == 2
-    assert "'best' is not one of" in " ".join(capsys.readouterr().err.replace("│", "").split())
-    assert not driver_calls
+@pytest.mark.parametrize("family", LEARNED.values(), ids=list(LEARNED))
+def test_options_of_a_learned_optimizer_are_its_own_and_have_help(family, capsys):
+    own = {field.name for field in dataclasses.fields(family.options)}
+    assert not own & {field.name for field in dataclasses.fields(MetaTrain)}
+    assert run("meta-train", "--optimizer", family.name, "--help") == 0
+    out = unframed(capsys.readouterr().out)
+    for name in own:
+        flag, text = f"--{name.replace('_', '-')} ", out.split(f"--{name.replace('_', '-')} ")[-1]
+        assert flag in out
+        assert len(text.split("--")[0]) > 20, f"{flag} has no help"
 
 
-def test_list_shows_every_task_and_what_is_shipped(monkeypatch, capsys):
-    monkeypatch.setattr("mlhf_optax.comparison.commands.list_pretrained", lambda: {"shipped": RECORD})
+# Everything else ---------------------------------------------------------------------------------
+
+
+def test_list_shows_tasks_optimizers_and_what_is_shipped(monkeypatch, capsys):
+    monkeypatch.setattr("mlhf_optax.cli_commands.list_pretrained", lambda: {"shipped": RECORD})
     assert run("list") == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in TASKS)
-    assert "shipped" in out
-    assert "0.5" in out
+    assert all(name in out for name in (*TASKS, *LEARNED, "shipped", "learning_rate 0.5", "muon"))
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["meta-train"], ["list"]])
-def test_help(command, capsys):
-    assert run(*command, "--help") == 0
-    assert "Usage: mlhf-optax" in capsys.readouterr().out
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help(command, flag, capsys):
+    assert run(*command, flag) == 0
+    out = capsys.readouterr().out
+    assert f"usage: {' '.join(['mlhf-optax', *command])} [-h]" in out
+    assert "None" not in out
 
 
-def test_no_arguments_show_the_help(capsys):
-    run()
-    streams = capsys.readouterr()
-    assert "Usage: mlhf-optax" in streams.out + streams.err
+def test_no_arguments_show_the_help_and_unknown_commands_are_refused(capsys):
+    assert run() == 0
+    assert "usage: mlhf-optax" in capsys.readouterr().out
+    assert "Available subcommands: train, meta-train, list" in wrong_usage(capsys, "tarin")
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
 
 
 def test_python_m_is_the_command_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "mlhf_optax", "--version"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == mlhf_optax.__version__
+    assert python("-m", "mlhf_optax", "--version").stdout.strip() == mlhf_optax.__version__
 
 
-@pytest.mark.parametrize("package", ["typer", "rich"])
-def test_missing_extras_are_explained(package, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, package, None)
-    assert run("train") == 1
+@pytest.mark.parametrize("package", ["tyro", "rich", "polars"])
+def test_missing_extras_are_explained(package):
+    code = f"import sys; sys.modules[{package!r}] = None; from mlhf_optax.cli import main; main(['train'])"
+    done = python("-c", code)
     remedy = "run `pip install 'mlhf-optax[experiments]'`"
-    assert capsys.readouterr().err == f"mlhf-optax needs {package}, which is not installed; {remedy}\n"
+    assert done.stderr == f"mlhf-optax needs {package}, which is not installed; {remedy}\n"
+    assert done.returncode == 1
 
 
 def test_the_package_loads_none_of_the_extras():
-    extras = ["typer", "rich", "matplotlib", "sklearn", "tqdm", "tensorflow"]
-    code = (
-        f"import sys, mlhf_optax, mlhf_optax.cli; print([name for name in {extras} if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    extras = ["tyro", "rich", "polars", "matplotlib", "sklearn", "tqdm", "tensorflow"]
+    code = f"import sys, json, mlhf_optax.cli; print(json.dumps([x for x in {extras} if x in sys.modules]))"
+    assert json.loads(python("-c", code).stdout) == []

@@ -103,7 +103,7 @@ def constant_contender(task: Task, dampings: Sequence[float] = (1.0, 3.0, 10.0),
       >>> constant_contender(get_task("digits-mlp"), [1.0, 3.0], metric="diagonal").names
       ('constant damping=1', 'constant damping=3')
     """
-    chosen = {"learning_rate": 1.0} | options
+    chosen: dict[str, Any] = {"learning_rate": 1.0} | options
 
     def make(damping):
         return gauss_newton(predict_fn=task.predict_fn, loss_fn=task.loss_fn, damping=damping, **chosen)

@@ -59,7 +59,7 @@ def test_kronecker_is_the_kronecker_product_of_powers_of_running_means(power):
 
 def test_a_long_side_is_cut_into_blocks_that_know_nothing_of_each_other():
     grads = gradients((5, 2), 4)
-    metric = kronecker(block=2, decay=0.5, floor=0.1)
+    metric = kronecker(0.5, block=2, decay=0.5, floor=0.1)
     state = updated(metric, grads)
     mean = running_mean([g @ g.T for g in grads], 0.5)
     padded = np.zeros((6, 6))

@@ -15,8 +15,9 @@ import pytest
 from shared import one_compilation as one_compilation
 
 import mlhf_optax
-from mlhf_optax import cli, cli_commands, comparison, init_meta_params, load_pretrained, save_meta_params
-from mlhf_optax.cli_options import MetaTrain, parse
+from mlhf_optax import cli, comparison, init_meta_params, load_pretrained, save_meta_params
+from mlhf_optax.cli import commands as cli_commands
+from mlhf_optax.cli.options import MetaTrain, parse
 from mlhf_optax.files import locked_folder
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.tasks import TASKS, get_task
@@ -145,7 +146,7 @@ def test_meta_parameters_are_by_default_those_of_the_task(task, name):
 
 
 def test_a_task_that_recommends_another_optimizer_gets_any_shipped_set(monkeypatch):
-    monkeypatch.setattr("mlhf_optax.cli_commands.list_pretrained", lambda: {"digits": {"optimizer": "mlhf"}})
+    monkeypatch.setattr("mlhf_optax.cli.commands.list_pretrained", lambda: {"digits": {"optimizer": "mlhf"}})
     task = dataclasses.replace(get_task("digits-mlp"), pretrained="other")
     assert cli_commands._shipped_meta_params(task, "mlhf")[0] == "digits"
 
@@ -414,7 +415,7 @@ def test_options_of_a_learned_optimizer_are_its_own_and_have_help(family, capsys
 
 
 def test_list_shows_tasks_optimizers_and_what_is_shipped(monkeypatch, capsys):
-    monkeypatch.setattr("mlhf_optax.cli_commands.list_pretrained", lambda: {"shipped": RECORD})
+    monkeypatch.setattr("mlhf_optax.cli.commands.list_pretrained", lambda: {"shipped": RECORD})
     assert run("list") == 0
     out = capsys.readouterr().out
     assert all(name in out for name in (*TASKS, *LEARNED, "shipped", "learning_rate 0.5", "muon"))

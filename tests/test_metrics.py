@@ -227,3 +227,28 @@ def test_many_decompositions_in_a_loop_of_trainings_side_by_side_end():
         return jax.lax.scan(step, metric.init(params), jax.random.split(key, 5))[1]
 
     assert np.isfinite(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 4))).all()
+
+
+def test_it_may_solve_for_the_running_mean_of_gradients_in_a_unit_that_small_gradients_do_not_shrink():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(6, 3))
+    batch = {"x": jnp.asarray(x, jnp.float32), "label": jnp.zeros(6)}
+    predict_fn, loss_fn = lambda w, b: b["x"] @ w, SquaredError()
+    options = {"damping": 0.5, "num_cg_steps": 12, "max_update_ratio": None}
+    tx = gauss_newton(1.0, predict_fn, loss_fn, gradient_decay=0.8, unit_decay=0.9, **options)
+    w = jnp.asarray(rng.normal(size=3), jnp.float32)
+    rms = lambda g: np.sqrt(np.mean(np.square(g)))
+    # The second gradient is as one of a mini-batch that is solved already.
+    first, second = rng.normal(size=3), 1e-3 * rng.normal(size=3)
+    _, state = tx.update(jnp.asarray(first, jnp.float32), tx.init(w), w, batch=batch)
+    np.testing.assert_allclose(state[0].info.damping_mean, 0.5 * rms(first) / rms(np.asarray(w)), rtol=1e-5)
+    updates, state = tx.update(jnp.asarray(second, jnp.float32), state, w, batch=batch)
+    running = np.sqrt((0.9 * rms(first) ** 2 + rms(second) ** 2) * 0.1 / (1 - 0.9**2))
+    damping = 0.5 * running / rms(np.asarray(w))
+    np.testing.assert_allclose(state[0].info.damping_mean, damping, rtol=1e-5)
+    mean = (0.8 * first + second) * 0.2 / (1 - 0.8**2)
+    expected = -np.linalg.solve(x.T @ x / 6 + damping * np.eye(3), mean)
+    np.testing.assert_allclose(updates, expected, rtol=2e-3, atol=1e-5)
+    for name in ("gradient_decay", "unit_decay"):
+        with pytest.raises(ValueError, match=rf"`{name}` must be in \[0, 1\)"):
+            gauss_newton(1.0, predict_fn, loss_fn, **{name: 1.0})

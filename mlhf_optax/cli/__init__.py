@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        from mlhf_optax.cli_commands import run
+        from mlhf_optax.cli.commands import run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("mlhf_optax"):
             raise

@@ -18,7 +18,7 @@ from rich.text import Text
 import mlhf_optax
 from mlhf_optax import comparison
 from mlhf_optax import meta_training as mt
-from mlhf_optax.cli_options import MetaTrain, Train, parse
+from mlhf_optax.cli.options import MetaTrain, Train, parse
 from mlhf_optax.comparison import Contender, grid_contenders, learned_contender, rates_per_decade
 from mlhf_optax.comparison.contenders import FAMILIES, PAPER_FAMILIES
 from mlhf_optax.comparison.figures import require_matplotlib

@@ -1,69 +1,95 @@
 """Section 4.3 of the paper: what LSTM_p, the learned preconditioner, is worth.
 
 Meta-trains MLHF on CUDA-convnet and the whole training set of CIFAR-10 in four configurations: without
-LSTM_p (P = 1) with 20 and with 4 CG steps, with it with 2 and with 4. Shown is how l_p, which is lower
-the nearer the direction is to the natural gradient, and the norm of the last residual of each unroll
-develop (figure 4).
+LSTM_p (P = 1) with 20 and with 4 CG steps, with it with 2 and with 4. Records l_p, which is lower the nearer
+the direction is to the natural gradient, and the norm of the last residual of each unroll (figure 4).
 
 In those curves every configuration solves systems of its own, for each learns another damping. So that
-solvers can be compared on the same systems, one network is then trained with the last configuration,
-and at each of its steps the four solvers solve its system, from the same start, and so does a fifth
-one, whose preconditioner is made of the learned damping alone.
+solvers can be compared on the same systems, one network is then trained with the last configuration.
+At each of its steps the four solvers solve its system, from the same start, and so does a fifth one, whose
+preconditioner is made of the learned damping alone.
 
     python benchmarks/ablation_preconditioner.py --data-dir DIR --output runs/ablation_preconditioner
 
 What is done is kept: ``--resume`` goes on after a stop. ``--quick`` takes minutes on two cores.
 """
 
-import argparse
 import dataclasses
 import functools
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from ablation_report import print_table, save_figure, summarise
-from ablation_solvers import CONFIGURATIONS, DAMPING_ALONE, Configuration, compare_solvers, configured
-
-from mlhf_optax import layer_types, meta_training
-from mlhf_optax.comparison.experiment_options import (
-    add_network_options,
-    join_examples,
-    narrow,
-    network_options,
+from ablation_solvers import (
+    CONFIGURATIONS,
+    DAMPING_ALONE,
+    TITLES,
+    Configuration,
+    compare_solvers,
+    draw_batches,
 )
-from mlhf_optax.comparison.meta_train_command import draw_batches
-from mlhf_optax.comparison.meta_train_start import SETTINGS, learned_options
-from mlhf_optax.comparison.reporting import command_line, report, write_json
-from mlhf_optax.meta_params import MetaParams, init_meta_params
-from mlhf_optax.tasks import Task, cifar10_convnet, num_examples
+from convnet import ConvnetOptions
+
+from mlhf_optax import MetaParams, init_meta_params, layer_types, meta_training
+from mlhf_optax.comparison.record import command_line, record, write_json
+from mlhf_optax.comparison.timing import parse_options
+from mlhf_optax.learned.mlhf import SETTINGS
+from mlhf_optax.tasks import Task, num_examples
 
 UNROLL = 10
 
 
+@dataclasses.dataclass(frozen=True)
+class Options(ConvnetOptions):
+    """Options of this script. Those of the comparisons that it does not name here have no effect."""
+
+    passes: float = 250.0
+    """Passes over the data in meta-training; the paper's is 250."""
+    seeds: int = 1
+    """Meta-trainings of every configuration."""
+    batch_size: int = 64
+    """Examples per mini-batch."""
+    num_tasks: int = 1
+    """Networks in training side by side."""
+    settings: Literal["default", "relative"] = "relative"
+    """What the LSTMs see and mean."""
+    # Ten times the rate that LSTM_s bears in long trainings: l_p is not greedy, LSTM_p learns in an epoch.
+    meta_learning_rate: float = 3e-2
+    """Learning rate of meta-training."""
+    solver_steps: int = 200
+    """Systems on which the solvers are compared."""
+    output: Path = Path("runs/ablation_preconditioner")
+    """Folder for all that is written."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the experiment."""
-    options = parse(arguments)
+    options = parse_options(Options, __doc__, arguments)
+    if options.quick:
+        # 10 unrolls of 10 steps of 32 examples are a sixteenth of an epoch of 50,000.
+        options = dataclasses.replace(options, passes=1 / 16, seeds=1, batch_size=32, solver_steps=10)
     task = make_task(options)
     results = []
     for configuration in CONFIGURATIONS:
         runs = [meta_train(task, configuration, seed, options) for seed in range(options.seeds)]
-        results.append(summarise(configuration, [run.metrics for run in runs]))
+        results.append(summarise(configuration, [metrics for _, metrics in runs]))
         print(f"{configuration.name}: l_p {results[-1]['l_p'][-1]:.4g}", flush=True)
-        meta_params = runs[0].meta_params
+        meta_params = runs[0][0]
     on_same_systems = compare_solvers(task, meta_params, options.solver_steps, options.batch_size)
     for result in results:
         result["on_same_systems"] = on_same_systems[result["name"]]
-    content = report(
-        command_line("ablation_preconditioner.py"),
+    content = record(
+        command_line(__file__, arguments),
         task=task.name,
         settings=options.settings,
         iterations=iterations(task, options),
-        num_epochs=options.epochs,
+        num_epochs=options.passes,
         seeds=options.seeds,
         batch_size=options.batch_size,
         results=results,
@@ -74,78 +100,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_table(content)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the options."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    add = parser.add_argument
-    add("--epochs", type=float, default=250, help="passes over the data in meta-training; the paper's is 250")
-    add("--seeds", type=int, default=1, help="meta-trainings of every configuration")
-    add("--batch-size", type=int, default=64)
-    add("--num-tasks", type=int, default=1, help="networks in training side by side")
-    add("--settings", choices=SETTINGS, default="relative", help="what the LSTMs see and mean")
-    # Ten times the rate that LSTM_s bears in long trainings: l_p is not greedy, LSTM_p learns in an epoch.
-    add("--meta-learning-rate", type=float, default=3e-2)
-    add("--solver-steps", type=int, default=200, help="systems on which the solvers are compared")
-    add("--data-dir", type=Path, help="where the data lie; by default $TFDS_DATA_DIR")
-    add("--cache-dir", type=Path, help="where decoded data are kept")
-    add("--output", type=Path, default=Path("runs/ablation_preconditioner"))
-    add("--resume", action="store_true", help="go on from what lies in the folder")
-    add("--quick", action="store_true", help="a narrow network and 10 meta-iterations")
-    add_network_options(parser)
-    options = parser.parse_args(arguments)
-    if options.quick:
-        # 10 unrolls of 10 steps of 32 examples are a sixteenth of an epoch of 50,000.
-        options.epochs, options.seeds, options.batch_size, options.solver_steps = 1 / 16, 1, 32, 10
-        narrow(options)
-    return options
-
-
-def make_task(options: argparse.Namespace) -> Task:
+def make_task(options: Options) -> Task:
     """Returns the task; its part for meta-training is the whole training set, as in the paper."""
-    network = network_options(options)
-    task = cifar10_convnet(data_dir=options.data_dir, cache_dir=options.cache_dir, **network)
+    task = dataclasses.replace(options, quick=False).make_task((0, 0, 0))
+    if options.quick:
+        task = dataclasses.replace(options, quick=False, channels=(8, 16), hidden=(16,)).make_task((0, 0, 0))
 
     def load():
-        whole = join_examples(task.data.meta_train, task.data.train)
+        parts = task.data.meta_train, task.data.train
+        whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
         return dataclasses.replace(task.data, meta_train=whole, train=whole)
 
     return dataclasses.replace(task, load_data=load)
 
 
-def iterations(task: Task, options: argparse.Namespace) -> int:
-    """Returns the number of meta-iterations that see the data ``options.epochs`` times."""
+def iterations(task: Task, options: Options) -> int:
+    """Returns the number of meta-iterations that see the data ``options.passes`` times."""
     examples = UNROLL * options.batch_size * options.num_tasks
-    return max(1, round(options.epochs * num_examples(task.data.meta_train) / examples))
+    return max(1, round(options.passes * num_examples(task.data.meta_train) / examples))
 
 
-class Run(NamedTuple):
-    """What one meta-training left."""
-
-    meta_params: MetaParams
-    metrics: list[dict[str, float]]
-
-
-def meta_train(task: Task, configuration: Configuration, seed: int, options: argparse.Namespace) -> Run:
-    """Meta-trains one configuration, or goes on with it."""
-    settings = configured(SETTINGS[options.settings], configuration)
-    learned = with_residual(
-        meta_training.mlhf_optimizer(
-            num_cg_steps=configuration.num_cg_steps,
-            # 20 steps of CG unrolled take long to compile.
-            unroll=configuration.num_cg_steps <= 4,
-            **learned_options(options.settings),
-        )
+def meta_train(
+    task: Task, configuration: Configuration, seed: int, options: Options
+) -> tuple[MetaParams, list[dict[str, float]]]:
+    """Meta-trains one configuration, or goes on with it; returns what was learned, and the metrics."""
+    settings, total = configuration.settings(SETTINGS[options.settings]), iterations(task, options)
+    learned = meta_training.mlhf_optimizer(
+        num_cg_steps=configuration.num_cg_steps,
+        unroll=configuration.num_cg_steps <= 4,  # 20 steps of CG unrolled take long to compile
+        max_update_ratio=0.25,
+        step_loss="relative",
     )
+    learned = with_residual(learned)
     types = jax.tree.leaves(layer_types(jax.eval_shape(task.init_fn, jax.random.key(0))))
     meta_params = init_meta_params(jax.random.key(seed), settings, layer_types=sorted(set(types)))
     config = meta_training.MetaTrainingConfig(
         num_tasks=options.num_tasks,
         unroll_length=UNROLL,
         meta_learning_rate=options.meta_learning_rate,
-        decay_iterations=iterations(task, options),
-        # One network alone would grow old, and the LSTMs forget how to start.
-        keep_probability=0.5,
+        decay_iterations=total,
+        keep_probability=0.5,  # one network alone would grow old, and the LSTMs forget how to start
     )
     optimizer = meta_training.meta_optimizer(config)
     if not configuration.has_lstm_p:
@@ -153,36 +147,32 @@ def meta_train(task: Task, configuration: Configuration, seed: int, options: arg
         optimizer = optax.chain(optimizer, optax.freeze(only_lstm_p(meta_params)))
     examples = jax.tree.map(jnp.asarray, task.data.meta_train)
     shape = (options.num_tasks, UNROLL + 1, options.batch_size)
-    sample = functools.partial(draw_batches, task, examples, shape)
-    total = iterations(task, options)
     folder = options.output / f"{CONFIGURATIONS.index(configuration) + 1}-seed-{seed}"
+    # The ablation is about the curves of meta-training; nothing is chosen by validation.
+    nothing = meta_training.Validation(jnp.zeros(()), jnp.zeros(0), jnp.zeros(()))
     done = meta_training.meta_train(
         task,
         learned,
         meta_params,
-        sample,
-        no_validation,
+        functools.partial(draw_batches, task, examples, shape),
+        lambda meta_params: nothing,
         folder,
         meta_training.Schedule(total, checkpoint_every=min(50, total), validate_every=total),
         config,
         seed=seed,
         resume=options.resume,
         about={"configuration": configuration.name, "settings": options.settings, "task": task.name},
-        progress=lambda iteration, metrics: print_progress(configuration, iteration, total, metrics),
         algorithm=meta_training.make_meta_step(task, learned, config, optimizer),
     )
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return Run(done.state.meta_params, metrics)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return done.state.meta_params, [json.loads(line) for line in lines]
 
 
 def only_lstm_p(meta_params: MetaParams) -> Any:
     """Returns a mask of the weights of LSTM_p."""
     fill = lambda tree, value: jax.tree.map(lambda _: value, tree)
-    return dataclasses.replace(
-        meta_params,
-        damping=fill(meta_params.damping, False),
-        preconditioner=fill(meta_params.preconditioner, True),
-    )
+    damping, preconditioner = fill(meta_params.damping, False), fill(meta_params.preconditioner, True)
+    return dataclasses.replace(meta_params, damping=damping, preconditioner=preconditioner)
 
 
 def with_residual(learned: meta_training.LearnedOptimizer) -> meta_training.LearnedOptimizer:
@@ -196,19 +186,58 @@ def with_residual(learned: meta_training.LearnedOptimizer) -> meta_training.Lear
     return learned._replace(meta_gradient=meta_gradient)
 
 
-def no_validation(meta_params: MetaParams) -> meta_training.Validation:
-    """The ablation is about the curves of meta-training; nothing is chosen by validation."""
-    del meta_params
-    return meta_training.Validation(jnp.zeros(()), jnp.zeros(0), jnp.zeros(()))
+def summarise(
+    configuration: Configuration, metrics: Sequence[Sequence[Mapping[str, float]]], points: int = 100
+) -> dict[str, Any]:
+    """Returns curves averaged over seeds, of which each has its list of ``metrics``, and over stretches."""
+    total = len(metrics[0])
+    edges = np.unique(np.linspace(0, total, min(points, total) + 1).astype(int))
+
+    def curve(name: str) -> list[float]:
+        lines = [[line[name] for line in of_seed] for of_seed in metrics]
+        values = np.array(lines, float)  # null becomes NaN
+        return [float(np.nanmean(values[:, a:b])) for a, b in itertools.pairwise(edges)]
+
+    return {
+        "name": configuration.name,
+        "has_lstm_p": configuration.has_lstm_p,
+        "num_cg_steps": configuration.num_cg_steps,
+        "iterations": [int(edge) for edge in edges[1:]],
+        **{name: curve(name) for name in ("l_p", "residual_norm", "inner_loss")},
+        "seconds_per_iteration": float(np.median([line["seconds"] for line in metrics[0]])),
+    }
 
 
-def print_progress(
-    configuration: Configuration, iteration: int, total: int, metrics: dict[str, float]
-) -> None:
-    """Prints a line now and then."""
-    if iteration % max(1, total // 20) == 0:
-        values = "  ".join(f"{name} {metrics[name]:.4g}" for name in ("l_p", "residual_norm", "inner_loss"))
-        print(f"{configuration.name}: {iteration}/{total}  {values}", flush=True)
+def save_figure(content: dict[str, Any], path: Path) -> None:
+    """Draws l_p and the residual by meta-iterations, and the comparison on the same systems."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for result in content["results"]:
+        label = TITLES[result["name"]]
+        axes[0].plot(result["iterations"], result["l_p"], label=label)
+        axes[1].plot(result["iterations"], result["residual_norm"], label=label)
+        axes[2].barh(label, result["on_same_systems"]["l_p_ratio"])
+    axes[2].barh(DAMPING_ALONE, content["damping_alone"]["l_p_ratio"])
+    axes[0].set(xlabel="meta-iterations", ylabel="l_p (lower is better)")
+    axes[1].set(xlabel="meta-iterations", ylabel="norm of the residual", yscale="log")
+    axes[2].set(xlabel="same systems: l_p over that of 20 steps\nwithout LSTM_p (higher is better)")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def print_table(content: dict[str, Any]) -> None:
+    """Prints the ends of the curves and the comparison on the same systems."""
+    print(f"\n{'':30s}{'l_p':>10s}{'residual':>10s}   same systems: {'l_p ratio':>10s}{'residual':>10s}")
+    for result in content["results"]:
+        same, ends = result["on_same_systems"], (result["l_p"][-1], result["residual_norm"][-1])
+        print(
+            f"{result['name']:30s}{ends[0]:10.4f}{ends[1]:10.4f}"
+            f"{same['l_p_ratio']:27.4f}{same['residual_ratio']:10.4f}"
+        )
+    same = content["damping_alone"]
+    print(f"{DAMPING_ALONE:77s}{same['l_p_ratio']:10.4f}{same['residual_ratio']:10.4f}")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mlhf_optax import layer_types, meta_training
-from mlhf_optax.comparison.meta_train_command import draw_batches
-from mlhf_optax.curvature import ggn_matvec
-from mlhf_optax.meta_params import MetaParams, Settings
+from mlhf_optax import MetaParams, Settings, mlhf, pcg
+from mlhf_optax.controllers.coordinate_lstm import coordinate_lstm
+from mlhf_optax.controllers.lstm_settings import Divide
+from mlhf_optax.damped_step import damped, look
 from mlhf_optax.meta_training.losses import preconditioner_loss
-from mlhf_optax.mlhf_step import mlhf_step, solve, start_vector
-from mlhf_optax.tasks import Task
+from mlhf_optax.tasks import Task, sample_batches
 
 
 class Configuration(NamedTuple):
@@ -29,6 +28,10 @@ class Configuration(NamedTuple):
     name: str
     has_lstm_p: bool
     num_cg_steps: int
+
+    def settings(self, settings: Settings) -> Settings:
+        """Returns the settings; without LSTM_p the preconditioner must not be made of the damping."""
+        return settings if self.has_lstm_p else dataclasses.replace(settings, preconditioner=Divide())
 
 
 CONFIGURATIONS = (
@@ -45,11 +48,10 @@ TITLES = {one.name: one.name for one in CONFIGURATIONS} | {"mlhf": "with LSTM_p,
 DAMPING_ALONE = "P from the damping alone, 4 CG steps"
 
 
-def configured(settings: Settings, configuration: Configuration) -> Settings:
-    """Returns the settings; without LSTM_p the preconditioner must not be made of the damping."""
-    return (
-        settings if configuration.has_lstm_p else dataclasses.replace(settings, preconditioner_form="divide")
-    )
+def draw_batches(task: Task, examples, shape: tuple[int, ...], key):
+    """Returns random augmented mini-batches with the leading axes ``shape``."""
+    draw_key, augment_key = jax.random.split(key)
+    return task.augment_fn(augment_key, sample_batches(examples, draw_key, shape))
 
 
 def compare_solvers(
@@ -61,8 +63,7 @@ def compare_solvers(
       By configuration and for ``DAMPING_ALONE``, the mean over the steps of l_p over that of 20 steps
       without LSTM_p (above one is better), and of the norm of the residual over that of the gradient.
     """
-    learned = meta_training.mlhf_optimizer()
-    optimizer = learned.build(meta_params, task)
+    optimizer = mlhf(1.0, meta_params, task.predict_fn, task.loss_fn)
     examples = jax.tree.map(jnp.asarray, task.data.meta_train)
 
     @jax.jit
@@ -79,29 +80,29 @@ def compare_solvers(
         params, opt_state, values = step(params, opt_state, key)
         measured.append(values)
     means = jax.tree.map(lambda *leaves: float(np.mean(leaves)), *measured)
-    return {
-        name: dict(zip(("l_p_ratio", "residual_ratio"), pair, strict=True)) for name, pair in means.items()
-    }
+    return {name: {"l_p_ratio": pair[0], "residual_ratio": pair[1]} for name, pair in means.items()}
 
 
 def solve_in_every_way(task: Task, meta_params: MetaParams, params, batch, gradient, state):
     """Returns, by configuration, l_p relative to the first one and the residual relative to the gradient."""
-    ggn = ggn_matvec(task.predict_fn, task.loss_fn, params, batch)
-    step = mlhf_step(meta_params, layer_types(params), ggn, gradient, state, 1)
-    controls = step.controls
+    controller = coordinate_lstm(meta_params)
+    view = look(controller, state, (task.predict_fn, task.loss_fn), params, gradient, batch)
+    signal = controller.control(view, state.controller).signal
     # Without its own output LSTM_p is as it starts: the same P for all coordinates.
-    silent = controls._replace(preconditioner=jax.tree.map(jnp.zeros_like, controls.preconditioner))
-    settings = meta_params.settings
+    silent = signal._replace(preconditioner=jax.tree.map(jnp.zeros_like, signal.preconditioner))
     ways = {
-        one.name: (configured(settings, one), controls if one.has_lstm_p else silent, one.num_cg_steps)
+        one.name: (one.settings(meta_params.settings), signal if one.has_lstm_p else silent, one.num_cg_steps)
         for one in CONFIGURATIONS
     }
-    ways[DAMPING_ALONE] = (settings, silent, 4)
+    ways[DAMPING_ALONE] = (meta_params.settings, silent, 4)
     found = {}
-    for name, (of_way, chosen, num_steps) in ways.items():
-        start = start_vector(state)
-        solution = solve(of_way, ggn, gradient, start, chosen, step.unit, num_steps, unroll=num_steps <= 4)
-        l_p = preconditioner_loss(solution.direction, solution.residual, gradient)
-        found[name] = (l_p, solution.residual_norm / optax.tree.norm(gradient))
+    for name, (settings, chosen, num_steps) in ways.items():
+        of_way = coordinate_lstm(dataclasses.replace(meta_params, settings=settings))
+        damping, preconditioner, *_ = of_way.operators(view, chosen)
+        matvec = damped(view.ggn, damping)
+        how = {"num_steps": num_steps, "preconditioner": preconditioner, "unroll": num_steps <= 4}
+        direction, residual, info = pcg(matvec, gradient, view.direction, **how)
+        l_p = preconditioner_loss(direction, residual, gradient)
+        found[name] = (l_p, info.residual_norm / optax.tree.norm(gradient))
     reference = found[CONFIGURATIONS[0].name][0]
     return {name: (l_p / reference, residual) for name, (l_p, residual) in found.items()}

@@ -17,7 +17,7 @@ library does it for small images), and picking the pixels of a strided 1x1 convo
 (1.3 to 1.4 in a loop: every product picked them again).
 """
 
-import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +27,9 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax import lax
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from mlhf_optax.comparison.benchmarking import interleaved, timing_parser
-from mlhf_optax.comparison.reporting import command_line, report, write_json
+from mlhf_optax.comparison.record import command_line, record, write_json
+from mlhf_optax.comparison.timing import BenchmarkOptions, interleaved, parse_options
 from mlhf_optax.convolution import convolve
 from mlhf_optax.curvature import PredictFn, ggn_matvec
 from mlhf_optax.losses import SquaredError
@@ -95,27 +92,41 @@ LAYERS = {
 QUICK = ("dense", "conv 3x3 stride 1", "pooling 2x2", "conv 3x3 stride 1 (lax)")
 
 
+@dataclasses.dataclass(frozen=True)
+class Options(BenchmarkOptions):
+    """Options of this script."""
+
+    repeats: int = 15
+    """Rounds."""
+    layers: tuple[str, ...] = tuple(LAYERS)
+    """Which layers."""
+    batch_size: int = 64
+    """Examples."""
+    products: int = 8
+    """Products per chain."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Times every layer, prints the table, writes JSON and figure."""
-    options = _parse(arguments)
+    options = parse_options(Options, __doc__, arguments)
+    if options.quick:
+        options = dataclasses.replace(options, layers=QUICK, batch_size=8, repeats=3)
     rows = []
     for name in options.layers:
         rows += measure(name, options)
-        print(
-            f"{name}: " + ", ".join(f"{row['loop']} {row['ratio']:.2f}" for row in rows[-len(LOOPS) :]),
-            flush=True,
-        )
-    Console().print(make_table(rows))
+        for row in rows[-len(LOOPS) :]:
+            times = ", ".join(f"{place} {1e3 * row[place]:.3g} ms" for place in ("inside", "outside"))
+            print(f"{name}, {row['loop']}: {times} per product, ratio {row['ratio']:.2f}", flush=True)
     print(verdict(rows))
-    command = command_line(Path(__file__).name, arguments)
     if options.json:
-        write_json(options.json, report(command, target=TARGET, repeats=options.repeats, rows=rows))
+        content = {"target": TARGET, "repeats": options.repeats, "rows": rows}
+        write_json(options.json, record(command_line(__file__, arguments), **content))
     if options.figure:
         save_figure(rows, options.figure)
 
 
-def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Times the chains of one layer against each other; returns a row a kind of loop, times in seconds."""
+def measure(name: str, options: Options) -> list[dict[str, Any]]:
+    """Times the chains of one layer against each other; returns a row per kind of loop, times in seconds."""
     layer = LAYERS[name]
     batch_size, products = options.batch_size, options.products
     if layer.is_rival:
@@ -187,21 +198,6 @@ def make_chain(kind: str, predict_fn: PredictFn, products: int) -> Callable[[Any
     return chain
 
 
-def make_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Returns milliseconds a product, with the spread from the 10th to the 90th percentile of the rounds."""
-    # Narrow enough for a terminal of 80 columns, which is also what rich assumes for a file.
-    table = Table(title="ms a GGN product (10-90 %)", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    for column in ("layer", "loop", "inside", "outside", "ratio"):
-        table.add_column(column, justify="left" if column in ("layer", "loop") else "right", no_wrap=True)
-    for row in rows:
-        cells = []
-        for place in ("inside", "outside"):
-            low, high = row[f"{place}_spread"]
-            cells.append(f"{1e3 * row[place]:.3g} ({1e3 * low:.3g}-{1e3 * high:.3g})")
-        table.add_row(row["layer"], row["loop"].removesuffix("_loop"), *cells, f"{row['ratio']:.2f}")
-    return table
-
-
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
     """Says whether the convolutions of the library reach the target."""
     own = [row for row in rows if row["layer"].startswith("conv") and not row["is_rival"]]
@@ -214,11 +210,12 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws the ratios as bars, a group a layer."""
-    import matplotlib.pyplot as plt
+    """Draws the ratios as bars, a group per layer."""
+    from matplotlib.figure import Figure
 
     layers = list(dict.fromkeys(row["layer"] for row in rows))
-    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.3 * len(layers)), layout="constrained")
+    figure = Figure(figsize=(7, 1.2 + 0.3 * len(layers)), layout="constrained")
+    axes = figure.subplots()
     for number, loop in enumerate(LOOPS):
         ratios = [row["ratio"] for row in rows if row["loop"] == loop]
         places = [index + 0.4 * (number - 0.5) for index in range(len(layers))]
@@ -231,18 +228,6 @@ def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = timing_parser(__doc__, repeats=15, quick="few layers, batch 8, 3 rounds")
-    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS), metavar="LAYER")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--products", type=int, default=8, help="products a chain")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.layers, options.batch_size, options.repeats = list(QUICK), 8, 3
-    return options
 
 
 if __name__ == "__main__":

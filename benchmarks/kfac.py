@@ -9,50 +9,43 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlhf_optax.comparison.experiment import ForeignContender
-from mlhf_optax.comparison.feeds import draw
-from mlhf_optax.comparison.inner_training import TrainingState, augmentation_key
-from mlhf_optax.comparison.trainings import Program, Trainings
-from mlhf_optax.tasks import Task
+from mlhf_optax.comparison import Contender
+from mlhf_optax.comparison.contenders import names_of, stack_settings
+from mlhf_optax.comparison.run import RunState, augmentation_key
+from mlhf_optax.comparison.run_grid import Program, RunGrid
+from mlhf_optax.tasks import Task, take
 
 LEARNING_RATES = DAMPINGS = (1.0, 0.1, 0.01, 0.001)
 DECAYS = (0.9, 0.99, 0.999)
 MOMENTUM = 0.9
 
 
-def kfac_contender() -> "KfacContender":
-    """Returns K-FAC with the paper's grid: 4 learning rates, 4 dampings, 3 decays of the averages."""
-    settings = [(rate, damp, decay) for decay in DECAYS for rate in LEARNING_RATES for damp in DAMPINGS]
-    names = ("learning_rate", "damping", "decay")
-    stacked = (jnp.array(values) for values in zip(*settings, strict=True))
-    return KfacContender(
-        family="kfac",
-        names=tuple(f"kfac lr={rate:g} damping={damp:g} decay={decay:g}" for rate, damp, decay in settings),
-        hyperparameters=tuple(dict(zip(names, values, strict=True)) for values in settings),
-        make_optimizer=_no_transformation,
-        stacked=dict(zip(names, stacked, strict=True)),
-    )
+def kfac_contender() -> Contender:
+    """Returns K-FAC with the paper's grid: 4 learning rates, 4 dampings, 3 decays of the averages.
 
+    Momentum is 0.9, damping and learning rate are constant, inverses are taken every five steps.
+    """
+    settings = [
+        {"learning_rate": rate, "damping": damping, "decay": decay}
+        for decay, rate, damping in itertools.product(DECAYS, LEARNING_RATES, DAMPINGS)
+    ]
+    stacked = stack_settings(settings)
 
-class KfacContender(ForeignContender):
-    """K-FAC with a constant damping and learning rate, momentum 0.9, inverses every five steps."""
-
-    def program(self, task: Task) -> "KfacProgram":
-        """Returns what takes the steps."""
-        return KfacProgram(task)
-
-    def seconds_per_step(self, task: Task) -> float:
+    def clock(task: Task) -> float:
         """Returns the median over stretches of 25 steps, each with its five inversions."""
-        first = {name: values[:1] for name, values in self.stacked.items()}
-        trainings = Trainings(self.program(task), first, [0], num_steps=100)
-        times = []
+        first = {name: values[:1] for name, values in stacked.items()}
+        grid, times = RunGrid(KfacProgram(task), first, [0], num_steps=100), []
         for _ in range(4):
             start = time.perf_counter()
             for _ in range(25):
-                trainings.step()
-            trainings.wait()
+                grid.step()
+            grid.wait()
             times.append((time.perf_counter() - start) / 25)
         return statistics.median(times[1:])
+
+    names = names_of("kfac", settings)
+    how = {"program": KfacProgram, "clock": clock}
+    return Contender("kfac", names, tuple(settings), _no_transformation, stacked, **how)
 
 
 class KfacProgram(Program):
@@ -61,10 +54,9 @@ class KfacProgram(Program):
     def __init__(self, task: Task):
         super().__init__(task, _no_transformation, sequential=True)
         self._optimizers: dict[float, Any] = {}
+        key = lambda seed, number: augmentation_key(jax.random.key(seed), number)
         self._draw = jax.jit(
-            lambda seed, fed, number, examples: task.augment_fn(
-                augmentation_key(jax.random.key(seed), number), draw(examples, fed)
-            )
+            lambda seed, fed, number, examples: task.augment_fn(key(seed, number), take(examples, fed))
         )
         self.init = self.over_runs(self._init, jit=False)
         self.step = self.over_runs(self._step, jit=False)
@@ -74,7 +66,7 @@ class KfacProgram(Program):
         params = jax.jit(self.task.init_fn)(jax.random.fold_in(key, 0))
         batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[: self.task.batch_size]), self.task.data.train)
         batch = self.task.augment_fn(key, batch)
-        return TrainingState(params, self._optimizer(setting).init(params, key, batch))
+        return RunState(params, self._optimizer(setting).init(params, key, batch))
 
     def _step(self, setting, seed, state, examples, number):
         batch = self._draw(seed["seed"], seed["fed"], number, examples)
@@ -88,7 +80,7 @@ class KfacProgram(Program):
             damping=jnp.asarray(setting[1]["damping"]),
             momentum=jnp.asarray(MOMENTUM),
         )
-        return TrainingState(params, opt_state)
+        return RunState(params, opt_state)
 
     def _optimizer(self, setting) -> Any:
         decay = float(setting[1]["decay"])
@@ -141,15 +133,8 @@ def moments_of_patches(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns second and first moments, summed over images and positions, of what a kernel sees.
 
-    Args:
-      inputs: images ``(B, height, width, C)``.
-      kernel_spatial_shape: height and width of the kernel, ``(h, w)``.
-      strides: of the kernel.
-      padding: by how much images grow, before and after, in height and width.
-      dim_numbers: those of the convolution; only channels last are known here.
-      weighting_array: weights of the images, ``(B,)``, or of every position.
-      data_format: unused, as `dim_numbers` says it.
-      precision: of the product.
+    Args are those of the function of kfac-jax: images ``(B, height, width, C)``, a kernel ``(h, w)``, and
+    weights of the images, ``(B,)``, or of every position.
 
     Returns:
       Arrays ``(h, w, C, h, w, C)`` and ``(h, w, C)``.

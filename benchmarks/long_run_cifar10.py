@@ -10,7 +10,7 @@ counts as stable if its loss is finite at every record and no later record is ab
 ``--resume`` goes on from the last checkpoint after a stop. ``--quick`` takes a minute on two cores.
 """
 
-import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,46 +18,74 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from convnet import ConvnetOptions
 from rich.progress import track
 
-from mlhf_optax.comparison.experiment_options import add_network_options, limit_data, network_options
-from mlhf_optax.comparison.mlhf_contenders import find_meta_params
-from mlhf_optax.comparison.reporting import command_line, report, write_json
-from mlhf_optax.comparison.trainings import Program, Trainings
+from mlhf_optax.comparison.experiment import find_meta_params
+from mlhf_optax.comparison.record import command_line, record, write_json
+from mlhf_optax.comparison.run_grid import Program, RunGrid
+from mlhf_optax.comparison.timing import parse_options
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
-from mlhf_optax.tasks import Task, cifar10_convnet, take
+from mlhf_optax.tasks import Task, take
 
 SAMPLE = 2048  # training examples on which the loss is recorded
 STATISTICS = tuple(
     f"{name}_{kind}" for name in ("damping", "preconditioner") for kind in ("min", "mean", "max")
 )
+OF_INFO = ("descent", "cg_residual_norm", "skipped_steps", *STATISTICS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(ConvnetOptions):
+    """Options of this script. Those of the comparisons that it does not name here have no effect."""
+
+    steps: int = 10_000
+    """Length of the training."""
+    record_every: int = 100
+    """Steps between records and checkpoints."""
+    seed: int = 0
+    """Seed of the training."""
+    output: Path = Path("runs/long_run_cifar10")
+    """Folder for all that is written."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps < 1 or self.record_every < 1 or self.steps % self.record_every:
+            raise ValueError(
+                f"--steps must be a multiple of --record-every, both at least 1, got {self.steps} and "
+                f"{self.record_every}"
+            )
+        if (self.output / "checkpoints").exists() and not self.resume:
+            raise ValueError(
+                f"{self.output} already has a run; add --resume to go on with it, or use another --output"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the training and writes what was recorded."""
-    options = parse(arguments)
+    options = parse_options(Options, __doc__, arguments)
+    if options.quick:
+        options = dataclasses.replace(options, steps=20, record_every=5, batch_size=32)
     task = make_task(options)
     source, learned = find_meta_params(task, options.meta_params)
-    rate = learned.learning_rate if options.learning_rate is None else options.learning_rate
-    optimizer = learned.optimizer(
-        task.predict_fn,
-        task.loss_fn,
-        learning_rate=rate,
-        curvature_batch_size=options.curvature_share or None,
-    )
+    changes: dict[str, Any] = {"curvature_batch_size": options.curvature_share or None}
+    if options.learning_rate is not None:
+        changes["learning_rate"] = options.learning_rate
+    chosen = learned.recommended | changes
     settings = {
         "meta_params": source,
-        "learning_rate": rate,
-        "momentum": learned.recommended["momentum"],
+        "learning_rate": chosen["learning_rate"],
+        "momentum": chosen.get("momentum", 0.0),
         "curvature_share": options.curvature_share,
         "batch_size": task.batch_size,
         "record_every": options.record_every,
         "seed": options.seed,
     }
-    runs = Trainings(Program(task, lambda: optimizer), {}, [options.seed], options.steps)
+    optimizer = learned.optimizer(task.predict_fn, task.loss_fn, **changes)
+    runs = RunGrid(Program(task, lambda: optimizer), {}, [options.seed], options.steps)
     records = train(task, runs, options, settings)
-    content = report(
-        command_line("long_run_cifar10.py", arguments),
+    content = record(
+        command_line(__file__, arguments),
         task=task.name,
         num_steps=options.steps,
         **settings,
@@ -69,96 +97,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_table(content)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the options."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    add = parser.add_argument
-    add("--steps", type=int, default=10_000)
-    add("--record-every", type=int, default=100, help="steps between records and checkpoints")
-    add("--batch-size", type=int, default=128)
-    add_network_options(parser)
-    add("--curvature-share", type=float, default=0.25, help="share of the batch for GGN products; 0 for all")
-    add("--meta-params", help="shipped name or path; by default those for the task")
-    add("--learning-rate", type=float, help="by default what the record says")
-    add("--seed", type=int, default=0)
-    add("--data-dir", type=Path, help="where the data lie; by default $TFDS_DATA_DIR")
-    add("--cache-dir", type=Path, help="where decoded data are kept")
-    add("--output", type=Path, default=Path("runs/long_run_cifar10"))
-    add("--resume", action="store_true", help="go on from what lies in the folder")
-    add("--quick", action="store_true", help="a tiny network, few examples, 20 steps")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.steps, options.record_every, options.batch_size = 20, 5, 32
-        options.channels, options.hidden = [4, 4], [4]
-    if options.steps < 1 or options.record_every < 1 or options.steps % options.record_every:
-        parser.error(
-            f"--steps must be a multiple of --record-every, both at least 1, got {options.steps} and "
-            f"{options.record_every}"
-        )
-    if (options.output / "checkpoints").exists() and not options.resume:
-        parser.error(
-            f"{options.output} already has a run; add --resume to go on with it, or use another --output"
-        )
-    return options
-
-
-def make_task(options: argparse.Namespace) -> Task:
+def make_task(options: Options) -> Task:
     """Returns the task that the options ask for."""
-    task = cifar10_convnet(
-        **network_options(options),
-        batch_size=options.batch_size,
-        data_dir=options.data_dir,
-        cache_dir=options.cache_dir,
-    )
-    return limit_data(task, 256, 640, 256) if options.quick else task
+    return options.make_task((256, 640, 256))
 
 
-def train(
-    task: Task, runs: Trainings, options: argparse.Namespace, settings: dict[str, Any]
-) -> dict[str, list[float]]:
-    """Trains from the last checkpoint on and returns what was recorded, a list of numbers a name."""
-    names = (
-        "step",
-        "train_loss",
-        "test_accuracy",
-        "descent",
-        "cg_residual_norm",
-        "skipped_steps",
-        *STATISTICS,
-    )
+def train(task: Task, runs: RunGrid, options: Options, settings: dict[str, Any]) -> dict[str, list[float]]:
+    """Trains from the last checkpoint on and returns what was recorded, a list of numbers per name."""
+    names = ("step", "train_loss", "test_accuracy", *OF_INFO)
     count = options.steps // options.record_every
-    records = {name: np.full(count, np.nan, np.float64) for name in names}
+    records = np.full((len(names), count), np.nan)
     folder, about = options.output / "checkpoints", settings | {"task": task.name, "steps": options.steps}
-    template = {"state": jax.eval_shape(lambda: runs.state), "records": records}
+    # As integers, since jax would round them to float32.
+    template = {"state": jax.eval_shape(lambda: runs.state), "records": records.view(np.uint32)}
     found = load_last_checkpoint(folder, template, about) if options.resume else None
     first = 0
     if found is not None:
         first, tree = found
-        runs.state, records = tree["state"], {name: np.array(x) for name, x in tree["records"].items()}
+        runs.state, records = tree["state"], np.array(tree["records"]).view(np.float64)
         runs.steps_done = first * options.record_every
     sample = take(task.data.train, np.arange(min(SAMPLE, len(task.data.train["label"]))))
     for index in track(range(first, count), "records", total=count, completed=first):
         for _ in range(options.record_every):
             runs.step()
         runs.wait()
-        for name, value in measure(runs, sample).items():
-            records[name][index] = value
-        save_checkpoint(folder, index + 1, {"state": runs.state, "records": records}, about)
-    return {name: values.tolist() for name, values in records.items()}
-
-
-def measure(runs: Trainings, sample: Any) -> dict[str, float]:
-    """Returns one record."""
-    info = optax.tree.get(runs.state, "info")
-    of_step = {name: float(np.ravel(value)[0]) for name, value in info._asdict().items()}
-    kept = ("descent", "cg_residual_norm", "skipped_steps", *STATISTICS)
-    return {
-        "step": runs.steps_done,
-        "train_loss": float(runs.loss_on(sample)[0, 0]),
-        "test_accuracy": float(runs.test_accuracy()[0, 0]),
-        **{name: of_step[name] for name in kept},
-    }
+        info = optax.tree.get(runs.state, "info")._asdict()
+        values = [runs.steps_done, runs.train_loss(sample)[0, 0], runs.test_accuracy()[0, 0]]
+        records[:, index] = values + [np.ravel(info[name])[0] for name in OF_INFO]
+        save_checkpoint(folder, index + 1, {"state": runs.state, "records": records.view(np.uint32)}, about)
+    return dict(zip(names, records.tolist(), strict=True))
 
 
 def is_stable(records: dict[str, list[float]]) -> bool:
@@ -183,24 +150,18 @@ def save_figure(content: dict[str, Any], path: Path) -> None:
         axes.plot(records["step"], records[f"{name}_mean"])
         axes.set(yscale="log", xlabel="step", title=f"{name}: smallest, mean and largest")
     share = content["curvature_share"] or 1
-    figure.suptitle(
-        f"{content['task']}, batch {content['batch_size']}, curvature on {share:g} of it, learning rate "
-        f"{content['learning_rate']:g}, {content['num_steps']} steps"
-    )
+    about = f"batch {content['batch_size']}, curvature on {share:g} of it, rate {content['learning_rate']:g}"
+    figure.suptitle(f"{content['task']}, {about}, {content['num_steps']} steps")
     figure.savefig(path, dpi=150)
 
 
 def print_table(content: dict[str, Any]) -> None:
     """Prints some of the records, evenly spaced in the logarithm."""
     records = content["records"]
-    chosen = np.unique(np.geomspace(1, len(records["step"]), 8).round().astype(int)) - 1
-    print(f"{'step':>8s}{'loss':>10s}{'accuracy':>10s}{'damping':>12s}{'precond.':>12s}{'skipped':>9s}")
-    for i in chosen:
-        print(
-            f"{records['step'][i]:8.0f}{records['train_loss'][i]:10.4g}{records['test_accuracy'][i]:10.1%}"
-            f"{records['damping_mean'][i]:12.3g}{records['preconditioner_mean'][i]:12.3g}"
-            f"{records['skipped_steps'][i]:9.0f}"
-        )
+    names = ("step", "train_loss", "test_accuracy", "damping_mean", "preconditioner_mean", "skipped_steps")
+    print("  ".join(f"{name:>19s}" for name in names))
+    for i in np.unique(np.geomspace(1, len(records["step"]), 8).round().astype(int)) - 1:
+        print("  ".join(f"{records[name][i]:19.4g}" for name in names))
     print("stable" if content["is_stable"] else "NOT stable: a loss above the first one, or not finite")
 
 

@@ -17,40 +17,30 @@ chunks that fit the cache (1.4 to 2.8 times as slow); bfloat16 states, which hal
 converted by passes of their own.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from mlhf_optax.comparison.benchmarking import Timing, interleaved, timing_parser
-from mlhf_optax.comparison.machine import free_memory, needed_memory
-from mlhf_optax.comparison.reporting import command_line, report, write_json
-from mlhf_optax.controls import Inputs, control_unit, damping_values, preconditioner_values, run_network
-from mlhf_optax.coordinate_lstm import LayerCarry, init_carry
-from mlhf_optax.meta_params import MetaParams, Settings, init_meta_params
+from mlhf_optax.comparison.record import command_line, record, write_json
+from mlhf_optax.comparison.timing import BenchmarkOptions, Timing, interleaved, parse_options
+from mlhf_optax.controllers.coordinate_lstm import Carries, MetaParams, coordinate_lstm, init_meta_params
+from mlhf_optax.controllers.lstm import LayerCarry, init_carry
+from mlhf_optax.controllers.lstm_settings import Inputs, Settings, TanhFeatures
 
 TARGET = 2.0
 SIZES = (10**4, 10**5, 10**6, 10**7)
-DTYPES = ("float32", "bfloat16")
-SETTINGS = {"log-global": Settings(), "tanh": dataclasses.replace(Settings(), input_features="tanh")}
+TIMED = ("forward", "gradient", "floor")
+SETTINGS = {"log-global": Settings(), "tanh": Settings(features=TanhFeatures())}
 TYPES: Any = {"kernel": "dense_kernel"}
-
-
-class Carries(NamedTuple):
-    """Carries of LSTM_s and LSTM_p."""
-
-    damping: tuple[LayerCarry, ...]
-    preconditioner: tuple[LayerCarry, ...]
 
 
 Step = Callable[[MetaParams, Carries, Inputs], tuple[Any, Carries]]
@@ -58,13 +48,11 @@ Step = Callable[[MetaParams, Carries, Inputs], tuple[Any, Carries]]
 
 def forward(meta_params: MetaParams, carries: Carries, inputs: Inputs) -> tuple[Any, Carries]:
     """Runs both LSTMs one step; returns damping and preconditioner, and the next carries."""
-    settings = meta_params.settings
-    s_out, s_carry = run_network(meta_params.damping, settings, TYPES, carries.damping, inputs)
-    p_out, p_carry = run_network(meta_params.preconditioner, settings, TYPES, carries.preconditioner, inputs)
-    unit = control_unit(settings, inputs.gradient, jnp.ones(()))
-    damping = damping_values(settings, s_out, unit)
-    preconditioner = preconditioner_values(settings, p_out, unit, damping)
-    return (damping, preconditioner), Carries(s_carry, p_carry)
+    controller = coordinate_lstm(meta_params, layer_types_fn=lambda params: TYPES)
+    view: Any = SimpleNamespace(**inputs._asdict(), params=inputs.gradient, initial_rms=jnp.ones(()))
+    control = controller.control(view, carries)
+    damping, preconditioner, *_ = controller.operators(view, control.signal)
+    return (damping.values, preconditioner.values), control.state
 
 
 def gradient(meta_params: MetaParams, carries: Carries, inputs: Inputs) -> tuple[Any, Carries]:
@@ -73,9 +61,8 @@ def gradient(meta_params: MetaParams, carries: Carries, inputs: Inputs) -> tuple
     def loss(weights):
         (damping, preconditioner), new = forward(weights, carries, inputs)
         # Any two cotangents of the size of the parameters will do.
-        return optax.tree.vdot(damping, inputs.residual) + optax.tree.vdot(
-            preconditioner, inputs.direction
-        ), new
+        of_damping = optax.tree.vdot(damping, inputs.residual)
+        return of_damping + optax.tree.vdot(preconditioner, inputs.direction), new
 
     return jax.grad(loss, has_aux=True)(meta_params)
 
@@ -95,7 +82,8 @@ def evaluations(meta_params: MetaParams, carries: Carries, inputs: Inputs) -> tu
         cell = jax.tree.map(lambda x: some(x, 3), carry.cell)
         return LayerCarry(cell, jax.tree.map(lambda x: some(x, 2), carry.hidden))
 
-    function = jnp.tanh if meta_params.settings.input_features == "tanh" else lambda x: jnp.log(jnp.abs(x))
+    is_tanh = isinstance(meta_params.settings.features, TanhFeatures)
+    function = jnp.tanh if is_tanh else lambda x: jnp.log(jnp.abs(x))
     first, second, third = (jax.tree.map(function, quantity) for quantity in inputs)
     outputs = jax.tree.map(lambda a, b, c: (jnp.exp(a + c), jnp.exp(b + c)), first, second, third)
     return outputs, Carries(*(tuple(layer(carry) for carry in network) for network in carries))
@@ -107,22 +95,35 @@ def copies(meta_params: MetaParams, carries: Carries, inputs: Inputs) -> tuple[A
     return (), jax.tree.map(lambda x: x + 1, carries)
 
 
+@dataclasses.dataclass(frozen=True)
+class Options(BenchmarkOptions):
+    """Options of this script."""
+
+    coordinates: tuple[int, ...] = SIZES
+    """Numbers of coordinates."""
+    carry_dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """Types of the LSTMs' states."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Times every number of coordinates, prints the table, writes JSON and figure."""
-    options = _parse(arguments)
+    options = parse_options(Options, __doc__, arguments)
+    if options.quick:
+        small = tuple(size for size in options.coordinates if size <= 10**6)
+        options = dataclasses.replace(options, coordinates=small, repeats=3)
     floor = evaluations if jax.default_backend() == "cpu" else copies
     rows = []
     for size, dtype, features in itertools.product(options.coordinates, options.carry_dtypes, SETTINGS):
         row = measure(size, dtype, features, floor, options.repeats)
         if row is not None:
             rows.append(row)
-            print(f"{size} coordinates, {dtype}, {features}: {row['forward_ns']:.1f} ns", flush=True)
-    Console().print(make_table(rows))
+            times = ", ".join(f"{name} {row[f'{name}_ns'] or math.nan:.0f} ns" for name in TIMED)
+            ratio = f"forward / floor {row['forward_ratio']:.2f}"
+            print(f"{size} coordinates, {dtype}, {features}: {times}, {ratio}", flush=True)
     print(verdict(rows))
-    command = command_line(Path(__file__).name, arguments)
     if options.json:
         content = {"target": TARGET, "floor": floor.__name__, "repeats": options.repeats, "rows": rows}
-        write_json(options.json, report(command, **content))
+        write_json(options.json, record(command_line(__file__, arguments), **content))
     if options.figure:
         save_figure(rows, options.figure)
 
@@ -134,7 +135,7 @@ def measure(size: int, dtype: str, features: str, floor: Step, repeats: int) -> 
     make_arrays = functools.partial(_arrays, size, dtype)
     shapes, room = jax.eval_shape(make_arrays), free_memory()
     programs = {}
-    for name, step in (("forward", forward), ("gradient", gradient), ("floor", floor)):
+    for name, step in zip(TIMED, (forward, gradient, floor), strict=True):
         # The carries are donated, as those of a training are.
         program = jax.jit(step, donate_argnums=1, keep_unused=True).lower(meta_params, *shapes).compile()
         needed = needed_memory(program)
@@ -147,7 +148,7 @@ def measure(size: int, dtype: str, features: str, floor: Step, repeats: int) -> 
         return None
     times = _time(programs, meta_params, *make_arrays(), repeats)
     row: dict[str, Any] = {"coordinates": size, "carry_dtype": dtype, "features": features}
-    for name in ("forward", "gradient", "floor"):
+    for name in TIMED:
         timing = times.get(name)
         row[f"{name}_ns"] = timing and 1e9 * timing.median / size
         row[f"{name}_spread_ns"] = timing and [1e9 * timing.low / size, 1e9 * timing.high / size]
@@ -174,22 +175,23 @@ def _time(programs, meta_params, carries: Carries, inputs: Inputs, repeats: int)
     return interleaved({name: thunk(program) for name, program in programs.items()}, repeats=repeats)
 
 
-def make_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Returns nanoseconds a coordinate, with the 10th and 90th percentile of the rounds."""
-    # Narrow enough for a terminal of 80 columns, which is also what rich assumes for a file.
-    title = "ns a coordinate, both LSTMs (10-90 %)"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    for column in ("size", "carry", "features", "forward", "gradient", "floor", "ratio"):
-        justify = "left" if column in ("carry", "features") else "right"
-        table.add_column(column, justify=justify, no_wrap=True)
-    for row in rows:
-        cells = []
-        for name in ("forward", "gradient", "floor"):
-            low, high = row[f"{name}_spread_ns"] or (0, 0)
-            cells.append(f"{row[f'{name}_ns']:.0f} ({low:.0f}-{high:.0f})" if high else "-")
-        start = (f"{row['coordinates']:.0e}", row["carry_dtype"], row["features"])
-        table.add_row(*start, *cells, f"{row['forward_ratio']:.2f}")
-    return table
+def needed_memory(program: Any) -> int:
+    """Returns the bytes that a compiled program takes: arguments, results and what lies between."""
+    sizes = program.memory_analysis()
+    arrays = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return arrays + sizes.temp_size_in_bytes
+
+
+def free_memory() -> float:
+    """Returns the bytes that may be used on the device that computes, infinite where they cannot be told."""
+    statistics, meminfo = jax.devices()[0].memory_stats(), Path("/proc/meminfo")
+    if statistics:
+        return statistics["bytes_limit"] - statistics["bytes_in_use"]
+    if not meminfo.is_file():
+        return math.inf
+    sizes = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    # A system that runs out of memory ends the process, and with it the measurement.
+    return 0.8 * 1024 * int(sizes["MemAvailable"].split()[0])
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
@@ -199,35 +201,23 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws nanoseconds a coordinate by their number, one panel for each kind of features."""
-    import matplotlib.pyplot as plt
+    """Draws nanoseconds per coordinate by their number, one panel for each kind of features."""
+    from matplotlib.figure import Figure
 
-    figure, panels = plt.subplots(1, len(SETTINGS), figsize=(9, 4), sharey=True, layout="constrained")
-    colours = {"forward": "tab:blue", "gradient": "tab:orange", "floor": "0.4"}
-    dashes = dict(zip(DTYPES, ("-", "--"), strict=True))
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    panels = figure.subplots(1, len(SETTINGS), sharey=True, squeeze=False)[0]
+    colours = dict(zip(TIMED, ("tab:blue", "tab:orange", "0.4"), strict=True))
     for axes, features in zip(panels, SETTINGS, strict=True):
-        for dtype, dash in dashes.items():
+        for dtype, dash in (("float32", "-"), ("bfloat16", "--")):
             chosen = [row for row in rows if (row["features"], row["carry_dtype"]) == (features, dtype)]
             for name, colour in colours.items():
-                points = [(row["coordinates"], row[f"{name}_ns"]) for row in chosen if row[f"{name}_ns"]]
-                style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3}
-                axes.plot(*zip(*points, strict=True), label=f"{name}, {dtype}", **style)
+                known = [row for row in chosen if row[f"{name}_ns"]]
+                points = [row["coordinates"] for row in known], [row[f"{name}_ns"] for row in known]
+                axes.plot(*points, dash, color=colour, marker="o", markersize=3, label=f"{name}, {dtype}")
         axes.set(xscale="log", yscale="log", xlabel="coordinates", title=f"{features} features")
-    panels[0].set_ylabel("ns a coordinate")
+    panels[0].set_ylabel("ns per coordinate")
     panels[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = timing_parser(__doc__, repeats=9, quick="no more than a million coordinates, 3 rounds")
-    parser.add_argument("--coordinates", nargs="+", type=int, default=list(SIZES))
-    parser.add_argument("--carry-dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.coordinates = [size for size in options.coordinates if size <= 10**6]
-        options.repeats = 3
-    return options
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Seconds and memory of meta-training an inner step, against a plain SGD step of the same task and batch.
+"""Seconds and memory of meta-training per inner step, against a plain SGD step of the same task and batch.
 
 A meta-iteration (``meta_step`` of ``make_meta_step`` with ``mlhf_optimizer``: unroll, meta-gradient,
 meta-update, replay) takes ``num_tasks`` x ``unroll_length`` inner steps; its time is divided by that
@@ -19,7 +19,7 @@ What did not pay, on a CPU: ``vmap`` over tasks with convolutions (gradients of 
 one after the other). Rematerialisation has nothing to save: no pass over the model is kept for a later one.
 """
 
-import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -30,21 +30,34 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from step_contenders import Runner, make_problem, training_step
-from step_time import judged, names_of, print_targets
+from step_time import check_names, judged, print_targets
 
 from mlhf_optax import init_meta_params
-from mlhf_optax.comparison.benchmarking import interleaved, timing_parser
 from mlhf_optax.comparison.figures import require_matplotlib
-from mlhf_optax.comparison.reporting import command_line, report, write_json
+from mlhf_optax.comparison.record import command_line, record, write_json
+from mlhf_optax.comparison.timing import BenchmarkOptions, interleaved, parse_options
 from mlhf_optax.meta_training import MetaTrainingConfig, make_meta_step, mlhf_optimizer
 
 BATCH_SIZES = {"digits-mlp": 128, "cuda-convnet": 64}
 GROWING = {"unroll_length": (5, 20), "num_cg_steps": (2, 8), "num_tasks": (2, 4)}
 RATIO_LIMIT = 22.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(BenchmarkOptions):
+    """Options of this script."""
+
+    repeats: int = 7
+    """Rounds."""
+    tasks: tuple[str, ...] = tuple(BATCH_SIZES)
+    """Networks."""
+    worker: str = ""
+    """A configuration as JSON, to be measured in this process; used by the script itself."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_names("tasks", self.tasks, BATCH_SIZES)
 
 
 class Configuration(NamedTuple):
@@ -58,22 +71,14 @@ class Configuration(NamedTuple):
 
 
 def configurations(task: str) -> list[Configuration]:
-    """Returns the configuration that all else is compared with, then those that differ in one number."""
+    """Returns what all else is compared with, then the configurations that differ in one number."""
     base = Configuration(task, BATCH_SIZES[task])
     grown = (base._replace(**{name: value}) for name, values in GROWING.items() for value in values)
     return [base, *grown]
 
 
 def measure(configuration: Configuration, repeats: int) -> dict[str, Any]:
-    """Measures a configuration in this process; its peak of memory is that of the process so far.
-
-    Args:
-      configuration: what to measure.
-      repeats: rounds.
-
-    Returns:
-      The configuration, seconds and bytes.
-    """
+    """Returns seconds and bytes; the peak of memory is that of this process so far."""
     task, batch_size, unroll_length, num_cg_steps, num_tasks = configuration
     problem = make_problem(task)
     sgd = training_step(problem, jax.jit(problem.init_fn)(jax.random.key(0)), optax.sgd(0.01, momentum=0.9))
@@ -148,18 +153,17 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [judged(text, RATIO_LIMIT, row["ratio"]) for row in rows if base.items() <= row.items()]
 
 
-def table_of(rows: Sequence[dict[str, Any]]) -> Table:
-    """Returns the table of all configurations."""
-    table = Table(title="meta-training: milliseconds an inner step", box=box.SIMPLE, pad_edge=False)
-    for column in ("task", "T", "K", "tasks", "ms", "/ sgd", "compile s", "peak MiB", "temp MiB"):
-        table.add_column(column, justify="left" if column == "task" else "right")
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints a row per configuration."""
+    print(
+        "task, T, K, tasks: ms per inner step, / sgd, seconds to compile, MiB at the peak, MiB of temporaries"
+    )
     for row in rows:
-        cells = [row["task"], *(str(row[name]) for name in GROWING)]
-        cells += [f"{1e3 * row['seconds_per_inner_step']:.3g}", f"{row['ratio']:.1f}"]
-        sizes = [row[name] for name in ("peak_bytes", "temp_bytes")]
-        sizes = ("-" if size is None else f"{size / 2**20:.1f}" for size in sizes)
-        table.add_row(*cells, f"{row['compile_seconds']:.1f}", *sizes)
-    return table
+        numbers = ", ".join(str(row[name]) for name in GROWING)
+        sizes = [row[name] and row[name] / 2**20 for name in ("peak_bytes", "temp_bytes")]
+        shown = "".join(f"{'-' if size is None else f'{size:.1f}':>10s}" for size in sizes)
+        times = f"{1e3 * row['seconds_per_inner_step']:10.3g}{row['ratio']:8.1f}{row['compile_seconds']:8.1f}"
+        print(f"{row['task']}, {numbers:12s}{times}{shown}")
 
 
 def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -186,52 +190,32 @@ def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     all_axes[0][0].set_ylabel("inner step / step of SGD")
     all_axes[1][0].set_ylabel("MiB of temporaries")
     all_axes[0][0].legend(fontsize=8)
-    for axes in all_axes.flat:
-        axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures every configuration, prints the table, writes JSON and figure."""
-    options = _parse(arguments)
+    options = parse_options(Options, __doc__, arguments)
     # A program found in a cache would not show how long it takes to compile.
     jax.config.update("jax_enable_compilation_cache", False)
     if options.worker:
         print(json.dumps(measure(Configuration(*json.loads(options.worker)), options.repeats)))
         return
-    console, rows = Console(), []
-    todo = [item for task in options.tasks for item in configurations(task)]
+    todo, repeats = [item for task in options.tasks for item in configurations(task)], options.repeats
     if options.quick:
-        todo = [Configuration("digits-mlp", 128, length, 2, 1) for length in (2, 4)]
+        todo, repeats = [Configuration("digits-mlp", 128, length, 2, 1) for length in (2, 4)], 2
+    rows = []
     for number, configuration in enumerate(todo, 1):
-        with console.status(f"{number} of {len(todo)}: {configuration}"):
-            rows.append(measure_in_process(configuration, options.repeats))
-    console.print(table_of(rows))
+        print(f"{number} of {len(todo)}: {configuration}", flush=True)
+        rows.append(measure_in_process(configuration, repeats))
+    print_table(rows)
     found = targets(rows)
-    print_targets(console, found)
+    print_targets(found)
     if options.json:
-        content = {"rows": rows, "targets": found}
-        write_json(options.json, report(command_line("meta_step_time.py", arguments), **content))
+        write_json(options.json, record(command_line(__file__, arguments), rows=rows, targets=found))
     if options.figure:
         save_figure(rows, options.figure)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = timing_parser(__doc__, repeats=7, quick="digits-mlp with T = 2 and 4, K = 2, 2 rounds")
-    add = parser.add_argument
-    add(
-        "--tasks",
-        type=names_of(BATCH_SIZES),
-        default=tuple(BATCH_SIZES),
-        help=f"by commas, of {', '.join(BATCH_SIZES)}",
-    )
-    add("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.repeats = 2
-    return options
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -8,7 +8,6 @@ part for meta-training; neither the training nor the test part is touched.
 Runs that are interrupted go on where they were (``--output``). ``--quick``: two settings, 4 iterations.
 """
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -20,7 +19,9 @@ import jax.numpy as jnp
 
 from mlhf_optax import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, init_meta_params
 from mlhf_optax import meta_training as mt
-from mlhf_optax.comparison.reporting import command_line, report, write_json
+from mlhf_optax.comparison.record import command_line, record, write_json
+from mlhf_optax.comparison.timing import BenchmarkOptions, parse_options
+from mlhf_optax.controllers.lstm_settings import Divide, TanhFeatures, Unit
 from mlhf_optax.tasks import epoch_indices, get_task, num_examples, sample_batches, take
 
 FAITHFUL = {
@@ -30,69 +31,68 @@ FAITHFUL = {
     "damping_loss_scale": 1.0,
 }
 AUTHORS = {"step_loss": "difference"}
-DEFAULT = Settings()
+ABSOLUTE = Settings(unit=Unit(gradient_power=0.0), initial_damping=1.0, initial_preconditioner=1.0)
 # Name: (settings, arguments of mlhf_optimizer). Each row after the third takes one thing away.
 CASES: dict[str, tuple[Settings, dict[str, Any]]] = {
     "paper": (PAPER_SETTINGS, FAITHFUL),
     "authors": (AUTHORS_SETTINGS, AUTHORS),
-    "default": (DEFAULT, {}),
-    "absolute l_s": (DEFAULT, {"step_loss": "difference"}),
-    "log l_s": (DEFAULT, {"step_loss": "log"}),
-    "damping not in units of g": (
-        dataclasses.replace(DEFAULT, gradient_power=0.0, initial_damping=1.0, initial_preconditioner=1.0),
-        {},
-    ),
-    "P divides alone": (dataclasses.replace(DEFAULT, preconditioner_form="divide"), {}),
-    "tanh inputs": (dataclasses.replace(DEFAULT, input_features="tanh"), {}),
-    "no bound, no noise": (DEFAULT, {"max_update_ratio": None, "update_noise": 0.0}),
+    "default": (Settings(), {}),
+    "absolute l_s": (Settings(), {"step_loss": "difference"}),
+    "log l_s": (Settings(), {"step_loss": "log"}),
+    "damping not in units of g": (ABSOLUTE, {}),
+    "P divides alone": (Settings(preconditioner=Divide()), {}),
+    "tanh inputs": (Settings(features=TanhFeatures()), {}),
+    "no bound, no noise": (Settings(), {"max_update_ratio": None, "update_noise": 0.0}),
 }
 STEPS = (10, 30, 100, 300)
 
 
+@dataclasses.dataclass(frozen=True)
+class Options(BenchmarkOptions):
+    """Options of this script; ``repeats`` has no effect."""
+
+    cases: tuple[str, ...] = tuple(CASES)
+    """Which settings."""
+    iterations: int = 300
+    """Meta-iterations."""
+    output: Path = Path("runs/settings_digits")
+    """Folder for what the meta-trainings leave."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Meta-trains under every setting, prints the table as it grows, writes JSON and figure."""
-    options = _parse(arguments)
+    options = parse_options(Options, __doc__, arguments)
+    if options.quick:
+        folder = options.output.with_name(options.output.name + "-quick")
+        options = dataclasses.replace(options, cases=("paper", "default"), iterations=4, output=folder)
     rows = []
-    print(
-        f"{'setting':27s}"
-        + "".join(f"{f'{step} steps':>11s}" for step in STEPS)
-        + f"{'mean log':>10s}  best at"
-    )
     for name in options.cases:
         rows.append(run_case(name, options))
         losses = "".join(f"{loss:11.1e}" for loss in rows[-1]["losses"])
         print(f"{name:27s}{losses}{rows[-1]['score']:10.2f}  {rows[-1]['iteration']}", flush=True)
     if options.json:
-        write_json(
-            options.json,
-            report(
-                command_line("settings_digits.py", arguments), task="digits-mlp", steps=list(STEPS), rows=rows
-            ),
-        )
+        command = command_line(__file__, arguments)
+        write_json(options.json, record(command, task="digits-mlp", steps=list(STEPS), rows=rows))
     if options.figure:
         save_figure(rows, options.figure)
 
 
-def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def run_case(name: str, options: Options) -> dict[str, Any]:
     """Meta-trains under one setting; returns its best validation and all of them."""
     settings, arguments = CASES[name]
-    task = get_task("digits-mlp")
-    learned = mt.mlhf_optimizer(1.0, **arguments)
+    task, learned = get_task("digits-mlp"), mt.mlhf_optimizer(1.0, **arguments)
     config = mt.MetaTrainingConfig(decay_iterations=options.iterations, keep_probability=0.95)
     meta_params = init_meta_params(jax.random.key(0), settings, layer_types=["dense_bias", "dense_kernel"])
     examples = jax.tree.map(jnp.asarray, task.data.meta_train)
-    batches = take(
-        examples, epoch_indices(jax.random.key(1), num_examples(examples), task.batch_size, STEPS[-1])
-    )
-    validate = mt.make_validation(task, learned, STEPS)
+    order = epoch_indices(jax.random.key(1), num_examples(examples), task.batch_size, STEPS[-1])
+    batches, validate = take(examples, order), mt.make_validation(task, learned, STEPS)
+    shape = (config.num_tasks, config.unroll_length + 1, task.batch_size)
     output = options.output / name.replace(" ", "-")
     mt.meta_train(
         task,
         learned,
         meta_params,
-        lambda key: sample_batches(
-            examples, key, (config.num_tasks, config.unroll_length + 1, task.batch_size)
-        ),
+        lambda key: sample_batches(examples, key, shape),
         lambda candidate: validate(candidate, batches, examples, jax.random.key(2)),
         output,
         mt.Schedule(options.iterations, checkpoint_every=50, validate_every=min(50, options.iterations)),
@@ -105,34 +105,17 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws the validation score along meta-training, a line a setting."""
-    import matplotlib.pyplot as plt
+    """Draws the validation score along meta-training, a line per setting."""
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     for row in rows:
         scores = [(line["iteration"], line["score"]) for line in row["validation"]]
         axes.plot(*zip(*scores, strict=True), marker="o", markersize=3, label=row["name"])
     axes.set(xlabel="meta-iterations", ylabel=f"mean log loss after {', '.join(map(str, STEPS))} steps")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--iterations", type=int, default=300)
-    parser.add_argument("--output", type=Path, default=Path("runs/settings_digits"))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--figure", type=Path)
-    parser.add_argument("--quick", action="store_true", help="two settings, 4 meta-iterations")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.cases, options.iterations = ["paper", "default"], 4
-        options.output = options.output.with_name(options.output.name + "-quick")
-    return options
 
 
 if __name__ == "__main__":

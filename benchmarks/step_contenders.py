@@ -11,10 +11,10 @@ import optax
 from flax import linen as nn
 
 from mlhf_optax import SoftmaxCrossEntropy, ggn_matvec, hessian_free, init_meta_params, layer_types, mlhf
-from mlhf_optax.controls import Inputs, run_network
-from mlhf_optax.coordinate_lstm import init_carry
-from mlhf_optax.tasks.models import MLP, ConvNet
-from mlhf_optax.tasks.resnet import mini_resnet
+from mlhf_optax.controllers.coordinate_lstm import run_network
+from mlhf_optax.controllers.lstm import init_carry
+from mlhf_optax.controllers.lstm_settings import Inputs
+from mlhf_optax.tasks import MLP, ConvNet, mini_resnet
 
 NUM_CG_STEPS = 4
 # Network, shape of an image, batch sizes.

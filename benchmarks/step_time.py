@@ -22,18 +22,15 @@ finite numbers to one reduction (its chain of ``and`` is fused into every pass: 
 the ResNet; sorted flags, as the library has them, take 35 s).
 """
 
-import argparse
+import dataclasses
 import gc
 import statistics
-import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 from step_contenders import (
     CURVATURE_BATCH_SIZES,
     NETWORKS,
@@ -44,24 +41,40 @@ from step_contenders import (
     step_contenders,
 )
 
-from mlhf_optax.comparison.benchmarking import Timing, interleaved, timing_parser
 from mlhf_optax.comparison.figures import require_matplotlib
-from mlhf_optax.comparison.reporting import command_line, report, write_json
+from mlhf_optax.comparison.record import command_line, record, write_json
+from mlhf_optax.comparison.timing import BenchmarkOptions, Timing, interleaved, parse_options
 
-TASKS = tuple(name for name in NETWORKS if name != "tiny-convnet")
 FIRST_CALL_LIMITS = {"digits-mlp": 5.0, "mlp-784-512x3-10": 5.0, "cuda-convnet": 10.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(BenchmarkOptions):
+    """Options of this script."""
+
+    tasks: tuple[str, ...] = tuple(name for name in NETWORKS if name != "tiny-convnet")
+    """Networks."""
+    batches: tuple[int, ...] = ()
+    """Batch sizes; those of each network by default."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_names("tasks", self.tasks, NETWORKS)
+        if any(size < 1 for size in self.batches):
+            raise ValueError(f"--batches must be numbers of examples such as 64 128, got {self.batches}")
+
+
+def check_names(option: str, names: Sequence[str], known: Mapping[str, Any]) -> None:
+    """Raises a ValueError that lists the names there are if one is unknown."""
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--{option}: there is no {', '.join(unknown)}; there are {', '.join(known)}")
 
 
 def measure(task: str, batch_size: int, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Times all optimizers and parts on one task and batch size in turns.
 
-    Args:
-      task: a key of :data:`NETWORKS`.
-      batch_size: examples a batch.
-      repeats: rounds.
-
     Returns:
-      A row an optimizer, and the times of the parts, all in seconds a call.
+      A row per optimizer, and the times of the parts, all in seconds per call.
     """
     problem = make_problem(task)
     params = jax.jit(problem.init_fn)(jax.random.key(0))
@@ -100,18 +113,20 @@ def targets(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -> 
     """Returns the targets that were measured, each with its limit and its value."""
     found = []
     for row in rows:
-        where = f"{row['task']}, batch {row['batch']}"
-        name, limit = row["optimizer"], {"mlhf": 6.0, "mlhf-quarter": 2.5}.get(row["optimizer"])
+        where, name = f"{row['task']}, batch {row['batch']}", row["optimizer"]
+        limit = {"mlhf": 6.0, "mlhf-quarter": 2.5}.get(name)
         if limit and (row["task"], row["batch"]) == ("cuda-convnet", 128):
             found.append(judged(f"{name} / sgd, {where}", limit, row["ratio_to_sgd"]))
         if name in CURVATURE_BATCH_SIZES and row["task"] in FIRST_CALL_LIMITS:
-            first = row["compile_seconds"] + row["seconds"]
-            text = f"seconds of the first call of {name}, {where}"
+            first, text = (
+                row["compile_seconds"] + row["seconds"],
+                f"seconds of the first call of {name}, {where}",
+            )
             found.append(judged(text, FIRST_CALL_LIMITS[row["task"]], first))
     for part in parts:
         if part["task"] in ("cuda-convnet", "resnet9"):
-            where = f"{part['task']}, batch {part['batch']}"
-            found.append(judged(f"mlhf / (gradient + products), {where}", 1.10, part["mlhf_over_parts"]))
+            text = f"mlhf / (gradient + products), {part['task']}, batch {part['batch']}"
+            found.append(judged(text, 1.10, part["mlhf_over_parts"]))
     return found
 
 
@@ -120,32 +135,25 @@ def judged(text: str, limit: float, value: float) -> dict[str, Any]:
     return {"target": text, "limit": limit, "value": value, "met": value <= limit}
 
 
-def print_measurements(console: Console, rows: Sequence[dict[str, Any]], part: dict[str, Any]) -> None:
-    """Prints the table of one task and batch size, what the parts took, and what is wrong."""
-    table = Table(title=f"{part['task']}, batch {part['batch']}")
-    for column in ("optimizer", "ms a step", "low", "high", "/ sgd", "compile s"):
-        table.add_column(column, justify="left" if column == "optimizer" else "right")
-    for row in rows:
-        seconds = (f"{1e3 * row[key]:.3g}" for key in ("seconds", "low", "high"))
-        cells = (f"{row['ratio_to_sgd']:.2f}", f"{row['compile_seconds']:.1f}")
-        table.add_row(row["optimizer"], *seconds, *cells)
-    console.print(table)
-    shown = (f"{name} {1e3 * part[name]:.3g} ms" for name in ("gradient", "ggn_product", "products", "lstm"))
-    shares = f"mlhf / (gradient + products) {part['mlhf_over_parts']:.2f}"
-    console.print(f"{', '.join(shown)}; {shares}", soft_wrap=True)
-    again = [row["optimizer"] for row in rows if row["compilations"] != 1]
-    console.print(f"compiled more than once: {', '.join(again) or 'none'}")
-    for row in rows:
-        if not row["finite"]:
-            console.print(f"{row['optimizer']} diverged: its time may not be that of a sound step")
-
-
-def print_targets(console: Console, found: Sequence[dict[str, Any]]) -> None:
+def print_targets(found: Sequence[dict[str, Any]]) -> None:
     """Prints every target with what was measured."""
-    for target in found:
-        verdict = "met" if target["met"] else "MISSED"
-        text = f"{verdict:6s} {target['target']}: {target['value']:.2f} (at most {target['limit']:g})"
-        console.print(text, soft_wrap=True)
+    for one in found:
+        verdict = "met" if one["met"] else "MISSED"
+        print(f"{verdict:6s} {one['target']}: {one['value']:.2f} (at most {one['limit']:g})")
+
+
+def print_measurements(rows: Sequence[dict[str, Any]], part: dict[str, Any]) -> None:
+    """Prints the table of one task and batch size, what the parts took, and what is wrong."""
+    print(f"{part['task']}, batch {part['batch']}: ms per step (10-90 %), / sgd, seconds to compile")
+    for row in rows:
+        median, low, high = (f"{1e3 * row[key]:.3g}" for key in ("seconds", "low", "high"))
+        ratios = f"{row['ratio_to_sgd']:8.2f}{row['compile_seconds']:8.1f}"
+        wrong = ("" if row["compilations"] == 1 else "  compiled more than once") + (
+            "" if row["finite"] else "  diverged: its time may not be that of a sound step"
+        )
+        print(f"{row['optimizer']:18s}{median:>10s} ({low}-{high}){ratios}{wrong}")
+    shown = (f"{name} {1e3 * part[name]:.3g} ms" for name in ("gradient", "ggn_product", "products", "lstm"))
+    print(f"{', '.join(shown)}; mlhf / (gradient + products) {part['mlhf_over_parts']:.2f}", flush=True)
 
 
 def save_figure(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]], path: Path) -> None:
@@ -174,71 +182,34 @@ def save_figure(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]],
     for axes in (ratios, shares):
         axes.set_xticks(range(len(labels)), labels, fontsize=7)
         axes.legend(fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures every task, prints tables and targets, writes JSON and figure."""
-    options = _parse(arguments)
+    options = parse_options(Options, __doc__, arguments)
+    if options.quick:
+        options = dataclasses.replace(options, tasks=("digits-mlp", "tiny-convnet"), batches=(), repeats=3)
     # A program found in a cache would not show how long it takes to compile.
     jax.config.update("jax_enable_compilation_cache", False)
-    console, rows, parts = Console(), [], []
+    rows, parts = [], []
     for task in options.tasks:
         for batch_size in options.batches or NETWORKS[task][2]:
-            with console.status(f"{task}, batch {batch_size}"):
-                new_rows, part = measure(task, batch_size, options.repeats)
-            print_measurements(console, new_rows, part)
+            new_rows, part = measure(task, batch_size, options.repeats)
+            print_measurements(new_rows, part)
             rows, parts = [*rows, *new_rows], [*parts, part]
             jax.clear_caches()
             gc.collect()
     found = targets(rows, parts)
-    print_targets(console, found)
+    print_targets(found)
     notes = [] if any("somax" in row["optimizer"] for row in rows) else ["python-somax is not installed"]
-    console.print(*notes)
+    print(*notes)
     if options.json:
         content = {"rows": rows, "parts": parts, "targets": found, "notes": notes}
-        write_json(options.json, report(command_line("step_time.py", arguments), **content))
+        write_json(options.json, record(command_line(__file__, arguments), **content))
     if options.figure:
         save_figure(rows, parts, options.figure)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = timing_parser(__doc__, repeats=9, quick="digits-mlp and a tiny convnet, 3 rounds")
-    add = parser.add_argument
-    add(
-        "--tasks",
-        type=names_of(NETWORKS),
-        default=TASKS,
-        help=f"separated by commas, of {', '.join(NETWORKS)}",
-    )
-    add("--batches", type=_sizes, help="batch sizes, separated by commas; those of each task by default")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.tasks, options.batches, options.repeats = ("digits-mlp", "tiny-convnet"), None, 3
-    return options
-
-
-def names_of(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
-    """Returns what reads names separated by commas from a command line, each of which must be known."""
-
-    def read(text: str) -> tuple[str, ...]:
-        names = tuple(text.split(","))
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"no task {', '.join(unknown)}; there are {', '.join(known)}")
-        return names
-
-    return read
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    sizes = text.split(",")
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise argparse.ArgumentTypeError(f"wanted numbers of examples such as 64,128, got {text!r}")
-    return tuple(map(int, sizes))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

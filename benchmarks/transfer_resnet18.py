@@ -2,7 +2,7 @@
 
 Trains ResNet-18 v2 at batch 64 with MLHF, whose meta-parameters come from the mini ResNet of 9 blocks on
 CIFAR-10 (batch 128), and with every entry of the paper's grid of first-order optimizers, whose learning
-rates count for batch 256 here. Training loss and test accuracy by epochs and by time (figure 5).
+rates count for batch 256 here. Records loss and accuracy by epochs and by time (figure 5).
 
     python benchmarks/transfer_resnet18.py --data-dir DIR --output runs/transfer_resnet18
 
@@ -13,45 +13,62 @@ What is finished is kept: ``--resume`` goes on after a stop. ``--quick`` takes m
 ``--channels 8 --stem imagenet --examples 8000`` is a small network on part of the images.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
-from mlhf_optax.comparison.comparison import grid_contenders
-from mlhf_optax.comparison.experiment import run_experiment
-from mlhf_optax.comparison.experiment_options import apply_quick, experiment_parser, limit_data
-from mlhf_optax.comparison.mlhf_contenders import mlhf_contenders
+from mlhf_optax.comparison import grid_contenders
+from mlhf_optax.comparison.experiment import (
+    ExperimentOptions,
+    learned_contenders,
+    limit_data,
+    run_experiment,
+)
+from mlhf_optax.comparison.record import command_line
+from mlhf_optax.comparison.timing import parse_options
 from mlhf_optax.tasks import Task, get_task, num_examples, part_size
 
 BASELINE_BATCH_SIZE = 256  # that of which the grid's learning rates are (Table 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Options(ExperimentOptions):
+    """Options of this script."""
+
+    batch_size: int = 64
+    """Examples per mini-batch."""
+    task: Literal["tiny-imagenet-resnet18", "imagenet-resnet18"] = "tiny-imagenet-resnet18"
+    """What to train."""
+    channels: int = 64
+    """Channels of the first stage."""
+    stem: Literal["small", "imagenet"] | None = None
+    """First layers; by default those of the task."""
+    examples: int | None = None
+    """Train on the first of them only, of Tiny-ImageNet."""
+    output: Path = Path("runs/transfer_resnet18")
+    """Folder for all that is written."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the experiment."""
-    parser = experiment_parser(__doc__, "transfer_resnet18", batch_size=64)
-    names = ("tiny-imagenet-resnet18", "imagenet-resnet18")
-    parser.add_argument("--task", choices=names, default=names[0])
-    parser.add_argument("--channels", type=int, default=64, help="channels of the first stage")
-    parser.add_argument("--stem", choices=("small", "imagenet"), help="by default that of the task")
-    parser.add_argument("--examples", type=int, help="train on the first of them only, of Tiny-ImageNet")
-    options = parser.parse_args(arguments)
-    apply_quick(options)
-    if options.quick:
-        options.task, options.channels, options.stem = names[0], 4, "imagenet"
-    chosen = {"stem": options.stem} if options.stem else {}
+    options = parse_options(Options, __doc__, arguments)
+    options = options.shortened(task="tiny-imagenet-resnet18", channels=4, stem="imagenet")
     task = get_task(
         options.task,
         channels=options.channels,
         batch_size=options.batch_size,
         data_dir=options.data_dir,
         cache_dir=options.cache_dir,
-        **chosen,
+        **({"stem": options.stem} if options.stem else {}),
     )
     if options.quick:
         task = limit_data(task, 640, 640, 200)
     elif options.examples is not None:
         task = shortened(task, options.examples)
-    grid = grid_contenders(task.batch_size, baseline_batch_size=BASELINE_BATCH_SIZE)
-    contenders = [*mlhf_contenders(task, options), *grid]
-    run_experiment(task, contenders, options, "ResNet-18", "transfer_resnet18.py")
+    grid = grid_contenders(batch_size=task.batch_size, baseline_batch_size=BASELINE_BATCH_SIZE)
+    contenders = [*learned_contenders(task, options), *grid]
+    run_experiment(task, contenders, options, "ResNet-18", command_line(__file__, arguments))
 
 
 def shortened(task: Task, num_train: int) -> Task:

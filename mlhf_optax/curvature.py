@@ -125,11 +125,11 @@ def curvature_subset(
     """Returns the part of ``batch`` on which curvature is taken: its first examples.
 
     Mini-batches are drawn at random, so their first examples are a random sample. Which arrays have one
-    entry per example is not guessed: it is all of them, or those that ``per_example`` names. The claim
-    is tested with shapes alone whenever this is traced: on a larger batch (all per-example arrays made
-    longer) model and loss must still work, and the outputs must grow with it. Without ``per_example`` no
-    array may be one that is longer or shorter without any effect on a shape, as a table of class weights
-    is: that would be cut unnoticed.
+    entry per example is not guessed from their lengths: it is every array of the batch, or those that
+    ``per_example`` names. The claim is tested, with shapes alone, whenever this is traced: with more
+    entries in all per-example arrays, the model and the loss must still work and give as many more
+    outputs. Without ``per_example``, no array may take more entries by itself: an array that does, such
+    as a table of class weights as long as the batch, may be cut without any error.
 
     Args:
       predict_fn: ``predict_fn(params, batch) -> outputs``.

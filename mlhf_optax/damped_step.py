@@ -304,17 +304,23 @@ def _info(before: StepInfo, view: View, solution: Solution, descent, is_taken, r
     preconditioner = solution.operators.preconditioner
     one = (jnp.ones((), jnp.float32),) * 3
     like = view.gradient
+    damping = _min_mean_max(solution.operators.damping.values, like)
+    preconditioning = one if preconditioner is None else _min_mean_max(preconditioner.values, like)
     return StepInfo(
-        before.skipped_steps + jnp.logical_not(is_taken).astype(jnp.int32),
-        jnp.where(jnp.isfinite(loss), jnp.minimum(before.best_loss, smoothed), before.best_loss),
-        smoothed,
-        loss,
-        descent,
-        solution.num_steps,
-        solution.residual_norm,
-        *_min_mean_max(solution.operators.damping.values, like),
-        *(one if preconditioner is None else _min_mean_max(preconditioner.values, like)),
-        reduction_ratio,
+        skipped_steps=before.skipped_steps + jnp.logical_not(is_taken).astype(jnp.int32),
+        best_loss=jnp.where(jnp.isfinite(loss), jnp.minimum(before.best_loss, smoothed), before.best_loss),
+        smoothed_loss=smoothed,
+        loss=loss,
+        descent=descent,
+        cg_steps=solution.num_steps,
+        cg_residual_norm=solution.residual_norm,
+        damping_min=damping[0],
+        damping_mean=damping[1],
+        damping_max=damping[2],
+        preconditioner_min=preconditioning[0],
+        preconditioner_mean=preconditioning[1],
+        preconditioner_max=preconditioning[2],
+        reduction_ratio=reduction_ratio,
     )
 
 

@@ -20,6 +20,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 Getter = Hashable | Callable[[Any], Any]
 
@@ -68,7 +69,7 @@ def _shield(array: jax.Array, is_counted: jax.Array | None) -> jax.Array:
 
 def _check_known(is_valid: jax.Array, values: Any, rule: str) -> None:
     """Raises ValueError for values that break the rule, if they are known now."""
-    if isinstance(is_valid, jax.core.Tracer) or not is_valid.is_fully_addressable:
+    if isinstance(is_valid, Tracer) or not is_valid.is_fully_addressable:
         return
     wrong = np.asarray(values)[~np.asarray(is_valid)]
     if wrong.size:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, Self
 
 import optax
@@ -57,7 +58,9 @@ class TrainState(train_state.TrainState):
         """
         if batch is None:
             return super().apply_gradients(grads=grads, **kwargs)
-        update = functools.partial(self.tx.update, batch=batch) if _takes_batch(self.tx) else self.tx.update
+        update: Any = self.tx.update
+        if _takes_batch(update):
+            update = functools.partial(update, batch=batch)
         bound = optax.GradientTransformation(self.tx.init, update)
         # Flax calls `tx.update` without extra arguments, so it gets one that has the batch already.
         # `tx` is static under jit: putting the old one back keeps one compilation for all steps.
@@ -65,11 +68,11 @@ class TrainState(train_state.TrainState):
         return state if "tx" in kwargs else state.replace(tx=self.tx)
 
 
-def _takes_batch(tx: Any) -> bool:
-    """Whether ``tx.update(..., batch=batch)`` can be called, as far as its signature tells."""
+def _takes_batch(update: Callable) -> bool:
+    """Whether ``update(..., batch=batch)`` can be called, as far as its signature tells."""
     # The signature, not the type: `optax.MultiSteps` and what its `gradient_transformation()` returns hand
     # extra arguments on without being a `GradientTransformationExtraArgs`.
-    parameters = inspect.signature(tx.update).parameters
+    parameters = inspect.signature(update).parameters
     return "batch" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlhf_optax.comparison.comparison import grid_contenders
+from mlhf_optax.comparison import grid_contenders
 from mlhf_optax.losses import SoftmaxCrossEntropy
 from mlhf_optax.tasks import Dataset, Task
 
@@ -40,4 +40,4 @@ TASK = Task(
 )
 # The same by a kernel of rank 4, as of convolutions, whose trainings run one after the other on a CPU.
 SEQUENTIAL = dataclasses.replace(TASK, init_fn=functools.partial(init, kernel_shape=(1, 1, 3, 3)))
-SGD = grid_contenders(8, ["sgd"])[0]
+SGD = grid_contenders(["sgd"], batch_size=8)[0]

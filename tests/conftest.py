@@ -16,3 +16,10 @@ def strict_ranks():
     """No silent broadcasting between ranks inside the test, for the kernels."""
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_programs_of_other_files():
+    """Compiled programs of a file are of no use to the next, and all of them would take gigabytes."""
+    yield
+    jax.clear_caches()

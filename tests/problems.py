@@ -73,7 +73,9 @@ def flat(tree):
 
 def stack(trees):
     """One tree with a leading axis from a list of trees, as arrays of the default types."""
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x, jnp.result_type(x)) for x in leaves]), *trees)
+    return jax.tree.map(
+        lambda *leaves: jnp.stack([jnp.asarray(x, jnp.result_type(x)) for x in leaves]), *trees
+    )
 
 
 def training_steps(tx, params, batches, loss_fn=linear_loss):

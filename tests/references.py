@@ -304,6 +304,34 @@ def _kind(setting) -> str:
     return type(setting).__name__
 
 
+# --- Gauss-Newton damped by a constant
+
+
+def naive_gauss_newton(
+    model, w, batches, *, learning_rate, damping, metric, num_cg_steps, decay=0.98, floor=1e-3
+):
+    """Yields w after each step and its direction; None for the number of CG steps solves exactly.
+
+    The damping is `damping` rms(g) / rms(w0) times the metric, which is "identity" or "diagonal".
+    """
+    w0, d, mean_square = w, np.zeros_like(w), np.zeros_like(w)
+    for t, batch in enumerate(batches, 1):
+        g = model.gradient(w, batch)
+        mean_square = decay * mean_square + (1 - decay) * g**2
+        diagonal = np.ones_like(w)
+        if metric == "diagonal":
+            root = np.sqrt(mean_square / (1 - decay**t))
+            diagonal = root / root.mean() + floor
+        s = damping * unit_of_damping(g, w0) * diagonal
+        matrix = model.ggn(w, batch) + np.diag(s)
+        if num_cg_steps is None:
+            d = np.linalg.solve(matrix, g)
+        else:
+            d, _ = naive_pcg(matrix, g, d, 1.0 / s, num_cg_steps)
+        w = w - learning_rate * d
+        yield w, d
+
+
 # --- the meta-losses, as functions of a trajectory
 
 

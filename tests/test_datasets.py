@@ -1,5 +1,6 @@
-"""The digits and their split; drawing of batches."""
+"""The digits and their split; drawing of batches and their limits."""
 
+import dataclasses
 import sys
 import zlib
 
@@ -7,124 +8,133 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
+from sklearn import datasets
 
-from mlhf_optax.tasks import datasets
+from mlhf_optax.tasks import Stream, check_batch_size, digits_mlp, epoch_indices, load_digits, sample_batches
+from mlhf_optax.tasks.digits import FRACTIONS, SPLIT_SEED, stratified_split
 
 PARTS = ("meta_train", "train", "test")
 
 
-def test_digits_have_the_promised_form():
-    data = datasets.digits()
-    for part in PARTS:
-        examples = getattr(data, part)
-        assert examples["image"].shape == (len(examples["label"]), 8, 8, 1)
-        assert examples["image"].dtype == np.float32
-        assert examples["image"].min() == 0
-        assert examples["image"].max() == 1
-        assert examples["label"].dtype == np.int32
-
-
-def test_digits_are_each_in_exactly_one_part():
-    images, labels = load_digits(return_X_y=True)
-    split = datasets.stratified_split(labels, datasets.DIGITS_FRACTIONS, datasets.DIGITS_SPLIT_SEED)
+def test_digits_are_each_in_exactly_one_part_with_the_same_share_of_every_class():
+    images, labels = datasets.load_digits(return_X_y=True)
+    split = stratified_split(labels, FRACTIONS, SPLIT_SEED)
     assert sorted(np.concatenate(split).tolist()) == list(range(1797))
-    for name, members in zip(PARTS, split, strict=True):
-        examples = getattr(datasets.digits(), name)
-        np.testing.assert_array_equal(examples["image"].reshape(-1, 64) * 16, images[members])
-        np.testing.assert_array_equal(examples["label"], labels[members])
-
-
-def test_no_image_occurs_in_two_parts():
-    rows = [{row.tobytes() for row in getattr(datasets.digits(), part)["image"]} for part in PARTS]
-    assert sum(map(len, rows)) == len(set.union(*rows)) == 1797
-
-
-def test_every_class_has_its_share_in_every_part():
-    totals = np.bincount(load_digits(return_X_y=True)[1])
-    for part, fraction in zip(PARTS, datasets.DIGITS_FRACTIONS, strict=True):
-        counts = np.bincount(getattr(datasets.digits(), part)["label"])
-        assert np.all(np.abs(counts - fraction * totals) <= 1)
+    for name, members, fraction in zip(PARTS, split, FRACTIONS, strict=True):
+        part = getattr(load_digits(), name)
+        assert part["image"].shape == (len(members), 8, 8, 1)
+        assert (part["image"].dtype, part["label"].dtype) == (np.float32, np.int32)
+        np.testing.assert_array_equal(part["image"].reshape(-1, 64) * 16, images[members])
+        np.testing.assert_array_equal(part["label"], labels[members])
+        assert np.all(np.abs(np.bincount(part["label"]) - fraction * np.bincount(labels)) <= 1)
+    rows = [{row.tobytes() for row in getattr(load_digits(), part)["image"]} for part in PARTS]
+    assert sum(map(len, rows)) == len(set.union(*rows)) == 1797, "no image occurs twice"
 
 
 def test_the_split_never_changes():
     """Shipped meta-parameters were trained on one part: another split would leak it into the others."""
-    sums = [zlib.crc32(getattr(datasets.digits(), part)["image"].tobytes()) for part in PARTS]
+    sums = [zlib.crc32(getattr(load_digits(), part)["image"].tobytes()) for part in PARTS]
     assert sums == [905672736, 3617226291, 2580515216]
 
 
 def test_digits_cannot_be_written_into():
     with pytest.raises(ValueError, match="read-only"):
-        datasets.digits().train["label"][0] = 3
+        load_digits().train["label"][0] = 3
 
 
 def test_missing_scikit_learn_is_explained(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match=r"pip install 'mlhf-optax\[experiments\]'"):
-        datasets.digits.__wrapped__()
+        load_digits.__wrapped__()
 
 
 def test_other_seeds_split_otherwise():
     labels = np.arange(40) % 4
-    first, second = (datasets.stratified_split(labels, (0.5, 0.5), seed)[0] for seed in (0, 1))
+    first, second = (stratified_split(labels, (0.5, 0.5), seed)[0] for seed in (0, 1))
     assert set(first.tolist()) != set(second.tolist())
 
 
 @pytest.mark.parametrize("fractions", [(0.5, 0.6), (1.5, -0.5), (1.0, 0.0)])
 def test_fractions_must_make_sense(fractions):
     with pytest.raises(ValueError, match="`fractions` must be positive and sum to one"):
-        datasets.stratified_split(np.zeros(4, int), fractions, 0)
+        stratified_split(np.zeros(4, int), fractions, 0)
 
 
 def test_epochs_go_through_the_data_without_repeats():
-    indices = np.asarray(datasets.epoch_indices(jax.random.key(0), 12, 4, num_steps=7))
+    indices = np.asarray(epoch_indices(jax.random.key(0), 12, 4, num_steps=7))
     assert indices.shape == (7, 4)
     assert indices.dtype == np.int32
-    epochs = [indices[:3].ravel(), indices[3:6].ravel()]
-    for epoch in epochs:
-        assert sorted(epoch.tolist()) == list(range(12))
-    assert epochs[0].tolist() != epochs[1].tolist()
+    epochs = [indices[:3].ravel().tolist(), indices[3:6].ravel().tolist()]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 2
+    assert epochs[0] != epochs[1]
 
 
 def test_the_rest_of_an_epoch_is_dropped_and_differs():
-    indices = np.asarray(datasets.epoch_indices(jax.random.key(1), 10, 4, num_steps=40)).reshape(20, 8)
+    indices = np.asarray(epoch_indices(jax.random.key(1), 10, 4, num_steps=40)).reshape(20, 8)
     assert all(len(set(epoch.tolist())) == 8 for epoch in indices)
     assert set(indices.ravel().tolist()) == set(range(10))
 
 
 def test_epochs_under_jit_and_vmap():
     keys = jax.random.split(jax.random.key(2), 2)
-    draw = lambda key: datasets.epoch_indices(key, 10, 3, 5)
+    draw = lambda key: epoch_indices(key, 10, 3, 5)
     mapped = jax.jit(jax.vmap(draw))(keys)
     np.testing.assert_array_equal(mapped, jnp.stack([draw(key) for key in keys]))
     assert not np.array_equal(mapped[0], mapped[1])
 
 
-def test_no_steps_give_no_batches():
-    assert datasets.epoch_indices(jax.random.key(0), 10, 3, 0).shape == (0, 3)
-
-
-@pytest.mark.parametrize("batch_size", [0, 11])
-def test_batches_must_fit_the_data(batch_size):
-    with pytest.raises(ValueError, match=f"`batch_size` must lie between 1 and .* 10, got {batch_size}"):
-        datasets.epoch_indices(jax.random.key(0), 10, batch_size, 1)
-
-
-def test_negative_steps_are_refused():
+def test_steps_may_be_none_but_not_fewer():
+    assert epoch_indices(jax.random.key(0), 10, 3, 0).shape == (0, 3)
     with pytest.raises(ValueError, match="`num_steps` must be at least 0, got -1"):
-        datasets.epoch_indices(jax.random.key(0), 10, 2, -1)
+        epoch_indices(jax.random.key(0), 10, 2, -1)
 
 
 def test_sampled_batches_keep_images_and_labels_together():
     data = {"image": np.arange(50.0).reshape(5, 10), "label": np.arange(5)}
-    batches = jax.jit(lambda key: datasets.sample_batches(data, key, (200, 3)))(jax.random.key(0))
+    batches = jax.jit(lambda key: sample_batches(data, key, (200, 3)))(jax.random.key(0))
     assert batches["image"].shape == (200, 3, 10)
     np.testing.assert_array_equal(batches["image"][..., 0], 10.0 * batches["label"])
-    counts = np.bincount(batches["label"].ravel())
-    assert counts.min() > 80, "600 uniform draws of 5 examples"
+    assert np.bincount(batches["label"].ravel()).min() > 80, "600 uniform draws of 5 examples"
 
 
 @pytest.mark.parametrize("data", [{}, {"x": np.zeros(3), "y": np.zeros(4)}, {"x": np.float32(1)}])
 def test_data_must_be_arrays_of_one_length(data):
     with pytest.raises(ValueError, match="`data` must be arrays with the examples first"):
-        datasets.sample_batches(data, jax.random.key(0), (2,))
+        sample_batches(data, jax.random.key(0), (2,))
+
+
+# Batches larger than the data; the large ones would take hundreds of gigabytes if they were drawn.
+
+
+@pytest.mark.parametrize("batch_size", [0, 11, 10**11])
+def test_batches_must_fit_the_data(batch_size):
+    got = f"must lie between 1 and the number of examples, 10, got {batch_size}; take smaller"
+    with pytest.raises(ValueError, match=f"`batch_size` {got}"):
+        epoch_indices(jax.random.key(0), 10, batch_size, 1)
+    with pytest.raises(ValueError, match=rf"`shape\[-1\]` {got}"):
+        jax.jit(lambda key: sample_batches({"x": np.zeros((10, 64))}, key, (8, 3, batch_size)))(
+            jax.random.key(0)
+        )
+    with pytest.raises(ValueError, match=f"`batch_size` {got}"):
+        Stream(range(10), lambda example, rng: example, {}).batches(0, batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [0, 720, 10**11])
+def test_tasks_are_checked_before_anything_is_drawn(batch_size):
+    task = digits_mlp(batch_size=batch_size)
+    check_batch_size(task, "meta_train")
+    message = f"`batch_size` must .* number of training examples of 'digits-mlp', 719, got {batch_size}"
+    with pytest.raises(ValueError, match=message):
+        check_batch_size(task)
+    task = digits_mlp(meta_batch_size=batch_size)
+    check_batch_size(task)
+    with pytest.raises(ValueError, match=f"`meta_batch_size` .* meta-training .* 719, got {batch_size}"):
+        check_batch_size(task, "meta_train")
+
+
+def test_a_batch_may_be_larger_than_the_sample_of_a_stream_but_not_than_the_stream():
+    stream = Stream(range(200), lambda example, rng: example, sample={"label": np.zeros(3)})
+    load = lambda: dataclasses.replace(load_digits(), train=stream)
+    check_batch_size(dataclasses.replace(digits_mlp(batch_size=200), load_data=load))
+    with pytest.raises(ValueError, match="number of training examples of 'digits-mlp', 200, got 201"):
+        check_batch_size(dataclasses.replace(digits_mlp(batch_size=201), load_data=load))

@@ -332,9 +332,7 @@ def test_a_log_goes_on_in_a_new_line(tmp_path, content):
 
 def test_two_runs_in_one_folder_are_kept_apart(tmp_path):
     with files.locked_folder(tmp_path / "runs"):
-        with pytest.raises(
-            OSError, match=r"`output` .*runs is in use by another run; wait .* another"
-        ):
+        with pytest.raises(OSError, match=r"`output` .*runs is in use by another run; wait .* another"):
             run(tmp_path / "runs")
         assert not (tmp_path / "runs" / "metrics.jsonl").exists()
     run(tmp_path / "runs", Schedule(iterations=1))  # an ended run lets go
@@ -357,21 +355,24 @@ def test_an_output_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
         run(tmp_path)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(os, "fsync"), (Path, "open")], ids=["checkpoint", "log"])
-def test_a_full_disk_is_named_and_the_run_can_go_on(tmp_path, monkeypatch, undisturbed, owner, name):
+@pytest.mark.parametrize(
+    ("owner", "name", "moment"), [(os, "fsync", 3), (Path, "open", 6)], ids=["checkpoint", "log"]
+)
+def test_a_full_disk_is_named_and_the_run_can_go_on(tmp_path, monkeypatch, undisturbed, owner, name, moment):
     calls = []
 
-    def full(*arguments):
+    def full(*arguments, **options):
         calls.append(arguments)
-        if len(calls) == 3:
+        if len(calls) == moment:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return original(*arguments)
+        return original(*arguments, **options)
 
     with monkeypatch.context() as patch:
         original = getattr(owner, name)
         patch.setattr(owner, name, full)
         with pytest.raises(OSError, match=r"cannot write .*(checkpoint|jsonl).*: No space left on device"):
             run(tmp_path)
+    assert len(checkpoints.list_checkpoints(tmp_path / "checkpoints")) > 0
     done = run(tmp_path, resume=True)
     jax.tree.map(np.testing.assert_array_equal, done, undisturbed[0])
     assert outcome(tmp_path) == undisturbed[1]

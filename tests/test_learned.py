@@ -109,3 +109,21 @@ def test_mlhf_goes_on_from_others_with_untrained_lstms_for_new_layer_types_and_r
     odd = start._replace(record=start.record | {"meta_training": {"settings": "mine"}})
     with pytest.raises(ValueError, match="names settings 'mine'"):
         family.learned(MLHFOptions(), odd)
+
+
+def test_a_shipped_optimizer_works_under_inject_hyperparams_with_an_injected_momentum_of_zero():
+    from mlhf_optax import load_pretrained
+
+    learned, params, data = load_pretrained("digits"), mlp_params(dtype=jnp.float32), batch()
+    static = ("predict_fn", "loss_fn", "num_cg_steps")
+    make = optax.inject_hyperparams(learned.optimizer, static_args=static)
+    schedule = optax.linear_schedule(1.0, 0.5, 10)
+    tx = make(mlp, LOSS, learning_rate=schedule, momentum=0.0)
+    plain = learned.optimizer(mlp, LOSS, learning_rate=schedule, momentum=0.0)
+    gradient = jax.grad(mlp_loss)(params, data)
+    got, state = tx.update(gradient, tx.init(params), params, batch=data)
+    want, _ = plain.update(gradient, plain.init(params), params, batch=data)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
+    fixed = learned.optimizer(mlp, LOSS, learning_rate=1.0, momentum=0.0)
+    assert jax.tree.structure(state.inner_state) == jax.tree.structure(fixed.init(params))
+    assert float(state.hyperparams["momentum"]) == 0.0

@@ -10,7 +10,8 @@ import optax
 import problems
 import pytest
 
-from mlhf_optax import Settings, coordinate_lstm, init_meta_params, layer_types
+from mlhf_optax import Settings, init_meta_params, layer_types
+from mlhf_optax.controllers import lstm
 from mlhf_optax.meta_training import (
     LearnedOptimizer,
     MetaGradient,
@@ -42,10 +43,8 @@ KERNEL_TASK = SimpleNamespace(
 
 def meta_batches(number, num_tasks=NUM_TASKS):
     """Mini-batches of an unroll of every task, leaves (num_tasks, LENGTH + 1, 8, ...)."""
-    batches = problems.batches(num_tasks * (LENGTH + 1), seed=number)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
-    shape = lambda x: x.reshape(num_tasks, LENGTH + 1, *x.shape[1:]).astype(jnp.result_type(x))
-    return jax.tree.map(shape, stacked)
+    batches = problems.stack(problems.batches(num_tasks * (LENGTH + 1), seed=number))
+    return jax.tree.map(lambda x: x.reshape(num_tasks, LENGTH + 1, *x.shape[1:]), batches)
 
 
 def meta_train(learned, meta_params, num_iterations, task=TASK, **config):
@@ -93,7 +92,7 @@ def lstm_optimizer(weights, task):
     del task
 
     def init(params):
-        return coordinate_lstm.init_carry(params, (4,))
+        return lstm.init_carry(params, (4,))
 
     def update(grads, state, params=None, **extra_args):
         del params, extra_args
@@ -101,19 +100,17 @@ def lstm_optimizer(weights, task):
         cells, hiddens = (treedef.flatten_up_to(tree) for tree in state[0])
         outputs, carries = [], []
         for leaf, cell, hidden in zip(leaves, cells, hiddens, strict=True):
-            output, carry = coordinate_lstm.apply(
-                weights, (coordinate_lstm.LayerCarry(cell, hidden),), 5.0 * leaf[None]
-            )
+            output, carry = lstm.apply(weights, (lstm.LayerCarry(cell, hidden),), 5.0 * leaf[None])
             outputs.append(output)
             carries.append(carry[0])
         cells, hiddens = (treedef.unflatten(column) for column in zip(*carries, strict=True))
-        return treedef.unflatten(outputs), (coordinate_lstm.LayerCarry(cells, hiddens),)
+        return treedef.unflatten(outputs), (lstm.LayerCarry(cells, hiddens),)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def test_an_lstm_that_emits_the_update_is_learned():
-    weights = coordinate_lstm.init_weights(jax.random.key(0), num_inputs=1, units=(4,))
+    weights = lstm.init_weights(jax.random.key(0), num_inputs=1, units=(4,))
     learned = unrolled_optimizer(lstm_optimizer, mean_loss)
     series, state = meta_train(
         learned, weights, 60, task=KERNEL_TASK, meta_learning_rate=0.03, max_age=2 * LENGTH

@@ -59,7 +59,7 @@ def test_kronecker_is_the_kronecker_product_of_powers_of_running_means(power):
 
 def test_a_long_side_is_cut_into_blocks_that_know_nothing_of_each_other():
     grads = gradients((5, 2), 4)
-    metric = kronecker(block=2, decay=0.5, floor=0.1)
+    metric = kronecker(0.5, block=2, decay=0.5, floor=0.1)
     state = updated(metric, grads)
     mean = running_mean([g @ g.T for g in grads], 0.5)
     padded = np.zeros((6, 6))
@@ -211,3 +211,19 @@ def test_it_is_a_damped_gauss_newton_step_in_the_metric(metric):
 def test_wrong_numbers_and_names_are_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_many_decompositions_in_a_loop_of_trainings_side_by_side_end():
+    """On a CPU with one thread they waited for each other for ever; CI runs with one thread."""
+    metric, params = kronecker(refresh_every=2), {name: jnp.ones((24, 20)) for name in "abc"}
+
+    def run(key):
+        def step(state, k):
+            keys = dict(zip("abc", jax.random.split(k, 3), strict=True))
+            g = {name: jax.random.normal(own, (24, 20)) for name, own in keys.items()}
+            state = metric.update(g, state)
+            return state, jnp.sum(metric.times(state, g, inverse=True)["a"])
+
+        return jax.lax.scan(step, metric.init(params), jax.random.split(key, 5))[1]
+
+    assert np.isfinite(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 4))).all()

@@ -20,7 +20,14 @@ from mlhf_optax import (
     mlhf,
     scale_by_mlhf,
 )
-from mlhf_optax.controllers.lstm_settings import Divide, Exponential, LogFeatures, Multiply, TanhFeatures, Unit
+from mlhf_optax.controllers.lstm_settings import (
+    Divide,
+    Exponential,
+    LogFeatures,
+    Multiply,
+    TanhFeatures,
+    Unit,
+)
 
 # Together they cover every kind of every setting.
 SETTINGS = {

@@ -13,11 +13,12 @@ import pytest
 import references
 from jax import lax
 
-from mlhf_optax import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, layer_types
-from mlhf_optax.curvature import ggn_matvec
+from mlhf_optax import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings
+from mlhf_optax.controllers import coordinate_lstm
+from mlhf_optax.controllers.lstm_settings import LogFeatures, Multiply, Unit
+from mlhf_optax.damped_step import Solver, damped_step, look
 from mlhf_optax.meta_training import mlhf_optimizer
 from mlhf_optax.meta_training.losses import preconditioner_loss
-from mlhf_optax.mlhf_step import mlhf_step
 
 LEARNING_RATE = 0.7
 
@@ -32,15 +33,8 @@ def to_double(tree):
 
 def start(learned, meta_params, problem, params):
     """The optimizer state at a fresh start, with LSTM states in double precision."""
-    own, *rest = learned.build(meta_params, problem).init(params)
-    own = own._replace(
-        damping_carry=to_double(own.damping_carry), preconditioner_carry=to_double(own.preconditioner_carry)
-    )
-    return (own, *rest)
-
-
-def stack(batches):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    own, after = learned.build(meta_params, problem).init(params)
+    return own._replace(controller=to_double(own.controller)), after
 
 
 # Ten steps against NumPy. Together the cases cover every value of every setting and option; the bound
@@ -75,12 +69,11 @@ CASES = {
     ),
     "log": Case(
         Settings(
-            input_features="log",
-            preconditioner_form="multiply",
+            features=LogFeatures(has_shared=False),
+            preconditioner=Multiply(),
             initial_damping=1.0,
             initial_preconditioner=0.1,
-            gradient_power=0.5,
-            parameter_power=0.7,
+            unit=Unit(gradient_power=0.5, parameter_power=0.7),
         ),
         references.LinearModel(),
         (3,),
@@ -136,7 +129,11 @@ def unroll(request):
         opt_state = start(learned, meta_params, problem, params)
         run = jax.jit(functools.partial(learned.meta_gradient, task=problem))
         result = run(
-            meta_params, params=params, opt_state=opt_state, batches=stack(batches), key=jax.random.key(0)
+            meta_params,
+            params=params,
+            opt_state=opt_state,
+            batches=problems.stack(batches),
+            key=jax.random.key(0),
         )
         result = jax.device_get(result)
     steps = references.naive_mlhf(
@@ -168,8 +165,8 @@ def test_ten_steps_and_both_losses_agree_with_numpy(unroll):
     assert (int(own.count), int(own.info.skipped_steps)) == (10, 0)
     close(problems.flat(own.direction), last.direction)
     close(problems.flat(own.residual), last.residual)
-    assert_carries_close(own.damping_carry, last.damping_carry, close)
-    assert_carries_close(own.preconditioner_carry, last.preconditioner_carry, close)
+    assert_carries_close(own.controller.damping_carry, last.damping_carry, close)
+    assert_carries_close(own.controller.preconditioner_carry, last.preconditioner_carry, close)
 
 
 def assert_carries_close(carry, expected, close):
@@ -231,7 +228,7 @@ def test_the_states_of_the_lstms_do_carry_gradient_through_time(unroll, name):
 
 
 def test_the_gradient_is_that_of_a_loop_with_cuts_at_w_g_d0_r0_and_the_softmax_weights(x64):
-    batches, cut = stack(problems.batches(3)), lax.stop_gradient
+    batches, cut = problems.stack(problems.batches(3)), lax.stop_gradient
     params, problem = problems.linear_params(), task(problems.linear)
     meta_params = to_double(problems.random_meta_params(Settings(), units=(2,)))
     learned = mlhf_optimizer(
@@ -245,24 +242,20 @@ def test_the_gradient_is_that_of_a_loop_with_cuts_at_w_g_d0_r0_and_the_softmax_w
     opt_state = start(learned, meta_params, problem, params)
 
     def losses(meta_params):
+        controller, solver = coordinate_lstm(meta_params), Solver(2, unroll=1)
         w, state, l_p, l_s = params, opt_state[0], [], []
         for t in range(2):
             batch, next_batch = (jax.tree.map(lambda x: x[i], batches) for i in (t, t + 1))  # noqa: B023
             w = cut(w)
             g = cut(jax.grad(problems.linear_loss)(w, batch))
             state = state._replace(direction=cut(state.direction), residual=cut(state.residual))
-            ggn = ggn_matvec(problems.linear, problems.LOSS, w, batch)
-            solution, _, _, *carries = mlhf_step(meta_params, layer_types(w), ggn, g, state, 2, unroll=1)
-            l_p.append(preconditioner_loss(solution.direction, solution.residual, g))
+            view = look(controller, state, (problems.linear, problems.LOSS), w, g, batch)
+            step = damped_step(controller, solver, view, state)
+            state = step.state
+            l_p.append(preconditioner_loss(step.direction, state.residual, g))
             before = cut(problems.linear_loss(w, batch))
-            w = jax.tree.map(lambda x, d: x - LEARNING_RATE * d, w, solution.direction)
+            w = jax.tree.map(lambda x, d: x - LEARNING_RATE * d, w, step.direction)
             l_s.append(problems.linear_loss(w, next_batch) + problems.linear_loss(w, batch) - 2 * before)
-            state = state._replace(
-                direction=solution.direction,
-                residual=solution.residual,
-                damping_carry=carries[0],
-                preconditioner_carry=carries[1],
-            )
         l_s = jnp.stack(l_s)
         return {"l_p": jnp.mean(jnp.stack(l_p)), "l_s": jnp.sum(cut(jax.nn.softmax(l_s)) * l_s)}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlhf_optax import MLHFInfo
+from mlhf_optax import StepInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,13 +46,17 @@ def test_the_table_of_the_info_names_its_fields():
     section = TEXT.split("## Reading the state")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| `")]
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
-    assert named == list(MLHFInfo._fields)
+    assert named == list(StepInfo._fields)
 
 
 def test_the_numbers_are_those_of_the_results():
-    script = [sys.executable, str(ROOT / "benchmarks" / "readme_numbers.py"), "--check"]
+    script = [sys.executable, str(ROOT / "benchmarks" / "readme_tables.py"), "--check"]
     done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_it_is_short_enough_to_be_read():
+    assert len(TEXT.splitlines()) <= 250
 
 
 def test_links_into_the_project_lead_somewhere():

@@ -7,7 +7,8 @@ import pytest
 from jax import lax
 
 from mlhf_optax import layer_types
-from mlhf_optax.tasks.resnet import ResNet, batch_statistics, mini_resnet, overlapping_max_pool, resnet18
+from mlhf_optax.tasks import ResNet, batch_statistics, mini_resnet, resnet18
+from mlhf_optax.tasks.resnet import overlapping_max_pool
 
 SMALL = ResNet(stages=((1, 2), (1, 4)), num_outputs=3)
 
@@ -69,28 +70,23 @@ def test_outputs_are_those_of_numpy(convolution, x64):
 
 def test_mini_resnet_has_nine_blocks_of_the_papers_channels():
     params = jax.eval_shape(mini_resnet().init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    channels = [params[f"BasicBlock_{index}"]["Conv_1"]["kernel"].shape[-1] for index in range(9)]
-    assert channels == [16] * 3 + [32] * 3 + [64] * 3
-    assert sum(name.startswith("BasicBlock") for name in params) == 9
-    assert ["projection" in params[f"BasicBlock_{index}"] for index in range(9)] == [
-        index in (3, 6) for index in range(9)
-    ]
+    blocks = [params[f"BasicBlock_{index}"] for index in range(9)]
+    assert "BasicBlock_9" not in params
+    assert [block["Conv_1"]["kernel"].shape[-1] for block in blocks] == [16] * 3 + [32] * 3 + [64] * 3
+    assert [index for index, block in enumerate(blocks) if "projection" in block] == [3, 6]
 
 
-def resnet18_size(num_outputs):
-    """Counted by hand: stem, blocks of two 3x3 convolutions with norms, projections, end."""
-    total, before = 7 * 7 * 3 * 64, 64
+def test_resnet18_has_the_size_counted_by_hand():
+    """Stem, blocks of two 3x3 convolutions with norms, projections, end."""
+    size, before = 7 * 7 * 3 * 64, 64
     for channels in (64, 128, 256, 512):
         for _ in range(2):
-            total += 2 * before + 9 * before * channels + 2 * channels + 9 * channels**2
-            total += before * channels if before != channels else 0
+            size += 2 * before + 9 * before * channels + 2 * channels + 9 * channels**2
+            size += before * channels if before != channels else 0
             before = channels
-    return total + 2 * 512 + (512 + 1) * num_outputs
-
-
-def test_resnet18_has_the_size_of_resnet18():
+    size += 2 * 512 + (512 + 1) * 1000
     params = jax.eval_shape(resnet18().init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == resnet18_size(1000)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == size
 
 
 @pytest.mark.parametrize(("stem", "side"), [("small", 16), ("imagenet", 4)])

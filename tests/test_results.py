@@ -1,115 +1,208 @@
-"""Results of a comparison: best ones, JSON, tables."""
+"""Results of a comparison: means, JSON, old files, tables, figures."""
 
-import dataclasses
 import io
+import itertools
 import json
 import math
+import sys
+from pathlib import Path
 
-import jax
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from mlhf_optax import init_meta_params
-from mlhf_optax.comparison import comparison
-from mlhf_optax.comparison.machine import machine_info, versions
-from mlhf_optax.comparison.results import Result, best_of, leaders, report, table_steps
-from mlhf_optax.comparison.tables import comparison_table, format_loss
-from mlhf_optax.tasks import digits_mlp
+from mlhf_optax.comparison import (
+    Comparison,
+    comparison_markdown,
+    comparison_table,
+    grid_contenders,
+    save_figure,
+)
+from mlhf_optax.comparison.record import machine_info, record, versions
+from mlhf_optax.comparison.results import best_at, frame_of, leaders
+from mlhf_optax.comparison.tables import format_loss, format_ratio, losses_by_time, table_steps
 
-STEPS = (1, 10, 30, 100)
+STEPS = [1, 10, 30, 100]
+SHIPPED = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
-def result(name, losses, accuracy=0.9, seconds=1e-3, **hyperparameters):
+def entry(name, losses, accuracy=0.9, seconds=1e-3, steps=STEPS, **setting):
     family = name.split()[0]
-    return Result(name, family, hyperparameters, 2, STEPS, tuple(losses), accuracy, seconds)
+    accuracies = accuracy if isinstance(accuracy, list) else [None] * (len(losses) - 1) + [accuracy]
+    # Two seeds whose mean is what was asked for.
+    curves = [
+        {
+            "seed": seed,
+            "train_loss": [loss and loss + shift for loss in losses],
+            "test_loss": losses,
+            "test_accuracy": accuracies,
+        }
+        for seed, shift in ((0, -1e-5), (1, 1e-5))
+    ]
+    about = {"optimizer": name, "family": family, "label": name.replace("mlhf", "MLHF"), "setting": setting}
+    return {**about, "seconds_per_step": seconds, "steps": list(steps), "curves": curves}
 
 
-MLHF = result("mlhf", [2.0, 0.5, 0.04, 0.02], 0.95, 6e-3, learning_rate=0.5)
-EARLY = result("adam fast", [2.1, 1.0, 0.5, 0.4])
-LATE = result("adam slow", [2.2, 1.5, 0.6, 0.001], 0.96)
-MIDDLING = result("adam dull", [2.2, 1.6, 0.7, 0.5])
-LOST = result("sgd wild", [2.3, math.nan, math.inf, math.nan], 0.0, 0.5e-3)
-ALL = [MLHF, EARLY, LATE, MIDDLING, LOST]
+def comparison(*entries, steps_per_epoch=None):
+    return Comparison(frame_of(entries, steps_per_epoch), {"task": "x", "steps_per_epoch": steps_per_epoch})
 
 
-def text_of(table, width=80):
-    console = Console(file=io.StringIO(), width=width)
-    console.print(table)
-    return console.file.getvalue()
+LEARNED = entry("mlhf", [2.0, 0.5, 0.04, 0.02], 0.95, 6e-3, learning_rate=0.5)
+EARLY = entry("adam fast", [2.1, 1.0, 0.5, 0.4])
+LATE = entry("adam slow", [2.2, 1.5, 0.6, 0.001], 0.96)
+DULL = entry("adam dull", [2.2, 1.6, 0.7, 0.5])
+LOST = entry("sgd wild", [2.3, None, None, None], 0.0, 0.5e-3)
+ALL = comparison(LEARNED, EARLY, LATE, DULL, LOST)
 
 
 def rows_of(table):
-    return [line.split() for line in text_of(table).splitlines()]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table)
+    return [line.split() for line in console.file.getvalue().splitlines()]
+
+
+def named(curves):
+    return [curve.optimizer for curve in curves]
+
+
+def test_curves_are_means_over_seeds_and_infinite_where_one_diverged():
+    mine, *_, lost = ALL.curves()
+    assert mine.seeds == 2
+    assert mine.is_learned
+    assert mine.train_loss == pytest.approx([2.0, 0.5, 0.04, 0.02])
+    assert mine.accuracy == 0.95
+    assert lost.train_loss == pytest.approx([2.3, math.inf, math.inf, math.inf])
+    assert ALL.last_losses("mlhf") == pytest.approx([0.02 - 1e-5, 0.02 + 1e-5])
 
 
 def test_the_best_at_a_step_is_never_one_that_diverged():
-    assert best_of(ALL, 10) is MLHF
-    assert best_of([LOST, LATE, EARLY], 10) is EARLY
-    assert best_of([LOST, LATE, EARLY], 100) is LATE
+    mine, early, late, _, lost = ALL.curves()
+    assert best_at([mine, early, late, lost], 10) is mine
+    assert best_at([lost, late, early], 10) is early
+    assert best_at([lost, late, early], 100) is late
+    assert named(leaders([early, late, lost], [10, 30, 100])) == ["adam fast", "adam slow"]
 
 
-def test_leaders_are_named_once_and_in_order():
-    assert leaders(ALL[1:], [10, 30, 100]) == [EARLY, LATE]
-
-
-def test_columns_are_the_usual_steps_and_the_last():
-    assert table_steps(ALL) == [10, 30, 100]
-    assert table_steps([dataclasses.replace(MLHF, steps=(1, 10, 30, 70))]) == [10, 30, 70]
-
-
-def test_the_table_says_who_is_below_whom():
-    rows = rows_of(comparison_table(ALL, "title"))
-    assert ["MLHF", "lr=0.5", "0.500", "0.040", "0.020", "95.0%", "6.00"] in rows
-    assert ["best", "of", "the", "other", "4", "there", "1.000", "0.500", "1.0e-3", "96.0%", "0.50"] in rows
-    assert ["MLHF", "/", "that", "best", "0.50x", "0.08x", "20x", "-1.0", "12x"] in rows
-
-
-def test_the_table_shows_the_best_of_each_family_and_what_diverged():
-    names = [row[:2] for row in rows_of(comparison_table(ALL, "title"))]
-    assert ["adam", "fast"] in names
-    assert ["adam", "slow"] in names
-    assert ["adam", "dull"] not in names
-    assert ["sgd", "wild", "diverged", "diverged", "diverged", "0.0%", "0.50"] in rows_of(
-        comparison_table(ALL, "")
+def test_results_survive_a_file(tmp_path):
+    ALL.save(tmp_path / "x.json")
+    found = Comparison.load(tmp_path / "x.json")
+    assert found.frame.equals(ALL.frame)
+    assert found.record == ALL.record
+    text = (tmp_path / "x.json").read_text()
+    assert (
+        json.loads(text, parse_constant=pytest.fail)["optimizers"][4]["curves"][0]["train_loss"][1:]
+        == [None] * 3
     )
 
 
-def test_the_whole_table_can_be_asked_for():
-    assert "adam dull" in text_of(comparison_table(ALL, "title", show_all=True))
+def test_what_is_no_comparison_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"x.json holds no comparison"):
+        Comparison.load(tmp_path / "x.json")
 
 
-def test_the_best_of_the_others_is_marked():
+@pytest.mark.parametrize(
+    "name", ["digits-mlp", "first_order_cifar10", "second_order_cifar10", "transfer_resnet18"]
+)
+def test_files_of_version_0_1_keep_every_number(name):
+    found, raw = Comparison.load(SHIPPED / f"{name}.json"), json.loads((SHIPPED / f"{name}.json").read_text())
+    for curve, old in zip(found.curves(), raw["results"], strict=True):
+        losses = [math.inf if loss is None else loss for loss in old["train_loss"]]
+        about = (curve.optimizer, curve.setting, curve.seeds, curve.steps, curve.train_loss, curve.accuracy)
+        names = ("name", "hyperparameters", "seeds", "steps")
+        assert about == (*(old[key] for key in names), losses, old["test_accuracy"])
+        assert curve.seconds_per_step == old["seconds_per_step"]
+        assert curve.is_learned == old["name"].startswith("mlhf")
+        if "final_losses" in old:
+            assert curve.test_accuracy == old["test_curve"]
+            last = [math.inf if loss is None else loss for loss in old["final_losses"]]
+            assert found.last_losses(curve.optimizer) == last
+
+
+def test_the_record_says_where_and_how():
+    found = json.loads(json.dumps(record("mlhf-optax train", rows=[1]), allow_nan=False))
+    assert list(found) == ["machine", "versions", "command", "date", "rows"]
+    assert (found["machine"], found["versions"]) == (machine_info(), versions())
+    assert found["machine"]["cores"] >= 1
+    assert found["date"].endswith("+00:00")
+
+
+def test_columns_are_the_usual_steps_and_the_last():
+    assert table_steps(ALL.curves()[0]) == [10, 30, 100]
+    assert table_steps(comparison(entry("sgd", [1.0] * 4, steps=[1, 10, 30, 70])).curves()[0]) == [10, 30, 70]
+    steps = [5 * epoch for epoch in range(1, 101)]
+    shown = table_steps(comparison(entry("sgd", [1.0] * 100, steps=steps)).curves()[0], "epoch")
+    assert (shown[0], shown[-1], len(shown)) == (5, 500, 7)
+
+
+def test_the_table_says_who_is_below_whom():
     table = comparison_table(ALL, "title")
-    columns = [list(column.cells) for column in table.columns]
-    row = columns[0].index("adam fast")
-    assert [str(column[row].style) or str(column[row].spans) for column in columns[1:3]] == [
-        "[Span(0, 5, 'bold underline')]"
-    ] * 2
-    assert columns[3][row].spans == []
+    rows = rows_of(table)
+    assert ["MLHF", "lr=0.5", "0.500", "0.040", "0.020", "95.0%", "6.00"] in rows
+    assert ["best", "of", "the", "other", "4", "there", "1.000", "0.500", "1.0e-3", "96.0%", "0.50"] in rows
+    assert ["MLHF", "/", "that", "best", "0.50x", "0.08x", "20x", "-1.0", "12.0x"] in rows
+    assert ["sgd", "wild", "diverged", "diverged", "diverged", "0.0%", "0.50"] in rows
+    names = [row[:2] for row in rows]
+    assert ["adam", "fast"] in names
+    assert ["adam", "slow"] in names
+    assert ["adam", "dull"] not in names
+    assert ["adam", "dull"] in [row[:2] for row in rows_of(comparison_table(ALL, "title", show_all=True))]
+    cells = [list(map(str, column.cells)) for column in table.columns]
+    styles = lambda name: [str(list(c.cells)[cells[0].index(name)].style) for c in table.columns[1:5]]
+    assert styles("MLHF / that best") == ["bold green", "bold green", "bold red", "bold red"]
+    assert styles("adam fast") == ["bold green", "bold green", "", ""]  # the best of the others there
 
 
-def test_a_diverged_mlhf_does_not_look_good():
-    lost = dataclasses.replace(MLHF, train_loss=(2.0, math.nan, 0.04, 0.02))
-    row = next(row for row in rows_of(comparison_table([lost, EARLY], "")) if row[:2] == ["MLHF", "/"])
+def test_a_learned_optimizer_that_diverged_does_not_look_good():
+    lost = entry("mlhf", [2.0, None, 0.04, 0.02])
+    row = next(
+        row for row in rows_of(comparison_table(comparison(lost, EARLY), "")) if row[:2] == ["MLHF", "/"]
+    )
     assert row[4] == "diverged"
 
 
-@pytest.mark.parametrize("results", [[MLHF], [EARLY, LATE]])
-def test_tables_of_one_side_only(results):
-    text = text_of(comparison_table(results, "title"))
-    assert "that best" not in text
-    assert ("MLHF" in text) == (results == [MLHF])
+@pytest.mark.parametrize("entries", [[LEARNED], [EARLY, LATE]])
+def test_tables_of_one_side_only(entries):
+    text = str(rows_of(comparison_table(comparison(*entries), "title")))
+    assert "best" not in text
+    assert ("MLHF" in text) == (entries == [LEARNED])
 
 
 def test_tables_of_the_real_grid_fit_a_terminal():
     grid = [
-        Result(name, contender.family, {}, 5, STEPS, (2.3, 1e-3, 1e-4, 1e-5), 1.0, 0.099)
-        for contender in comparison.grid_contenders(256)
-        for name in contender.names
+        entry(name, [2.3, 1e-3, 1e-4, 1e-5], 1.0, 0.099) for one in grid_contenders() for name in one.names
     ]
-    lines = text_of(comparison_table(grid, "title", show_all=True)).splitlines()
-    assert sum(line.lstrip().startswith(("sgd", "rmsprop", "adam")) for line in lines) == 45
-    assert not any("…" in line for line in lines)
+    rows = rows_of(comparison_table(comparison(*grid), "title", show_all=True))
+    assert sum(bool(row) and row[0] in ("sgd", "rmsprop", "adam") for row in rows) == 45
+    assert not any("…" in cell for row in rows for cell in row)
+
+
+def test_markdown_compares_by_epoch_and_by_time():
+    mine = entry("mlhf", [1.5, 1.0], [0.1, 0.6], 0.15, [4, 8])
+    first = entry("sgd a", [2.0, 1.6], [0.1, 0.5], 0.1, [4, 8])
+    second = entry("adam b", [2.5, 1.25], [0.1, 0.4], 0.2, [4, 8])
+    lines = comparison_markdown(comparison(mine, first, second, steps_per_epoch=4), "epoch")
+    head, _, own, best, ratio, by_time, *_ = (
+        [c.strip() for c in line.strip("|").split("|")] for line in lines
+    )
+    assert head == ["training loss after epoch", "1", "2", "test accuracy", "ms per step"]
+    assert own == ["MLHF", "1.500", "1.000", "60.0%", "150"]
+    assert best == ["best of the other 2 there", "2.000", "1.250", "50.0%", "100"]
+    assert ratio == ["MLHF / that best", "**0.75x**", "**0.80x**", "**+10.0**", "1.5x"]
+    # An epoch of MLHF lasts one and a half of the others', whose best is then half way between 2 and 1.25.
+    assert by_time == ["MLHF / best at equal time", "**0.92x**", "-", "", ""]
+
+
+def test_what_the_others_have_not_reached_is_not_made_up():
+    def by_time(losses, steps, factor):
+        both = entry("sgd", losses, 0.5, 1.0, steps), entry("mlhf", losses, 0.5, factor, steps)
+        other, mine = comparison(*both).curves()
+        return losses_by_time([other], mine)
+
+    assert math.isnan(by_time([4.0, 2.0], [1, 3], 0.5)[0])
+    between, at, after = by_time([4.0, 2.0, 1.0], [1, 2, 4], 1.5)
+    assert (between, at) == pytest.approx((3.0, 1.5))
+    assert math.isnan(after)
 
 
 @pytest.mark.parametrize(
@@ -127,52 +220,60 @@ def test_losses_are_written_in_few_characters(loss, text):
     assert format_loss(loss) == text
 
 
-def test_the_report_is_plain_json_of_the_promised_form():
-    data = report(digits_mlp(), ALL, "mlhf-optax train")
-    data = json.loads(json.dumps(data, allow_nan=False))
-    assert list(data) == ["task", "machine", "versions", "command", "date", "results"]
-    assert data["task"] == "digits-mlp"
-    assert data["command"] == "mlhf-optax train"
-    assert data["machine"] == machine_info()
-    assert data["versions"] == versions()
-    assert data["date"].endswith("+00:00")
-    assert data["results"][0] == {
-        "name": "mlhf",
-        "hyperparameters": {"learning_rate": 0.5},
-        "seeds": 2,
-        "steps": [1, 10, 30, 100],
-        "train_loss": [2.0, 0.5, 0.04, 0.02],
-        "test_accuracy": 0.95,
-        "seconds_per_step": 6e-3,
-    }
-    assert data["results"][4]["train_loss"] == [2.3, None, None, None]
+@pytest.mark.parametrize(
+    ("own", "best", "text"),
+    [(1.0, 1.02, "0.98"), (math.inf, 1.0, "diverged"), (1.0, 0.0, "-"), (31.0, 1.0, "31")],
+)
+def test_ratios_near_one_have_three_digits(own, best, text):
+    assert format_ratio(own, best) == text
 
 
-def test_machine_and_versions_are_filled_in():
-    machine = machine_info()
-    assert machine["cores"] >= 1
-    assert machine["cpu"]
-    assert machine["backend"] == jax.default_backend()
-    assert versions()["jax"] == jax.__version__
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved."""
+    figures, save = [], Figure.savefig
+    spy = lambda figure, *args, **kwargs: figures.append(figure) or save(figure, *args, **kwargs)
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return figures
 
 
-def test_comparing_yields_means_over_seeds_contender_by_contender():
-    task = digits_mlp(hidden=(4,))
-    contenders = [
-        comparison.mlhf_contender(task, init_meta_params(jax.random.key(0)), num_cg_steps=1),
-        *comparison.grid_contenders(128, ["sgd"]),
-    ]
-    progress = []
-    parts = list(
-        comparison.compare(
-            task, contenders, num_seeds=2, num_steps=3, on_progress=lambda *event: progress.append(event)
-        )
+@pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_figures_show_losses_by_step_and_by_time(tmp_path, drawn, ending, start):
+    path = save_figure(ALL, tmp_path / f"curves.{ending}", "title")
+    assert path.read_bytes().startswith(start)
+    by_step, by_time = drawn[0].axes
+    lines = {line.get_label(): line for line in by_step.get_lines()}
+    assert list(lines) == ["MLHF", "adam slow", "sgd wild", "best of 4 hand-made at each step"]
+    assert list(lines["MLHF"].get_xdata()) == STEPS
+    assert list(by_time.get_lines()[0].get_xdata()) == [step * 6e-3 for step in STEPS]
+    assert len(by_time.get_lines()) == 3  # the best of others takes no time of its own
+    best = lines["best of 4 hand-made at each step"].get_ydata()
+    assert list(best) == pytest.approx([2.1, 1.0, 0.5, 0.001])
+    assert sum(map(math.isnan, lines["sgd wild"].get_ydata())) == 3
+    widths = [line.get_linewidth() for line in lines.values()]
+    assert all(a > b for a, b in itertools.pairwise(widths[:2]))
+
+
+def test_figures_show_accuracy_where_it_was_recorded(tmp_path, drawn):
+    results = comparison(
+        entry("mlhf", [1.0, 0.5], [0.5, 0.6], steps=[5, 10]),
+        entry("sgd low", [2.0, 0.4], [0.3, 0.4], steps=[5, 10]),
+        entry("sgd accurate", [1.5, 0.9], [0.3, 0.7], steps=[5, 10]),
+        entry("sgd neither", [3.0, 1.0], [0.2, 0.2], steps=[5, 10]),
+        steps_per_epoch=5,
     )
-    assert [len(part) for part in parts] == [1, 9]
-    for entry in (*parts[0], *parts[1]):
-        assert (entry.seeds, entry.steps, len(entry.train_loss)) == (2, (1, 2, 3), 3)
-        assert 0 <= entry.test_accuracy <= 1
-        assert entry.seconds_per_step > 0
-    assert [event[:2] for event in progress] == [(family, n) for family in ("mlhf", "sgd") for n in (1, 2, 3)]
-    assert progress[2][2] == pytest.approx(parts[0][0].train_loss[-1])
-    assert progress[-1][2] == pytest.approx(min(entry.train_loss[-1] for entry in parts[1]))
+    save_figure(results, tmp_path / "x.png", "title", unit="epoch")
+    loss, _, accuracy, _ = drawn[0].axes
+    labels = [line.get_label() for line in loss.lines]
+    assert labels == ["MLHF", "sgd low", "sgd accurate", "best of 3 hand-made at each step"]
+    assert list(loss.lines[0].get_xdata()) == [1.0, 2.0]
+    assert list(accuracy.lines[-1].get_ydata()) == [0.3, 0.7]
+    assert {line.get_marker() for line in loss.lines} == {"o"}  # a line through one point cannot be seen
+
+
+def test_nothing_to_draw_and_nothing_to_draw_with_are_explained(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="`comparison` is empty"):
+        save_figure(comparison(), tmp_path / "x.png", "title")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'mlhf-optax\[experiments\]'"):
+        save_figure(ALL, tmp_path / "x.png", "title")

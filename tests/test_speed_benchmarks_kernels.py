@@ -1,22 +1,14 @@
 """The benchmarks of GGN products in loops and of the LSTMs run, and write what they promise."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import ggn_in_loops
 import jax
 import jax.numpy as jnp
 import lstm_throughput
 import pytest
-
-
-@pytest.fixture(scope="module")
-def loops():
-    return ggn_in_loops
-
-
-@pytest.fixture(scope="module")
-def lstms():
-    return lstm_throughput
 
 
 def run(module, tmp_path, *arguments):
@@ -31,13 +23,13 @@ def run(module, tmp_path, *arguments):
     return report
 
 
-# GGN products in loops.
+# GGN products in ggn_in_loops.
 
 
-def test_every_layer_gets_a_row_for_each_kind_of_loop(loops, tmp_path, capsys):
+def test_every_layer_gets_a_row_for_each_kind_of_loop(tmp_path, capsys):
     layers = ["dense", "pooling 2x2", "conv 3x3 stride 2 (lax)", "conv 1x1 stride 1"]
     small = ["--batch-size", "2", "--products", "2", "--repeats", "1"]
-    report = run(loops, tmp_path, "--layers", *layers, *small)
+    report = run(ggn_in_loops, tmp_path, "--layers", *layers, *small)
     found = [(row["layer"], row["loop"]) for row in report["rows"]]
     assert found == [(layer, loop) for layer in layers for loop in ("fori_loop", "scan")]
     for row in report["rows"]:
@@ -50,20 +42,24 @@ def test_every_layer_gets_a_row_for_each_kind_of_loop(loops, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["fori_loop", "scan"])
 @pytest.mark.parametrize("name", ["conv 3x3 stride 1", "conv 5x5 of images", "batch norm", "attention"])
-def test_inside_and_outside_of_loops_the_chain_is_the_same(loops, name, kind):
-    predict_fn, params, batch = loops.problem(loops.LAYERS[name], 2)
-    inside, outside = (jax.jit(loops.make_chain(k, predict_fn, 3))(params, batch) for k in (kind, "outside"))
+def test_inside_and_outside_of_loops_the_chain_is_the_same(name, kind):
+    predict_fn, params, batch = ggn_in_loops.problem(ggn_in_loops.LAYERS[name], 2)
+    inside, outside = (
+        jax.jit(ggn_in_loops.make_chain(k, predict_fn, 3))(params, batch) for k in (kind, "outside")
+    )
     assert jax.tree.structure(inside) == jax.tree.structure(params)
     gaps = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b), initial=0.0), inside, outside)
     assert max(jax.tree.leaves(gaps)) < 1e-4
 
 
-def test_only_the_inputs_of_the_first_layer_have_no_tangents(loops):
+def test_only_the_inputs_of_the_first_layer_have_no_tangents():
     for name in ("conv 5x5 of images", "conv 1x1 stride 1"):
-        assert ("gain" in loops.problem(loops.LAYERS[name], 1)[1]) == (name == "conv 1x1 stride 1")
+        assert ("gain" in ggn_in_loops.problem(ggn_in_loops.LAYERS[name], 1)[1]) == (
+            name == "conv 1x1 stride 1"
+        )
 
 
-def test_the_verdict_names_the_convolutions_above_the_target(loops):
+def test_the_verdict_names_the_convolutions_above_the_target():
     row = lambda layer, ratio, is_rival=False: {
         "layer": layer,
         "loop": "scan",
@@ -71,16 +67,16 @@ def test_the_verdict_names_the_convolutions_above_the_target(loops):
         "is_rival": is_rival,
     }
     rows = [row("dense", 9.0), row("conv a", 1.1), row("conv b (lax)", 30.0, True)]
-    assert loops.verdict(rows) == "All convolutions of the library reach the target of 1.2."
-    assert "conv c in scan (1.30)." in loops.verdict([*rows, row("conv c", 1.3)])
-    assert "No convolution" in loops.verdict(rows[:1])
+    assert ggn_in_loops.verdict(rows) == "All convolutions of the library reach the target of 1.2."
+    assert "conv c in scan (1.30)." in ggn_in_loops.verdict([*rows, row("conv c", 1.3)])
+    assert "No convolution" in ggn_in_loops.verdict(rows[:1])
 
 
 # The LSTMs.
 
 
-def test_every_size_dtype_and_kind_of_features_gets_a_row(lstms, tmp_path, capsys):
-    report = run(lstms, tmp_path, "--coordinates", "50", "--repeats", "1")
+def test_every_size_dtype_and_kind_of_features_gets_a_row(tmp_path, capsys):
+    report = run(lstm_throughput, tmp_path, "--coordinates", "50", "--repeats", "1")
     found = [(row["coordinates"], row["carry_dtype"], row["features"]) for row in report["rows"]]
     dtypes, features = ("float32", "bfloat16"), ("log-global", "tanh")
     assert found == [(50, dtype, kind) for dtype in dtypes for kind in features]
@@ -91,34 +87,41 @@ def test_every_size_dtype_and_kind_of_features_gets_a_row(lstms, tmp_path, capsy
     assert "within 2 times the floor in" in capsys.readouterr().out
 
 
-def test_what_has_no_room_is_skipped_with_a_note(lstms, monkeypatch, tmp_path, capsys):
+def test_what_has_no_room_is_skipped_with_a_note(monkeypatch, tmp_path, capsys):
     programs = []
-    monkeypatch.setattr(lstms, "needed_memory", lambda program: programs.append(program) or len(programs))
-    monkeypatch.setattr(lstms, "free_memory", lambda: 1)
-    monkeypatch.setattr(lstms, "SETTINGS", {"tanh": lstms.SETTINGS["tanh"]})
-    assert lstms.measure(10, "float32", "tanh", lstms.copies, 1) is None
+    monkeypatch.setattr(
+        lstm_throughput, "needed_memory", lambda program: programs.append(program) or len(programs)
+    )
+    monkeypatch.setattr(lstm_throughput, "free_memory", lambda: 1)
+    monkeypatch.setattr(lstm_throughput, "SETTINGS", {"tanh": lstm_throughput.SETTINGS["tanh"]})
+    assert lstm_throughput.measure(10, "float32", "tanh", lstm_throughput.copies, 1) is None
     assert "10 coordinates, float32, tanh: gradient needs" in capsys.readouterr().out
 
 
-def test_a_gradient_without_room_leaves_the_other_numbers(lstms, monkeypatch):
+def test_a_gradient_without_room_leaves_the_other_numbers(monkeypatch):
     sizes = iter([1, 3, 1])
-    monkeypatch.setattr(lstms, "needed_memory", lambda program: next(sizes))
-    monkeypatch.setattr(lstms, "free_memory", lambda: 2)
-    row = lstms.measure(10, "float32", "tanh", lstms.copies, 1)
+    monkeypatch.setattr(lstm_throughput, "needed_memory", lambda program: next(sizes))
+    monkeypatch.setattr(lstm_throughput, "free_memory", lambda: 2)
+    row = lstm_throughput.measure(10, "float32", "tanh", lstm_throughput.copies, 1)
     assert row["gradient_ns"] is None
     assert row["forward_ns"] > 0
-    assert lstms.make_table([row]).row_count == 1
 
 
-def test_the_floor_keeps_the_carries_and_evaluates_as_many_functions_as_a_step(lstms):
-    carries, inputs = lstms._arrays(7, "bfloat16")
-    settings = lstms.SETTINGS["tanh"]
-    meta_params = lstms.init_meta_params(jax.random.key(0), settings, layer_types=["dense_kernel"])
+def test_the_floor_keeps_the_carries_and_evaluates_as_many_functions_as_a_step():
+    carries, inputs = lstm_throughput._arrays(7, "bfloat16")
+    settings = lstm_throughput.SETTINGS["tanh"]
+    meta_params = lstm_throughput.init_meta_params(jax.random.key(0), settings, layer_types=["dense_kernel"])
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    for step in (lstms.forward, lstms.gradient, lstms.evaluations, lstms.copies):
+    for step in (
+        lstm_throughput.forward,
+        lstm_throughput.gradient,
+        lstm_throughput.evaluations,
+        lstm_throughput.copies,
+    ):
         assert shapes(step(meta_params, carries, inputs)[1]) == shapes(carries)
     counts = [
-        count_evaluations(step, meta_params, carries, inputs) for step in (lstms.forward, lstms.evaluations)
+        count_evaluations(step, meta_params, carries, inputs)
+        for step in (lstm_throughput.forward, lstm_throughput.evaluations)
     ]
     assert counts == [7 * (80 + 3 + 3 + 2), 7 * (80 + 3 + 2)]  # LSTM_p makes its 3 features anew
 
@@ -142,6 +145,13 @@ def count_evaluations(function, *arguments):
     return count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def test_quick_leaves_out_the_largest_size(lstms):
-    assert lstms._parse(["--quick"]).coordinates == [10**4, 10**5, 10**6]
-    assert lstms._parse([]).coordinates[-1] == 10**7
+def test_memory_counts_donated_arrays_once_and_is_that_of_the_device_else_of_the_system(monkeypatch):
+    shape = jax.ShapeDtypeStruct((1000,), jnp.float32)
+    program = lambda **options: jax.jit(lambda x: x + 1, **options).lower(shape).compile()
+    assert lstm_throughput.needed_memory(program()) >= 8000
+    assert 4000 <= lstm_throughput.needed_memory(program(donate_argnums=0)) < 8000
+    if Path("/proc/meminfo").is_file() and jax.default_backend() == "cpu":
+        assert 2**20 < lstm_throughput.free_memory() < 2**50
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 10, "bytes_in_use": 3})
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert lstm_throughput.free_memory() == 7

@@ -1,110 +1,82 @@
 """Streams of examples, and ImageNet made of them, on a few random images."""
 
-import functools
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mlhf_optax.tasks import imagenet
-from mlhf_optax.tasks.imagenet import Stretch, central_crop, random_crop
-from mlhf_optax.tasks.streaming import Stream
-
-
-class Numbers:
-    """Examples that are their own number."""
-
-    def __init__(self, count):
-        self._count = count
-
-    def __len__(self):
-        return self._count
-
-    def __getitem__(self, index):
-        return {"x": index}
+from mlhf_optax.tasks import Stream, imagenet, load_imagenet, prepared
+from mlhf_optax.tasks.imagenet import central_crop, random_crop
 
 
 def draw(example, rng):
-    return {"x": np.int32(example["x"]), "random": np.int32(rng.integers(1 << 30))}
+    return {"x": np.int32(example), "random": np.int32(rng.integers(1 << 30))}
 
 
-def stream(count=10, **options):
-    return Stream(Numbers(count), draw, sample={}, **options)
-
-
-def take(iterator, count):
-    return [next(iterator) for _ in range(count)]
-
-
-def same(batches, others):
-    return all(
-        np.array_equal(a[key], b[key])
-        for a, b in zip(batches, others, strict=True)
-        for key in ("x", "random")
-    )
+def batches(count, size=10, *, seed=0, batch_size=5, start=0, num_workers=0):
+    """The first mini-batches of a stream of numbers: the numbers and their random ones, stacked."""
+    stream = Stream(range(size), draw, sample={}, num_workers=num_workers)
+    iterator = stream.batches(seed, batch_size, start)
+    drawn = [next(iterator) for _ in range(count)]
+    return np.array([[batch["x"], batch["random"]] for batch in drawn])
 
 
 def test_every_epoch_holds_every_example_once_in_another_order():
-    batches = take(stream().batches(seed=0, batch_size=5), 4)
-    epochs = [np.concatenate([batch["x"] for batch in batches[i : i + 2]]).tolist() for i in (0, 2)]
+    epochs = batches(4)[:, 0].reshape(2, 10).tolist()
     assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
     assert epochs[0] != epochs[1]
 
 
 def test_the_rest_of_an_epoch_is_dropped():
-    batches = take(stream(11).batches(seed=0, batch_size=4), 40)
-    for i in range(0, 40, 2):
-        assert len(set(np.concatenate([batch["x"] for batch in batches[i : i + 2]]).tolist())) == 8
+    epochs = batches(40, 11, batch_size=4)[:, 0].reshape(20, 8)
+    assert all(len(set(epoch.tolist())) == 8 for epoch in epochs)
+    assert set(epochs.ravel().tolist()) == set(range(11))
 
 
 def test_random_numbers_are_new_for_every_example_and_epoch():
-    batches = take(stream().batches(seed=0, batch_size=5), 6)
-    assert len({int(number) for batch in batches for number in batch["random"]}) == 30
+    assert len(set(batches(6)[:, 1].ravel().tolist())) == 30
 
 
 def test_a_stream_can_go_on_anywhere():
-    whole = take(stream().batches(seed=3, batch_size=4), 9)
+    whole = batches(9, seed=3, batch_size=4)
     for start in (1, 2, 5):
-        assert same(take(stream().batches(seed=3, batch_size=4, start=start), 9 - start), whole[start:])
+        rest = batches(9 - start, seed=3, batch_size=4, start=start)
+        np.testing.assert_array_equal(rest, whole[start:])
 
 
 def test_seeds_decide():
-    first, again, other = (take(stream().batches(seed=s, batch_size=5), 2) for s in (0, 0, 1))
-    assert same(first, again)
-    assert not same(first, other)
+    np.testing.assert_array_equal(batches(2), batches(2))
+    assert not np.array_equal(batches(2), batches(2, seed=1))
 
 
 def test_worker_processes_change_nothing():
-    alone, helped = stream(), stream(num_workers=1)
     for start in (0, 3):
-        batches = take(helped.batches(seed=0, batch_size=4, start=start), 3)
-        assert same(batches, take(alone.batches(seed=0, batch_size=4, start=start), 3))
+        helped = batches(3, batch_size=4, start=start, num_workers=1)
+        np.testing.assert_array_equal(helped, batches(3, batch_size=4, start=start))
 
 
-@pytest.mark.parametrize(("batch_size", "start"), [(0, 0), (11, 0), (5, -1)])
-def test_arguments_are_checked(batch_size, start):
-    with pytest.raises(ValueError, match="`batch_size` must lie between 1 and the number of examples, 10"):
-        stream().batches(seed=0, batch_size=batch_size, start=start)
+def test_the_start_must_not_be_negative():
+    with pytest.raises(ValueError, match="`start` must be at least 0, got -1"):
+        batches(1, start=-1)
 
 
 def test_missing_grain_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
     with pytest.raises(ImportError, match=r"pip install 'mlhf-optax\[data\]'"):
-        stream().batches(seed=0, batch_size=5)
+        batches(1)
 
 
 # ImageNet.
 
 
 def coordinates(height, width):
-    """An image whose pixels are their own row and column."""
+    """An example whose pixels are their own row and column."""
     rows, columns = np.mgrid[:height, :width]
-    return np.stack([rows, columns, np.zeros_like(rows)], axis=-1).astype(np.uint8)
+    return {"image": np.stack([rows, columns, np.zeros_like(rows)], axis=-1).astype(np.uint8), "label": 7}
 
 
 def test_the_middle_is_cut_out():
-    example = central_crop({"image": coordinates(64, 96), "label": 7}, 32)
+    example = central_crop(coordinates(64, 96), 32)
     assert example["label"] == 7
     assert example["image"].shape == (32, 32, 3)
     # 56 of 64 rows from the fourth on, 56 of 96 columns from the twentieth on.
@@ -114,7 +86,7 @@ def test_the_middle_is_cut_out():
 
 def test_random_parts_have_the_area_and_the_shape_that_they_should():
     rng = np.random.default_rng(0)
-    images = [random_crop({"image": coordinates(120, 100), "label": 0}, rng, 20)["image"] for _ in range(300)]
+    images = [random_crop(coordinates(120, 100), rng, 20)["image"] for _ in range(300)]
     spans = np.array([[np.ptp(image[:, 0, 0]), np.ptp(image[0, :, 1])] for image in images]) / 0.95
     areas, ratios = spans.prod(axis=1) / 12000, spans[:, 1] / spans[:, 0]
     assert 0.06 < areas.min() < 0.15
@@ -125,74 +97,68 @@ def test_random_parts_have_the_area_and_the_shape_that_they_should():
 
 
 def test_images_that_no_part_fits_are_cut_in_the_middle():
-    image = coordinates(2, 200)
-    part = random_crop({"image": image, "label": 0}, np.random.default_rng(0), 4)["image"]
-    np.testing.assert_array_equal(part, central_crop({"image": image, "label": 0}, 4, 1.0)["image"])
+    example = coordinates(2, 200)
+    part = random_crop(example, np.random.default_rng(0), 4)["image"]
+    np.testing.assert_array_equal(part, central_crop(example, 4, 1.0)["image"])
 
 
-class Pictures:
+def pictures(count, first):
     """Pictures of one colour and of several sizes; the colour is the label."""
-
-    def __init__(self, count, first):
-        self._count, self._first = count, first
-
-    def __len__(self):
-        return self._count
-
-    def __getitem__(self, index):
-        label = self._first + index
-        return {"image": np.full((20 + index % 5, 25, 3), label, np.uint8), "label": label}
+    return [
+        {"image": np.full((20 + label % 5, 25, 3), label, np.uint8), "label": label}
+        for label in range(first, first + count)
+    ]
 
 
 @pytest.fixture
-def prepared(tmp_path, monkeypatch):
-    """A prepared dataset of 40 and 9 images; returns how often it was opened."""
+def sources(tmp_path, monkeypatch):
+    """The splits of a prepared dataset of 40 and 9 images."""
     (tmp_path / "imagenet2012" / "5.1.0").mkdir(parents=True)
     (tmp_path / "imagenet2012" / "5.1.0" / "dataset_info.json").write_text("{}")
-    sources = {"train": Pictures(40, 0), "validation": Pictures(9, 100)}
+    sources = {"train": pictures(40, 0), "validation": pictures(9, 100)}
     monkeypatch.setattr(imagenet, "open_sources", lambda name, folder: sources)
     imagenet._load.cache_clear()
-    yield tmp_path
+    yield sources
     imagenet._load.cache_clear()
 
 
-def load(folder: Path, **options):
-    return imagenet.imagenet(folder, folder / "cache", image_size=8, num_held=4, num_workers=0, **options)
+def load(folder, num_held=4):
+    return load_imagenet(folder, folder / "cache", image_size=8, num_held=num_held, num_workers=0)
 
 
-def test_parts_are_disjoint_and_the_rest_is_streamed(prepared):
-    data = load(prepared)
+def test_parts_are_disjoint_and_the_rest_is_streamed(sources, tmp_path):
+    data = load(tmp_path)
     assert data.meta_train["label"].tolist() == [0, 1, 2, 3]
     assert data.train.sample["label"].tolist() == [4, 5, 6, 7]
     assert data.test["label"].tolist() == [100, 101, 102, 103]
-    assert data.test["image"].shape == (4, 8, 8, 3)
-    assert (data.test["image"] == data.test["label"][:, None, None, None]).all()
     assert len(data.train) == 36
-    batches = take(data.train.batches(seed=0, batch_size=12), 3)
-    assert sorted(np.concatenate([batch["label"] for batch in batches]).tolist()) == list(range(4, 40))
-    assert batches[0]["image"].shape == (12, 8, 8, 3)
-    assert (batches[0]["image"] == batches[0]["label"][:, None, None, None]).all()
+    iterator = data.train.batches(seed=0, batch_size=12)
+    streamed = [next(iterator) for _ in range(3)]
+    assert sorted(np.concatenate([batch["label"] for batch in streamed]).tolist()) == list(range(4, 40))
+    for part in (data.test, *streamed):
+        assert part["image"].shape == (len(part["label"]), 8, 8, 3)
+        assert (part["image"] == part["label"][:, None, None, None]).all()
 
 
-def test_what_is_held_is_decoded_once(prepared, monkeypatch):
-    first = load(prepared)
+def test_what_is_held_is_decoded_once(sources, tmp_path, monkeypatch):
+    first = load(tmp_path)
     imagenet._load.cache_clear()
-    monkeypatch.setattr(imagenet, "_all_of", None)
-    np.testing.assert_array_equal(load(prepared).test["image"], first.test["image"])
+    monkeypatch.setattr(prepared, "decode_split", None)
+    np.testing.assert_array_equal(load(tmp_path).test["image"], first.test["image"])
 
 
-def test_too_few_images_are_refused(prepared):
+def test_too_few_images_are_refused(sources, tmp_path):
     with pytest.raises(ValueError, match="must have more than 10 examples in validation"):
-        imagenet.imagenet(prepared, prepared / "cache", num_held=5)
+        load(tmp_path, num_held=5)
 
 
-@pytest.mark.parametrize("source", [[{"image": np.zeros((9, 9, 3), np.uint8), "label": 1000}] * 9, [{}] * 9])
-def test_damaged_images_are_refused(source, prepared):
-    crop = functools.partial(central_crop, image_size=8)
-    with pytest.raises(ValueError, match=r"the dataset 'imagenet2012' in .* (is damaged|has labels out of)"):
-        imagenet._all_of(Stretch(source, 0, 2), crop, prepared)
+@pytest.mark.parametrize("example", [{"image": np.zeros((9, 9, 3), np.uint8), "label": 1000}, {}])
+def test_damaged_images_are_refused(example, sources, tmp_path):
+    sources["train"][5] = example
+    with pytest.raises(ValueError, match=r"the dataset 'imagenet2012' in .* is damaged"):
+        load(tmp_path)
 
 
 def test_missing_data_are_explained(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no prepared dataset 'imagenet2012' .*download_and_prepare"):
-        imagenet.imagenet(tmp_path)
+        load_imagenet(tmp_path)

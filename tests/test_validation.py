@@ -26,12 +26,8 @@ LEARNED = unrolled_optimizer(
 )
 
 
-def to_jax(tree):
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
-
-
-BATCHES = to_jax(jax.tree.map(lambda *leaves: np.stack(leaves), *problems.batches(STEPS[-1])))
-EXAMPLES = to_jax(problems.batches(1, seed=9, size=40)[0])
+BATCHES = problems.stack(problems.batches(STEPS[-1]))
+EXAMPLES = problems.batch(seed=9, size=40)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Comparisons: train a task with many optimizers, record curves, show them in a table and a figure."""
 
 from mlhf_optax.comparison.contenders import Contender as Contender
+from mlhf_optax.comparison.contenders import constant_contender as constant_contender
 from mlhf_optax.comparison.contenders import default_adam as default_adam
 from mlhf_optax.comparison.contenders import grid_contenders as grid_contenders
 from mlhf_optax.comparison.contenders import learned_contender as learned_contender

@@ -14,7 +14,8 @@ from optax import contrib
 
 from mlhf_optax.comparison.run import MakeOptimizer
 from mlhf_optax.comparison.run_grid import Program
-from mlhf_optax.learned import LEARNED, LearnedFamily
+from mlhf_optax.gauss_newton import gauss_newton
+from mlhf_optax.learned import LEARNED
 from mlhf_optax.pretrained.files import Pretrained
 from mlhf_optax.tasks import Task
 
@@ -75,10 +76,11 @@ def learned_contender(
     Example:
       >>> from mlhf_optax import load_pretrained
       >>> from mlhf_optax.tasks import get_task
-      >>> learned_contender(get_task("digits-mlp"), load_pretrained("digits"), name="CG 2", num_cg_steps=2).labels
+      >>> task, learned = get_task("digits-mlp"), load_pretrained("digits")
+      >>> learned_contender(task, learned, name="CG 2", num_cg_steps=2).labels
       ('MLHF CG 2',)
     """
-    family = family_of(pretrained)
+    family = pretrained.family
     optimizer = pretrained.optimizer(task.predict_fn, task.loss_fn, **changes)
     settings = {**pretrained.recommended, **changes, "meta_params": source}
     # Two files of one name may hold other numbers: what is kept must tell them apart.
@@ -88,9 +90,27 @@ def learned_contender(
     return Contender(family.name, names, (settings,), lambda: optimizer, labels=labels)
 
 
-def family_of(pretrained: Pretrained) -> LearnedFamily:
-    """Returns the learned optimizer that meta-parameters belong to; old records do not name it."""
-    return LEARNED[pretrained.record.get("optimizer", next(iter(LEARNED)))]
+def constant_contender(task: Task, dampings: Sequence[float] = (1.0, 3.0, 10.0), **options: Any) -> Contender:
+    """Returns Gauss-Newton damped by a constant, the control that everything learned has to beat.
+
+    Args:
+      task: the task to be trained.
+      dampings: the constants, one optimizer each.
+      **options: arguments of :func:`mlhf_optax.gauss_newton`; ``learning_rate`` is 1 by default.
+
+    Example:
+      >>> from mlhf_optax.tasks import get_task
+      >>> constant_contender(get_task("digits-mlp"), [1.0, 3.0], metric="diagonal").names
+      ('constant damping=1', 'constant damping=3')
+    """
+    chosen: dict[str, Any] = {"learning_rate": 1.0} | options
+
+    def make(damping):
+        return gauss_newton(predict_fn=task.predict_fn, loss_fn=task.loss_fn, damping=damping, **chosen)
+
+    settings = [{"damping": damping} for damping in dampings]
+    about = tuple({**setting, **chosen} for setting in settings)
+    return Contender("constant", names_of("constant", settings), about, make, stack_settings(settings))
 
 
 def meta_params_digest(meta_params: Any) -> str:
@@ -165,7 +185,9 @@ def grid_contenders(
             raise ValueError(f"`{name}` must be at least 1, got {size}")
     if rates is not None:
         if not len(rates):
-            raise ValueError("`rates` is empty; give at least one learning rate, or None for the paper's grid")
+            raise ValueError(
+                "`rates` is empty; give at least one learning rate, or None for the paper's grid"
+            )
         return [_grid(name, [{"learning_rate": rate} for rate in rates]) for name in families]
     scaled = [rate * batch_size / baseline_batch_size for rate in PAPER_RATES]
     contenders = []
@@ -195,8 +217,8 @@ def rates_per_decade(lowest: float, highest: float, count: int = 3) -> list[floa
 
 def default_adam() -> Contender:
     """Returns Adam as somebody has it who tunes nothing: learning rate 0.001 and the defaults of optax."""
-    settings = {"learning_rate": 1e-3}
-    return Contender("adam defaults", ("adam defaults",), (settings,), lambda: optax.adam(**settings))
+    name, rate = "adam defaults", 1e-3
+    return Contender(name, (name,), ({"learning_rate": rate},), lambda: optax.adam(rate))
 
 
 def _grid(family: str, settings: Sequence[dict[str, float]]) -> Contender:

@@ -143,7 +143,8 @@ def compare(
     Example:
       >>> from mlhf_optax.comparison import grid_contenders
       >>> from mlhf_optax.tasks import get_task
-      >>> comparison = compare(get_task("digits-mlp"), grid_contenders(["sgd"]), [1, 2], seeds=[0], timed=False)
+      >>> sgd = grid_contenders(["sgd"])
+      >>> comparison = compare(get_task("digits-mlp"), sgd, [1, 2], seeds=[0], timed=False)
       >>> comparison.frame.columns[5:8], comparison.frame["step"].max()
       (['step', 'epoch', 'train_loss'], 2)
     """
@@ -163,7 +164,9 @@ def compare(
             for group in _groups(task, contender, steps, seeds, where, resume, group_size):
                 of_group = group.finished() or group.train(counter)
                 counter.finish(group.num_steps)
-                entries += [entry | {"seconds_per_step": seconds.get(contender.names[0])} for entry in of_group]
+                entries += [
+                    entry | {"seconds_per_step": seconds.get(contender.names[0])} for entry in of_group
+                ]
         is_complete = True
     except KeyboardInterrupt:
         pass  # what is finished is returned
@@ -238,6 +241,13 @@ def _groups(
         yield _Group(program, contender, slice(first, first + size), steps, seeds, folder, resume)
 
 
+class _Files(NamedTuple):
+    """Where a group keeps what it has done."""
+
+    entries: Path
+    checkpoints: Path
+
+
 class _Group:
     """Settings that advance together, and their files."""
 
@@ -259,25 +269,25 @@ class _Group:
         about["settings"] = contender.settings[part]
         self.about: dict[str, Any] = json.loads(json.dumps(about))
         stem = re.sub(r"[^a-z0-9.]+", "-", self.names[0].lower())
-        self.file = folder and folder / f"{stem}.json"
-        self.checkpoints = folder and folder / stem
+        self.files = None if folder is None else _Files(folder / f"{stem}.json", folder / stem)
 
     def finished(self) -> list[dict[str, Any]]:
         """Returns the entries if they are there; an empty list if seeds are missing, or all of them."""
-        if self.file is None:
+        if self.files is None:
             return []
-        if not self.resume and (self.file.exists() or self.checkpoints.exists()):
+        path = self.files.entries
+        if not self.resume and any(file.exists() for file in self.files):
             raise ValueError(
-                f"{self.file.parent} already has results of {self.names[0]}; set `resume` (--resume) to go on "
+                f"{path.parent} already has results of {self.names[0]}; set `resume` (--resume) to go on "
                 "from them, or use another folder"
             )
-        if not self.file.exists():
+        if not path.exists():
             return []
-        found = json.loads(self.file.read_text())
+        found = json.loads(path.read_text())
         there, trained = found.get("about"), found.get("seeds", [])
         if there != self.about or trained != self.all_seeds[: len(trained)]:
             raise ValueError(
-                f"{self.file} has results of other settings ({there}, seeds {trained} there; {self.about}, "
+                f"{path} has results of other settings ({there}, seeds {trained} there; {self.about}, "
                 f"seeds {self.all_seeds} now); use another folder"
             )
         if trained == self.all_seeds:
@@ -308,17 +318,17 @@ class _Group:
         return self._finish(curves)
 
     def _save(self, grid: RunGrid, curves: np.ndarray, index: int) -> None:
-        if self.checkpoints:
+        if self.files:
             # As integers, since jax would round them to float32.
             tree = {"state": grid.state, "curves": curves.view(np.uint32)}
-            save_checkpoint(self.checkpoints, index + 1, tree, self.about | {"seeds": self.seeds})
+            save_checkpoint(self.files.checkpoints, index + 1, tree, self.about | {"seeds": self.seeds})
 
     def _restore(self, grid: RunGrid, curves: np.ndarray) -> int:
         """Sets runs and curves to the last checkpoint; returns how many recorded steps it has."""
-        if not self.checkpoints or not self.resume:
+        if not self.files or not self.resume:
             return 0
         template = {"state": jax.eval_shape(lambda: grid.state), "curves": curves.view(np.uint32)}
-        found = load_last_checkpoint(self.checkpoints, template, self.about | {"seeds": self.seeds})
+        found = load_last_checkpoint(self.files.checkpoints, template, self.about | {"seeds": self.seeds})
         if found is None:
             return 0
         count, tree = found
@@ -338,9 +348,9 @@ class _Group:
             ]
             old = self.kept[index]["curves"] if self.kept else []
             entries.append(about | {"curves": [*old, *new]})
-        if self.file:
-            write_json(self.file, {"about": self.about, "seeds": self.all_seeds, "entries": entries})
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        if self.files:
+            write_json(self.files.entries, {"about": self.about, "seeds": self.all_seeds, "entries": entries})
+            shutil.rmtree(self.files.checkpoints, ignore_errors=True)
         return entries
 
 

@@ -47,6 +47,7 @@ def save_figure(comparison: Comparison, path: str | Path, title: str, unit: Unit
     require_matplotlib()
     # The figure object alone: pyplot keeps a global state and may look for a screen.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     has_accuracy = all(value is not None for curve in curves for value in curve.test_accuracy)
     rows = ["train_loss", "test_accuracy"] if has_accuracy else ["train_loss"]
@@ -65,6 +66,9 @@ def save_figure(comparison: Comparison, path: str | Path, title: str, unit: Unit
             if curve.seconds_per_step is not None:
                 row[1].plot([step * curve.seconds_per_step for step in curve.steps], values, **style)
     axes[0, 0].set(yscale="log", ylabel="training loss (mean over seeds)")
+    axes[0, 0].yaxis.set_major_formatter(LogFormatter())
+    # Labels between the decades where there are few of them.
+    axes[0, 0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
     if has_accuracy:
         axes[1, 0].set(ylabel="test accuracy (mean over seeds)")
     axes[-1, 0].set(xscale="log" if unit == "step" else "linear", xlabel=f"{unit}s")

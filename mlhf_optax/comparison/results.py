@@ -113,16 +113,21 @@ class Comparison:
         grouped = self.frame.group_by([*keys, "step"], maintain_order=True)
         mean = grouped.agg(*means, pl.col("seed").len().alias("seeds"))
         curves, counts = [], self.record.get("num_seeds", {})
-        for values, part in mean.group_by(keys, maintain_order=True):
-            about = dict(zip(keys, values, strict=True))
-            about["setting"] = json.loads(about["setting"])
-            columns = {name: part[name].to_list() for name in ("train_loss", "test_accuracy")}
-            seeds = counts.get(about["optimizer"], part["seeds"][0])
-            per_epoch = self.record.get("steps_per_epoch")
-            curve = Curve(
-                **about, **columns, seeds=seeds, steps=part["step"].to_list(), steps_per_epoch=per_epoch
+        for (name, family, label, setting, seconds), part in mean.group_by(keys, maintain_order=True):
+            curves.append(
+                Curve(
+                    optimizer=name,
+                    family=family,
+                    label=label,
+                    setting=json.loads(setting),
+                    seeds=counts.get(name, part["seeds"][0]),
+                    steps=part["step"].to_list(),
+                    train_loss=part["train_loss"].to_list(),
+                    test_accuracy=part["test_accuracy"].to_list(),
+                    seconds_per_step=seconds,
+                    steps_per_epoch=self.record.get("steps_per_epoch"),
+                )
             )
-            curves.append(curve)
         return curves
 
     def last_losses(self, optimizer: str) -> list[float]:
@@ -162,10 +167,10 @@ def frame_of(entries: Sequence[Mapping[str, Any]], steps_per_epoch: int | None) 
             for index, step in enumerate(entry["steps"]):
                 epoch = step / steps_per_epoch if steps_per_epoch else None
                 values = {name: curve[name][index] for name in MEASURES if name in curve}
+                # JSON has no infinity: a loss that was measured and is null has diverged.
+                values |= {key: math.inf for key, x in values.items() if x is None and key.endswith("loss")}
                 rows.append(about | values | {"seed": curve["seed"], "step": step, "epoch": epoch})
-    frame = pl.DataFrame(rows, schema=SCHEMA)
-    measured = [name for name in ("train_loss", "test_loss") if not frame[name].is_null().all()]
-    return frame.with_columns(pl.col(name).fill_null(math.inf).fill_nan(math.inf) for name in measured)
+    return pl.DataFrame(rows, schema=SCHEMA)
 
 
 def _entries(frame: pl.DataFrame) -> list[dict[str, Any]]:
@@ -175,7 +180,8 @@ def _entries(frame: pl.DataFrame) -> list[dict[str, Any]]:
         first = own.row(0, named=True)
         curves = []
         for (seed,), part in own.group_by(["seed"], maintain_order=True):
-            columns = {measure: [_json(x) for x in part[measure]] for measure in MEASURES}
+            measured = [name for name in MEASURES if not part[name].is_null().all()]
+            columns = {name: [_json(x) for x in part[name]] for name in measured}
             curves.append({"seed": seed, **columns})
         steps = own["step"].unique(maintain_order=True).to_list()
         about = {key: first[key] for key in ("family", "label", "seconds_per_step")}

@@ -69,31 +69,14 @@ def run_step(
 
 
 def evaluation_state(task: Task, params: Any, examples: Examples) -> Any:
-    """Returns the model state for :func:`mean_loss` and :func:`accuracy`.
-
-    Args:
-      task: gives the model.
-      params: parameters of one network.
-      examples: a sample of the training part.
-
-    Returns:
-      What ``task.model_state_fn`` makes of them; None for a network without state.
-    """
+    """Returns the model state of a network from a sample of the training part, None if it has no state."""
     return None if task.model_state_fn is None else task.model_state_fn(params, examples)
 
 
 def mean_loss(task: Task, params: Any, examples: Examples, model_state: Any = None) -> jax.Array:
-    """Returns the loss over all examples, taken at once.
+    """Returns the loss over all examples, taken at once, in nats.
 
-    Args:
-      task: gives model and loss.
-      params: parameters of one network.
-      examples: a part of the task's data, N examples.
-      model_state: from :func:`evaluation_state`; without it batch normalisation normalises by these
-        examples.
-
-    Returns:
-      A scalar in nats.
+    Without ``model_state``, from :func:`evaluation_state`, batch normalisation normalises by these examples.
 
     Example:
       >>> from mlhf_optax.tasks import get_task
@@ -106,17 +89,7 @@ def mean_loss(task: Task, params: Any, examples: Examples, model_state: Any = No
 
 
 def accuracy(task: Task, params: Any, examples: Examples, model_state: Any = None) -> jax.Array:
-    """Returns the share of examples whose largest logit is that of the label.
-
-    Args:
-      task: gives the model.
-      params: parameters of one network.
-      examples: a part of the task's data, N examples with ``"label"``.
-      model_state: see :func:`mean_loss`.
-
-    Returns:
-      A scalar in [0, 1]; outputs that are not finite count as wrong.
-    """
+    """Returns the share of examples whose largest logit is that of the label; what is not finite is wrong."""
     outputs = task.predict_fn(params, _with_state(examples, model_state))
     is_right = jnp.argmax(outputs, axis=-1) == examples["label"]
     return jnp.mean(is_right & jnp.all(jnp.isfinite(outputs), axis=-1))

@@ -141,7 +141,12 @@ def _rows(curves: Sequence[Curve], unit: Unit, show_all: bool, at_end: bool = Fa
     per_unit = (curves[0].steps_per_epoch or 1) if unit == "epoch" else 1
     learned = [curve for curve in curves if curve.is_learned]
     others = [curve for curve in curves if not curve.is_learned]
-    head = [f"training loss after {unit}", *(f"{step / per_unit:g}" for step in steps), "test accuracy", "ms per step"]
+    head = [
+        f"training loss after {unit}",
+        *(f"{step / per_unit:g}" for step in steps),
+        "test accuracy",
+        "ms per step",
+    ]
     rows = [_plain(head)]
     for curve in learned:
         rate = curve.setting.get("learning_rate")

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -245,11 +244,7 @@ def parse_options(options: type[Options], about: str | None, arguments: Sequence
     import tyro
 
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
-    try:
-        return tyro.cli(options, description=about or "", args=arguments, config=config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    return tyro.cli(options, description=about or "", args=arguments, config=config)
 
 
 def _calls_that_last(thunk: Thunk, seconds: float) -> int:

@@ -123,7 +123,7 @@ def levenberg_marquardt(
 
 
 def reduction_ratio(
-    view: View, outcome: Outcome, damping: jax.Array, step_size: float | jax.Array
+    view: View, outcome: Outcome, damping: jax.Array, step_size: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the reduction ratio of the step ``-step_size * direction`` and the loss after it.
 

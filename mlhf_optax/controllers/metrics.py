@@ -55,7 +55,7 @@ class DiagonalState(NamedTuple):
 
     Attributes:
       count: gradients averaged so far.
-      mean_square: running mean of the squared gradient, shaped like the parameters, float32.
+      mean_square: running mean of the squared gradient, shaped like the parameters, at least float32.
     """
 
     count: jax.Array  # shape=(), dtype=int32
@@ -87,17 +87,17 @@ def diagonal(decay: float = 0.98, floor: float = 1e-3) -> Metric:
     _check(decay, floor)
 
     def init(params):
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        zeros = jax.tree.map(lambda p: trees.at_least_f32(jnp.zeros(p.shape, p.dtype)), params)
         return DiagonalState(jnp.zeros((), jnp.int32), zeros)
 
     def update(gradient, state):
         count = jnp.asarray(optax.safe_increment(state.count))
-        mix = lambda v, g: _mix(decay, v, jnp.square(g.astype(jnp.float32)))
+        mix = lambda v, g: _mix(decay, v, jnp.square(trees.at_least_f32(g)))
         return DiagonalState(count, jax.tree.map(mix, state.mean_square, gradient))
 
     def values(state, like):
         del like
-        correction = 1 - decay ** jnp.maximum(state.count, 1).astype(jnp.float32)
+        correction = 1 - decay ** jnp.maximum(state.count, 1)
         roots = jax.tree.map(lambda v: _root(v / correction), state.mean_square)
         mean = sum(jnp.sum(root) for root in jax.tree.leaves(roots)) / max(1, trees.size(roots))
         return jax.tree.map(lambda root: _relative(root, mean) + floor, roots)
@@ -137,18 +137,19 @@ class KroneckerState(NamedTuple):
 
 
 def kronecker(
-    power: float = 0.5,
+    power: float = 0.7,
     decay: float = 0.95,
-    floor: float = 1e-2,
+    floor: float = 5e-2,
     block: int = 128,
     refresh_every: int = 10,
 ) -> Metric:
     r"""Returns Shampoo's Kronecker product ``L^power V R^power`` for every matrix, divided by its mean.
 
     L and R are running means of :math:`g g^\top` and :math:`g^\top g`. With the power 1/4 and damping that
-    outweighs curvature, a step is Shampoo's; powers of 1/2 and more, as in K-FAC, hold more strongly against
-    the directions in which gradients are large. Tensors of higher rank are matrices split where they are
-    nearest to a square; vectors and scalars have the metric of :func:`diagonal`, each tensor for itself.
+    outweighs curvature, a step is Shampoo's. Higher powers, 1/2 as in K-FAC, hold more strongly against the
+    directions in which gradients are large; 0.7 was best on networks that classify images.
+    Tensors of higher rank are matrices split where they are nearest to a square; vectors and scalars have
+    the metric of :func:`diagonal`, each tensor for itself.
 
     Args:
       power: of both factors, in (0, 1].
@@ -248,18 +249,27 @@ class _KroneckerRule:
         return side(entry[0], matrix), side(entry[1], matrix.T)
 
     def _refreshed(self, matrices: list) -> list:
-        return [tuple(map(self._with_powers, sides)) for sides in matrices]
+        fresh, done = [], jnp.zeros(())
+        for sides in matrices:
+            left, done = self._with_powers(sides[0], done)
+            right, done = self._with_powers(sides[1], done)
+            fresh.append((left, right))
+        return fresh
 
-    def _with_powers(self, side: Side) -> Side:
-        mean = jnp.mean(jnp.trace(side.factor, axis1=1, axis2=2)) / side.factor.shape[1]
-        eigenvalues, vectors = jnp.linalg.eigh(side.factor / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
+    def _with_powers(self, side: Side, before: jax.Array) -> tuple[Side, jax.Array]:
+        # Each decomposition waits for the one before: on CPUs, several at once in a loop may all wait for
+        # the same thread, and never end.
+        factor = side.factor + 0.0 * before
+        mean = jnp.mean(jnp.trace(factor, axis1=1, axis2=2)) / factor.shape[1]
+        eigenvalues, vectors = jnp.linalg.eigh(factor / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
         values = (jnp.maximum(eigenvalues, 0.0) + self.floor) ** self.power
         values = values / jnp.mean(values)
         product = lambda scale: jnp.einsum("bij,bj,bkj->bik", vectors, scale, vectors)
         fresh = product(values), product(1.0 / values)
         # A decomposition that did not converge, or a gradient of zeros, keeps what was there.
         is_sound = (mean > 0) & trees.is_finite(fresh)
-        return Side(side.factor, *trees.select(is_sound, fresh, (side.power, side.inverse)))
+        power, inverse = trees.select(is_sound, fresh, (side.power, side.inverse))
+        return Side(side.factor, power, inverse), jnp.ravel(power)[0]
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -328,7 +338,7 @@ def _root(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
 
 
-def _relative(x: jax.Array, mean: jax.Array) -> jax.Array:
+def _relative(x: jax.Array, mean: Any) -> jax.Array:
     """Returns x over its mean, ones where the mean is zero."""
     return jnp.where(mean > 0, x / jnp.where(mean > 0, mean, 1.0), 1.0)
 

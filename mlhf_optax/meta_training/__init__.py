@@ -4,9 +4,6 @@ from mlhf_optax.meta_training.config import MetaTrainingConfig as MetaTrainingCo
 from mlhf_optax.meta_training.driver import Progressed as Progressed
 from mlhf_optax.meta_training.driver import Schedule as Schedule
 from mlhf_optax.meta_training.driver import meta_train as meta_train
-from mlhf_optax.meta_training.evolution import EvolutionConfig as EvolutionConfig
-from mlhf_optax.meta_training.evolution import EvolutionState as EvolutionState
-from mlhf_optax.meta_training.evolution import make_evolution_step as make_evolution_step
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer as LearnedOptimizer
 from mlhf_optax.meta_training.learned_optimizer import MetaGradient as MetaGradient
 from mlhf_optax.meta_training.learned_optimizer import Task as Task

@@ -122,7 +122,7 @@ def meta_train(
       about: settings that must be equal when a run is resumed, beside ``config`` and ``seed``.
       progress: called as ``progress(iteration, metrics)`` every ``schedule.report_every`` iterations.
       algorithm: ``(init, step)`` in the place of :func:`make_meta_step` of task, optimizer and config,
-        for example from :func:`mlhf_optax.meta_training.make_evolution_step`: ``init(key, meta_params) ->
+        for example from :func:`mlhf_optax.meta_training.make_long_horizon_step`: ``init(key, meta_params) ->
         state`` and ``step(state, batches) -> (state, metrics)``, where a state is any pytree of arrays
         with an attribute ``meta_params``.
 

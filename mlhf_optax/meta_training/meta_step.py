@@ -68,7 +68,9 @@ def meta_optimizer(config: MetaTrainingConfig | Any) -> optax.GradientTransforma
     """
     rate: optax.ScalarOrSchedule = config.meta_learning_rate
     if config.decay_iterations is not None:
-        rate = optax.cosine_decay_schedule(rate, config.decay_iterations, config.final_rate_share)
+        rate = optax.cosine_decay_schedule(
+            config.meta_learning_rate, config.decay_iterations, config.final_rate_share
+        )
     parts = []
     if config.meta_gradient_clip is not None:
         parts.append(optax.clip_by_global_norm(config.meta_gradient_clip))

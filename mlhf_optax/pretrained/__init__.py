@@ -4,9 +4,7 @@ import os
 from importlib import resources
 from typing import Any
 
-from mlhf_optax.pretrained.files import Pretrained as Pretrained
-from mlhf_optax.pretrained.files import decode, load_meta_params
-from mlhf_optax.pretrained.files import save_meta_params as save_meta_params
+from mlhf_optax.pretrained.files import Pretrained, decode, load_meta_params, save_meta_params
 
 _ENDING = ".safetensors"
 
@@ -61,3 +59,6 @@ def list_pretrained() -> dict[str, dict[str, Any]]:
 def _shipped() -> dict[Any, Any]:
     files = sorted(resources.files(__name__).iterdir(), key=lambda file: file.name)
     return {file.name.removesuffix(_ENDING): file for file in files if file.name.endswith(_ENDING)}
+
+
+__all__ = ["Pretrained", "list_pretrained", "load_meta_params", "load_pretrained", "save_meta_params"]

@@ -5,10 +5,11 @@ tree), ``record`` (JSON: what the set was trained on and how to use it) and a di
 Files come from strangers too, so what a file may claim is bounded before it is decoded.
 """
 
+import functools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mlhf_optax.curvature import LossFn, PredictFn
 from mlhf_optax.files import pack_arrays, unpack_arrays, write_atomically
 from mlhf_optax.layer_types import path_text
 from mlhf_optax.learned import LearnedFamily, get_learned
@@ -67,19 +67,17 @@ class Pretrained(NamedTuple):
         """The arguments of the optimizer that the record recommends."""
         return {name: self.record[name] for name in self.family.arguments if name in self.record}
 
-    def optimizer(
-        self, predict_fn: PredictFn, loss_fn: LossFn, **changes: Any
-    ) -> optax.GradientTransformationExtraArgs:
-        """Returns the learned optimizer with the arguments that the record recommends.
+    @property
+    def optimizer(self) -> Callable[..., optax.GradientTransformationExtraArgs]:
+        """The learned optimizer with the arguments that the record recommends, a function.
 
-        Args:
-          predict_fn: ``predict_fn(params, batch) -> outputs``.
-          loss_fn: ``loss_fn(outputs, batch) -> scalar``.
-          **changes: further arguments of the optimizer, :func:`mlhf_optax.mlhf` for example. They take the
-            place of recommended ones.
+        Call ``optimizer(predict_fn, loss_fn, **changes)`` with ``predict_fn(params, batch) -> outputs``,
+        ``loss_fn(outputs, batch) -> scalar`` and further arguments, of :func:`mlhf_optax.mlhf` for example;
+        they take the place of recommended ones. Its signature shows all of them with their defaults, as
+        :func:`optax.inject_hyperparams` needs; name there what is not a number in ``static_args``.
 
         Returns:
-          The optimizer; call ``update(grads, state, params, batch=batch)``.
+          The function. What it returns needs ``update(grads, state, params, batch=batch)``.
 
         Example:
           >>> import jax.numpy as jnp
@@ -89,7 +87,7 @@ class Pretrained(NamedTuple):
           >>> tx.init({"kernel": jnp.ones((3, 1))})[0].count
           Array(0, dtype=int32)
         """
-        return self.family.optimizer(self.meta_params, predict_fn, loss_fn, **(self.recommended | changes))
+        return functools.partial(self.family.optimizer, self.meta_params, **self.recommended)
 
 
 def save_meta_params(path: str | os.PathLike, meta_params: Any, record: Mapping[str, Any]) -> Path:
@@ -171,7 +169,7 @@ def load_meta_params(path: str | os.PathLike) -> Pretrained:
       See :func:`save_meta_params`.
     """
     file = _with_ending(path)
-    old = file.with_suffix(".npz")
+    old = file.with_name(f"{file.name.removesuffix(_ENDING).removesuffix('.npz')}.npz")
     if not file.is_file() and old.is_file():
         raise ValueError(
             f"{old}: an earlier mlhf_optax wrote this, with a .json beside it; this one reads a single "
@@ -283,3 +281,6 @@ def _record_problem(record: Mapping[str, Any]) -> str | None:
 def _with_ending(path: str | os.PathLike) -> Path:
     path = Path(path)
     return path.with_name(f"{path.name.removesuffix(_ENDING)}{_ENDING}")
+
+
+__all__ = ["FORMAT", "VERSION", "Pretrained", "decode", "load_meta_params", "save_meta_params"]

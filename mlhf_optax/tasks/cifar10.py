@@ -140,9 +140,6 @@ def cifar10_resnet9(
       data_dir: where the data lie (:func:`load_cifar10`).
       cache_dir: where decoded images are kept.
 
-    Returns:
-      The task.
-
     Raises:
       TypeError: if ``channels`` is not a number.
       ValueError: if it is below one.

@@ -109,16 +109,9 @@ def take(data: chex.ArrayTree, indices: jax.Array) -> chex.ArrayTree:
 def require_batch_fits(
     batch_size: int, available: int, argument: str = "batch_size", examples: str = "examples"
 ) -> None:
-    """Raises a ValueError unless a batch can be drawn without repeats.
+    """Raises a ValueError unless ``batch_size`` lies in [1, available].
 
-    Args:
-      batch_size: examples per batch.
-      available: number of examples to draw from.
-      argument: name of the argument that ``batch_size`` came from, for the message.
-      examples: what the examples are, for the message.
-
-    Raises:
-      ValueError: if ``batch_size`` is not in [1, available].
+    ``argument`` names where the size came from, ``examples`` what is drawn from, for the message.
 
     Example:
       >>> require_batch_fits(11, 10)

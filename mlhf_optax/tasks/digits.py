@@ -59,11 +59,6 @@ def stratified_split(labels: np.ndarray, fractions: tuple[float, ...], seed: int
 
     Raises:
       ValueError: if ``fractions`` are not positive or do not sum to one.
-
-    Example:
-      >>> first, second = stratified_split(np.array([0, 0, 1, 1]), (0.5, 0.5), seed=0)
-      >>> sorted(int(i) // 2 for i in first), sorted(int(i) // 2 for i in second)
-      ([0, 1], [0, 1])
     """
     if min(fractions) <= 0 or abs(sum(fractions) - 1.0) > 1e-6:
         raise ValueError(f"`fractions` must be positive and sum to one, got {fractions}")
@@ -117,9 +112,6 @@ def digits_convnet(batch_size: int = 128, meta_batch_size: int = 128) -> Task:
     Args:
       batch_size: examples per mini-batch when networks are trained.
       meta_batch_size: examples per mini-batch in meta-training.
-
-    Returns:
-      The task.
 
     Example:
       >>> digits_convnet().num_classes

@@ -82,28 +82,20 @@ def _load(folder: Path, cache_dir: Path, image_size: int, num_held: int, num_wor
 
 
 class Stretch:
-    """The examples of a source from one number to another.
-
-    Args:
-      source: where the examples are from.
-      start: number of the first.
-      stop: number after the last.
-      transform: applied to each, if given.
+    """The examples of a source from one number up to another, each transformed if so wished.
 
     Example:
-      >>> list(Stretch("abcde", 1, 3))
-      ['b', 'c']
+      >>> list(Stretch("abcde", 1, 3, str.upper))
+      ['B', 'C']
     """
 
     def __init__(self, source: Source, start: int, stop: int, transform: Callable[[Any], Any] | None = None):
         self._source, self._numbers, self._transform = source, range(start, stop), transform
 
     def __len__(self) -> int:
-        """Number of examples."""
         return len(self._numbers)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        """Returns an example."""
         example = self._source[self._numbers[index]]
         return example if self._transform is None else self._transform(example)
 
@@ -121,11 +113,6 @@ def random_crop(example: Mapping[str, Any], rng: np.random.Generator, image_size
 
     Returns:
       ``"image"``, uint8 of shape (image_size, image_size, 3), and ``"label"``, int32.
-
-    Example:
-      >>> image = np.zeros((40, 60, 3), np.uint8)
-      >>> random_crop({"image": image, "label": 3}, np.random.default_rng(0), 8)["image"].shape
-      (8, 8, 3)
     """
     height, width = example["image"].shape[:2]
     for _ in range(10):
@@ -139,19 +126,11 @@ def random_crop(example: Mapping[str, Any], rng: np.random.Generator, image_size
 
 
 def central_crop(example: Mapping[str, Any], image_size: int, share: float = 0.875) -> Examples:
-    """Cuts out the middle square.
-
-    Args:
-      example: see :func:`random_crop`.
-      image_size: height and width of the result.
-      share: side of the square over the shorter side of the image.
-
-    Returns:
-      As :func:`random_crop`.
+    """Cuts out the middle square, whose side is a share of the shorter side; else as :func:`random_crop`.
 
     Example:
-      >>> central_crop({"image": np.zeros((40, 60, 3), np.uint8), "label": 3}, 8)["label"]
-      np.int32(3)
+      >>> central_crop({"image": np.zeros((40, 60, 3), np.uint8), "label": 3}, 8)["image"].shape
+      (8, 8, 3)
     """
     height, width = example["image"].shape[:2]
     side = max(1, round(share * min(height, width)))
@@ -192,9 +171,6 @@ def imagenet_resnet18(
       num_workers: processes that read and decode.
       data_dir: where the data lie (:func:`load_imagenet`).
       cache_dir: where decoded images are kept.
-
-    Returns:
-      The task.
 
     Raises:
       ValueError: if a number is below one.

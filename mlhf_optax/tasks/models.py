@@ -113,17 +113,10 @@ class ConvNet(nn.Module):
 
 
 def max_pool(images: jax.Array, window: int = 2) -> jax.Array:
-    """Takes the maximum over non-overlapping square windows.
+    """Takes the maximum over non-overlapping square windows of images of shape (B, height, width, C).
 
     A reshape and a maximum over the window axes: the derivative of the usual ``reduce_window``
     repeats the search for the maximum in every GGN product and made a whole step 2.5 times slower.
-
-    Args:
-      images: shape (B, height, width, channels).
-      window: side of the windows, a divisor of height and width.
-
-    Returns:
-      Shape (B, height / window, width / window, channels).
 
     Raises:
       ValueError: if ``window`` does not divide height and width.

@@ -21,9 +21,8 @@ from mlhf_optax.tasks.streaming import Source
 def data_folder(data_dir: str | Path | None = None) -> Path:
     """Returns the folder of prepared datasets, whether it is there or not.
 
-    Args:
-      data_dir: the folder; if None, that of the environment variable ``TFDS_DATA_DIR``, and if there is
-        none, ``~/tensorflow_datasets``, where tensorflow-datasets puts them.
+    That is ``data_dir`` or, if it is None, the environment variable ``TFDS_DATA_DIR`` or
+    ``~/tensorflow_datasets``, where tensorflow-datasets puts them.
 
     Example:
       >>> data_folder("/data/tfds").name
@@ -33,14 +32,7 @@ def data_folder(data_dir: str | Path | None = None) -> Path:
 
 
 def open_sources(name: str, folder: Path) -> dict[str, Source]:
-    """Opens all splits of a prepared dataset.
-
-    Args:
-      name: name of the dataset, such as ``"cifar10"``.
-      folder: see :func:`data_folder`.
-
-    Returns:
-      A source of decoded examples per split, by its name.
+    """Opens all splits of a prepared dataset, by name, as sources of decoded examples.
 
     Raises:
       FileNotFoundError: if the dataset is not there; it says how to get it.
@@ -78,10 +70,10 @@ def decode_parts(
     """Decodes parts of a prepared dataset once, and from then on reads them from a file of the cache.
 
     Args:
-      parts: by name, what gives decoded examples by number.
+      parts: sources of decoded examples, by name.
       name: name of the dataset.
       folder: where it lies.
-      cache_name: name of the file, to which is added what tells versions of the dataset apart.
+      cache_name: name of the file in the cache; what tells versions of the dataset apart is added.
       cache_dir: see :func:`cache_folder`.
       *form: ``shape`` and ``num_classes`` of :func:`decode_split`.
 
@@ -89,7 +81,7 @@ def decode_parts(
       The parts, read-only.
 
     Raises:
-      ValueError: if an example is damaged, or the file of the cache.
+      ValueError: if an example or the file in the cache is damaged.
     """
     # The description names version and sizes of the shards: other data, another file.
     described = b"".join(path.read_bytes() for path in _descriptions(name, folder))
@@ -112,8 +104,8 @@ def decode_split(
 
     Args:
       source: gives decoded examples by number.
-      name: name of the dataset, for messages.
-      folder: where it lies, for messages.
+      name: name of the dataset, for messages, as ``folder``.
+      folder: where it lies.
       shape: what every image must be.
       num_classes: labels must lie below it.
 
@@ -122,11 +114,6 @@ def decode_split(
 
     Raises:
       ValueError: if an example cannot be read or is not what it should be.
-
-    Example:
-      >>> source = [{"image": np.zeros((1, 1, 3), np.uint8), "label": label} for label in (2, 1)]
-      >>> decode_split(source, "two", Path("/data"), (1, 1, 3), num_classes=3)["label"]
-      array([2, 1], dtype=int32)
     """
     images, labels = np.empty((len(source), *shape), np.uint8), np.empty(len(source), np.int32)
     ids = []
@@ -148,8 +135,7 @@ def decode_split(
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Returns the folder for files that can be made anew at any time, whether it is there or not.
 
-    Args:
-      cache_dir: the folder; if None, ``mlhf_optax`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    That is ``cache_dir`` or, if it is None, ``mlhf_optax`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
     Example:
       >>> cache_folder("/tmp/arrays").name
@@ -162,18 +148,10 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 def cached_arrays(
     name: str, make: Callable[[], Mapping[str, np.ndarray]], cache_dir: str | Path | None = None
 ) -> dict[str, np.ndarray]:
-    """Returns arrays from a file of the cache, or makes them and writes the file.
+    """Returns arrays from the file ``name``.npz of the cache, or makes them and writes the file.
 
-    The file is written under another name and renamed, so it is whole or absent; later damage is
-    noticed by the checksums of the zip format.
-
-    Args:
-      name: name of the file without ending; whatever leads to other arrays must change it.
-      make: makes the arrays, by name.
-      cache_dir: see :func:`cache_folder`.
-
-    Returns:
-      The arrays by name.
+    The name must change with whatever leads to other arrays. The file is written under another name and
+    renamed, so it is whole or absent; later damage is noticed by the checksums of the zip format.
 
     Raises:
       ValueError: if the file is damaged.
@@ -200,11 +178,7 @@ DAMAGE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)  # what `
 
 
 def read_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Returns the arrays of an npz file, all of them or those with the given names.
-
-    Raises:
-      One of ``DAMAGE``: if the file is damaged or lacks a name.
-    """
+    """Returns the arrays of an npz file, all or those named; raises one of ``DAMAGE``."""
     # The file is opened here, as numpy leaves a damaged one open.
     with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
         return {name: file[name] for name in (names or file.files)}

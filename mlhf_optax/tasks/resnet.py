@@ -30,7 +30,7 @@ class ResNet(nn.Module):
       num_outputs: number of outputs C.
       stem: ``"small"``, a 3x3 convolution, or ``"imagenet"``, a 7x7 convolution and a 3x3 max pooling,
         both with stride 2.
-      convolution: called in the place of ``jax.lax.conv_general_dilated``;
+      convolution: called in place of ``jax.lax.conv_general_dilated``;
         :func:`mlhf_optax.convolution.convolve`, which is fast in loops on CPUs, if None.
       momentum: weight of the old statistics when those of a mini-batch are collected.
 
@@ -91,7 +91,7 @@ class ResNet(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Adds to its input (or a 1x1 projection of it) two convolutions, each after norm and ReLU.
+    """Adds to its input, or a 1x1 projection of it, two convolutions, each after norm and ReLU.
 
     Attributes:
       channels: output channels.
@@ -205,14 +205,8 @@ def batch_statistics(model: ResNet, params: Any, images: jax.Array, batch_size: 
 def overlapping_max_pool(images: jax.Array) -> jax.Array:
     """Takes the maximum over windows of 3x3 at stride 2, padded by one, as in the stem for ImageNet.
 
-    The maximum of nine strided copies: unlike ``reduce_window``, its derivative repeats no search in
-    every GGN product.
-
-    Args:
-      images: shape (B, height, width, channels).
-
-    Returns:
-      Shape (B, ceil(height / 2), ceil(width / 2), channels).
+    Images of shape (B, height, width, C) become (B, ceil(height / 2), ceil(width / 2), C). The maximum of
+    nine strided copies: unlike ``reduce_window``, its derivative repeats no search in every GGN product.
 
     Example:
       >>> overlapping_max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0]

@@ -81,7 +81,7 @@ class Stream:
         grain = _import_grain()
         dataset = grain.MapDataset.source(self.source).seed(seed).shuffle().random_map(self.transform)
         dataset = dataset.batch(batch_size, drop_remainder=True).repeat()[start:]
-        threads = 1 if self.num_workers else 16
+        threads = 1 if self.num_workers else self.read_ahead
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self.read_ahead)
         dataset = dataset.to_iter_dataset(options)
         if self.num_workers:

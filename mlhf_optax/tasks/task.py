@@ -94,12 +94,12 @@ def check_batch_size(task: Task, part: Literal["train", "meta_train"] = "train")
       Traceback (most recent call last):
       ValueError: `batch_size` must lie between 1 and the number of training examples ... 719, got 1000; ...
     """
+    argument, examples = {
+        "train": ("batch_size", "training examples"),
+        "meta_train": ("meta_batch_size", "meta-training examples"),
+    }[part]
     available = part_size(getattr(task.data, part))
-    if part == "train":
-        argument, size, examples = "batch_size", task.batch_size, "training examples"
-    else:
-        argument, size, examples = "meta_batch_size", task.meta_batch_size, "meta-training examples"
-    require_batch_fits(size, available, argument, f"{examples} of {task.name!r}")
+    require_batch_fits(getattr(task, argument), available, argument, f"{examples} of {task.name!r}")
 
 
 def image_task(

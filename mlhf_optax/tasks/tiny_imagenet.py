@@ -193,9 +193,6 @@ def tiny_imagenet_resnet18(
       data_dir: where the data lie (:func:`load_tiny_imagenet`).
       cache_dir: where decoded images are kept.
 
-    Returns:
-      The task.
-
     Raises:
       ValueError: if a number is below one.
 

@@ -1,5 +1,6 @@
 """The solvers of the ablation against dense systems, for a linear classifier, whose Hessian is its GGN."""
 
+import ablation_preconditioner as report
 import ablation_solvers as script
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,9 @@ from blobs import TASK
 from jax.flatten_util import ravel_pytree
 from references import naive_pcg
 
-from mlhf_optax import Settings, init_meta_params, layer_types, meta_training
-from mlhf_optax.controls import damping_values, preconditioner_values
-from mlhf_optax.curvature import ggn_matvec
-from mlhf_optax.mlhf_step import mlhf_step, start_vector
+from mlhf_optax import Settings, init_meta_params, mlhf
+from mlhf_optax.controllers.coordinate_lstm import coordinate_lstm
+from mlhf_optax.damped_step import look
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -30,7 +30,7 @@ def _system():
     meta_params = treedef.unflatten([noise(*pair) for pair in zip(leaves, keys, strict=True)])
     batch = jax.tree.map(jnp.asarray, TASK.data.train)
     params = jax.tree.map(lambda x: x.astype(jnp.float64), TASK.init_fn(jax.random.key(2)))
-    optimizer = meta_training.mlhf_optimizer().build(meta_params, TASK)
+    optimizer = mlhf(1.0, meta_params, TASK.predict_fn, TASK.loss_fn)
     loss = lambda p: TASK.loss_fn(TASK.predict_fn(p, batch), batch)
     state = optimizer.init(params)
     for _ in range(2):
@@ -43,17 +43,16 @@ def test_every_solver_finds_what_its_dense_twin_finds(system):
     meta_params, params, batch, gradient, state, loss = system
     found = script.solve_in_every_way(TASK, meta_params, params, batch, gradient, state)
     flat, unravel = ravel_pytree(params)
-    g, d0 = (np.asarray(ravel_pytree(tree)[0]) for tree in (gradient, start_vector(state)))
+    flat_of = lambda tree: np.asarray(ravel_pytree(tree)[0])
+    g, d0 = flat_of(gradient), flat_of(state.direction)
     hessian = np.asarray(jax.hessian(lambda x: loss(unravel(x)))(flat))
-    ggn = ggn_matvec(TASK.predict_fn, TASK.loss_fn, params, batch)
-    step = mlhf_step(meta_params, layer_types(params), ggn, gradient, state, 1)
-    settings, silence = meta_params.settings, jax.tree.map(jnp.zeros_like, gradient)
-    s = damping_values(settings, step.controls.damping, step.unit)
-    learned, silent = (
-        np.asarray(ravel_pytree(preconditioner_values(settings, output, step.unit, s))[0])
-        for output in (step.controls.preconditioner, silence)
-    )
-    damping = np.asarray(ravel_pytree(s)[0])
+    controller = coordinate_lstm(meta_params)
+    view = look(controller, state, (TASK.predict_fn, TASK.loss_fn), params, gradient, batch)
+    signal = controller.control(view, state.controller).signal
+    silence = signal._replace(preconditioner=jax.tree.map(jnp.zeros_like, gradient))
+    operators = [controller.operators(view, outputs) for outputs in (signal, silence)]
+    learned, silent = (flat_of(one.preconditioner.values) for one in operators)
+    damping = flat_of(operators[0].damping.values)
     assert damping.max() / damping.min() > 1.2  # else damping alone would be no preconditioner
     matrix = hessian + np.diag(damping)
     twins = {
@@ -84,3 +83,40 @@ def test_means_are_taken_over_the_steps_of_a_training(system):
     for ratios in found.values():
         assert 0 < ratios["l_p_ratio"] < 1.001
         assert 0 <= ratios["residual_ratio"] < np.inf
+
+
+# Curves of the ablation: means over stretches and seeds, and what cannot be averaged.
+
+
+def lines(losses):
+    return [
+        {"l_p": loss, "residual_norm": 2.0 * abs(loss), "inner_loss": 1.0, "seconds": number}
+        for number, loss in enumerate(losses)
+    ]
+
+
+def test_curves_are_means_over_seeds_and_stretches():
+    first, *_, last = script.CONFIGURATIONS
+    summary = report.summarise(first, [lines([1, 2, 3, 4]), lines([3, 4, 5, 6])], points=2)
+    assert summary["iterations"] == [2, 4]
+    assert summary["l_p"] == [2.5, 4.5]
+    assert summary["residual_norm"] == [5.0, 9.0]
+    assert summary["seconds_per_iteration"] == 1.5
+    assert (summary["name"], summary["num_cg_steps"]) == (first.name, 20)
+    assert report.summarise(first, [lines([1, 2, 3])])["iterations"] == [1, 2, 3]
+    metrics = lines([1.0, 3.0])
+    metrics[0]["l_p"] = None  # as JSON has what was not finite
+    assert report.summarise(last, [metrics], points=1)["l_p"] == [3.0]
+
+
+def test_table_and_figure_show_every_solver(capsys, tmp_path):
+    same = {"l_p_ratio": 0.25, "residual_ratio": 0.5}
+    summary = lambda one: report.summarise(one, [lines([-1.0, -2.0])]) | {"on_same_systems": same}
+    content = {"results": [summary(one) for one in script.CONFIGURATIONS], "damping_alone": same}
+    report.print_table(content)
+    printed = capsys.readouterr().out.splitlines()
+    for name in (*(one.name for one in script.CONFIGURATIONS), script.DAMPING_ALONE):
+        (row,) = (line for line in printed if line.startswith(name))
+        assert [float(number) for number in row[len(name) :].split()[-2:]] == pytest.approx([0.25, 0.5])
+    report.save_figure(content, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,265 @@
+"""Writes the tables of README.md and benchmarks/README.md from benchmarks/results.
+
+    python benchmarks/readme_tables.py            rewrites the tables
+    python benchmarks/readme_tables.py --check    fails if one is not up to date
+
+A table lies between ``<!-- table NAME -->`` and ``<!-- end NAME -->``; its name is a key of ``TABLES``.
+"""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from ablation_solvers import DAMPING_ALONE, TITLES
+
+from mlhf_optax.comparison import Comparison, comparison_markdown
+from mlhf_optax.comparison.record import origin
+from mlhf_optax.comparison.results import best_at
+from mlhf_optax.comparison.tables import format_loss, format_ratio, markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+SECOND_ORDER = {"hf-fixed": "HF(Fixed)", "hf-lm": "HF(LM)", "kfac": "K-FAC"}
+STEP_COLUMNS = ("adam", "mlhf", "mlhf-half", "mlhf-quarter", "somax-ggn-cg4", "hessian-free-20")
+FLOORS = {"evaluations": "evaluating 80 tanh and what else is elementary", "copies": "copying the states"}
+
+
+def bold(own: float, best: float) -> str:
+    """Returns one loss as a multiple of another, bold where it is the lower one."""
+    return f"**{format_ratio(own, best)}**" if own < best else format_ratio(own, best)
+
+
+def by_step(found: Comparison) -> list[str]:
+    """Returns losses by step, as of ``mlhf-optax train``."""
+    seeds = found.curves()[0].seeds
+    note = (
+        f"`{found.record['task']}`, mean over {seeds} seeds, loss in nats on the whole training part. For "
+        f"each first-order family we show the setting with the lowest final loss. {origin(found.record)}"
+    )
+    return [*comparison_markdown(found), "", note]
+
+
+def by_epoch(found: Comparison) -> list[str]:
+    """Returns losses by epoch, and against the best of the grid at equal time."""
+    record, curves = found.record, found.curves()
+    learned, others = ([c for c in curves if c.is_learned == wanted] for wanted in (True, False))
+    note = (
+        f"`{record['task']}`, {curves[0].steps[-1] // record['steps_per_epoch']} epochs of "
+        f"{record['num_train']} images, batch {record['batch_size']}, seeds: {learned[0].seeds} for MLHF, "
+        f"{others[0].seeds} for the grid."
+    )
+    if learned[0].seeds > 1:
+        shown = [*learned, best_at(others, others[0].steps[-1])]
+        losses = (f"{c.label} {', '.join(map(format_loss, found.last_losses(c.optimizer)))}" for c in shown)
+        note += f" The last loss of every seed: {'; '.join(losses)}."
+    return [*comparison_markdown(found, "epoch"), "", f"{note} {origin(record)}"]
+
+
+def second_order(found: Comparison, longer: Comparison | None = None) -> list[str]:
+    """Returns rows for each MLHF and for the best setting of each family at the end of the run.
+
+    Args:
+      found: what ``second_order_cifar10.py`` wrote.
+      longer: the same of a longer run with ``--only mlhf``, as its steps take less time.
+
+    Returns:
+      Markdown lines. In brackets are the loss and the time of MLHF over those of the best setting of all.
+    """
+    curves, last = found.curves(), found.curves()[0].steps[-1]
+    others = [curve for curve in curves if not curve.is_learned]
+    first = best_at(others, last)
+    rows = [["", "steps", "training loss", "test accuracy", "seconds in all"]]
+    followed = {curve.optimizer: curve for curve in longer.curves()} if longer else {}
+    for curve in (one for one in curves if one.is_learned):
+        much = followed.get(curve.optimizer, curve)
+        for step, loss, accuracy in zip(much.steps, much.train_loss, much.test_accuracy, strict=True):
+            # The time per step is that of the comparison, where all were measured in turns.
+            seconds, its = step * curve.seconds_per_step, last * first.seconds_per_step
+            shown = f"{format_loss(loss)} ({bold(loss, first.loss_at(last))})"
+            rows.append(
+                [curve.label, f"{step}", shown, f"{accuracy:.1%}", f"{seconds:.0f} ({bold(seconds, its)})"]
+            )
+    for family, title in SECOND_ORDER.items():
+        members = [curve for curve in others if curve.family == family]
+        if members:
+            best, lost = best_at(members, last), sum(math.isinf(c.loss_at(last)) for c in members)
+            setting = best.label.removeprefix(f"{family} ")
+            name = f"{title}, best of {len(members)}, {lost} diverged: {setting}"
+            seconds = f"{last * best.seconds_per_step:.0f}"
+            rows.append([name, f"{last}", format_loss(best.loss_at(last)), f"{best.accuracy:.1%}", seconds])
+    record = found.record
+    note = (
+        f"`{record['task']}`, {record['num_train']} images, batch {record['batch_size']}, seeds: "
+        f"{first.seeds}; in brackets over the best of all settings. {origin(record)}"
+    )
+    if longer:
+        note += f" The losses of MLHF: `{longer.record['command']}`."
+    return [*markdown_table(rows), "", note]
+
+
+def transfer_digits(content: dict[str, Any]) -> list[str]:
+    """Returns one row per variant: the loss of MLHF over that of the best of the grid."""
+    first = content["rows"][0]
+    head = ["loss of MLHF / best of the grid, after step", *map(str, first["steps"])]
+    rows = [[*head, "test accuracy, points"]]
+    for row in content["rows"]:
+        pairs = zip(row["mlhf"], row["best_of_grid"], strict=True)
+        points = f"{100 * (row['mlhf_test_accuracy'] - row['best_test_accuracy']):+.1f}"
+        ratios = (bold(math.inf if own is None else own, best) for own, best in pairs)
+        rows.append([row["variant"], *ratios, points])
+    note = f"The same meta-parameters on networks and batches that they never saw, {first['seeds']} seeds."
+    return [*markdown_table(rows), "", f"{note} {origin(content)}"]
+
+
+def ablation(content: dict[str, Any]) -> list[str]:
+    """Returns one row per configuration: l_p and residual at the end, and on the same systems."""
+    rows = [["meta-training of", "l_p at the end", "residual", "same systems: l_p ratio", "residual"]]
+    for result in content["results"]:
+        same, ends = result["on_same_systems"], (result["l_p"][-1], result["residual_norm"][-1])
+        values = (*ends, same["l_p_ratio"], same["residual_ratio"])
+        rows.append([TITLES[result["name"]], *(f"{x:.3g}" for x in values)])
+    same = content["damping_alone"]
+    rows.append([DAMPING_ALONE, "", "", f"{same['l_p_ratio']:.3g}", f"{same['residual_ratio']:.3g}"])
+    note = (
+        f"`{content['task']}`, {content['iterations']} meta-iterations, seeds: {content['seeds']}, batch "
+        f"{content['batch_size']}. A lower l_p is better. On the same systems l_p is given over that of 20 "
+        f"steps without LSTM_p (above 1 is better), and the residual over the gradient. {origin(content)}"
+    )
+    return [*markdown_table(rows), "", note]
+
+
+def long_run(content: dict[str, Any]) -> list[str]:
+    """Returns loss, accuracy, damping and preconditioner at some steps of the long run."""
+    records = content["records"]
+    count = len(records["step"])
+    chosen = sorted({round(count ** (i / 5)) - 1 for i in range(6)})
+    rows = [["after step", *(f"{records['step'][i]:.0f}" for i in chosen)]]
+    formats = {
+        "train_loss": ".3f",
+        "test_accuracy": ".1%",
+        "damping_mean": ".2g",
+        "preconditioner_mean": ".2g",
+    }
+    for name, form in formats.items():
+        rows.append([name.replace("_", " "), *(format(records[name][i], form) for i in chosen)])
+    skipped = f"{records['skipped_steps'][-1]:.0f} of {content['num_steps']} steps skipped"
+    verdict = "no loss above the first record" if content["is_stable"] else "NOT stable"
+    share = content["curvature_share"] or 1
+    momentum = f", momentum {content['momentum']:g}" if content.get("momentum") else ""
+    note = (
+        f"`{content['task']}`, batch {content['batch_size']}, curvature on {share:g} of it, learning rate "
+        f"{content['learning_rate']:g}{momentum}: {skipped}, {verdict}. {origin(content)}"
+    )
+    return [*markdown_table(rows), "", note]
+
+
+def step_time(content: dict[str, Any]) -> list[str]:
+    """Returns a row per task: SGD's time, those of others as multiples of it, and MLHF's over its parts."""
+    ends = ("`mlhf` / (gradient + 5 products)", "first call of `mlhf`, s")
+    rows = [["time per step / that of SGD", "SGD, ms", *STEP_COLUMNS, *ends]]
+    for part in content["parts"]:
+        where = part["task"], part["batch"]
+        own = {row["optimizer"]: row for row in content["rows"] if (row["task"], row["batch"]) == where}
+        ratios = [f"{own[name]['ratio_to_sgd']:.2g}" if name in own else "-" for name in STEP_COLUMNS]
+        first = own["mlhf"]["compile_seconds"] + own["mlhf"]["seconds"]
+        start = f"{part['task']}, batch {part['batch']}", f"{1e3 * own['sgd']['seconds']:.3g}"
+        rows.append([*start, *ratios, f"{part['mlhf_over_parts']:.2f}", f"{first:.1f}"])
+    return [*markdown_table(rows), "", origin(content)]
+
+
+def ggn_in_loops(content: dict[str, Any]) -> list[str]:
+    """Says how much slower GGN products of convolutions are in loops, with the library's and with lax's."""
+    rows = [row for row in content["rows"] if row["layer"].startswith("conv")]
+    own, rivals = ([row["ratio"] for row in rows if row["is_rival"] == wanted] for wanted in (False, True))
+    missed = sum(value > content["target"] for value in own)
+    verdict = f"{missed} of {len(own)} above" if missed else "all within"
+    return [
+        "A GGN product of a convolution inside `fori_loop` or `scan` takes "
+        f"{min(own):.2f} to {max(own):.2f} times as long as outside ({verdict} the target of "
+        f"{content['target']:g}); with `lax.conv_general_dilated` it takes {min(rivals):.1f} to "
+        f"{max(rivals):.0f} times as long. {origin(content)}"
+    ]
+
+
+def lstm_throughput(content: dict[str, Any]) -> list[str]:
+    """Returns nanoseconds per coordinate by number of coordinates, and the floor."""
+    rows = [["both LSTMs, ns per coordinate", "forward", "with gradient", "floor", "forward / floor"]]
+    for row in (one for one in content["rows"] if one["features"] == "log-global"):
+        size = f"{row['coordinates']:.0e}".replace("e+0", "e")
+        times = [row[f"{name}_ns"] for name in ("forward", "gradient", "floor")]
+        cells = [f"{time:.0f}" if time else "-" for time in times]
+        rows.append(
+            [f"{size} coordinates, {row['carry_dtype']} states", *cells, f"{row['forward_ratio']:.1f}"]
+        )
+    note = f"The floor is the time of {FLOORS[content['floor']]}, on the same arrays. {origin(content)}"
+    return [*markdown_table(rows), "", note]
+
+
+def meta_step_time(content: dict[str, Any]) -> list[str]:
+    """Returns a row per configuration of meta-training."""
+    head = ["ms per inner step", "/ step of SGD", "temporaries, MB", "compiling, s"]
+    rows = [["meta-training: T, K, tasks", *head]]
+    for row in content["rows"]:
+        setting = f"{row['unroll_length']}, {row['num_cg_steps']}, {row['num_tasks']}"
+        cells = [f"{1e3 * row['seconds_per_inner_step']:.3g}", f"{row['ratio']:.1f}"]
+        cells += [f"{row['temp_bytes'] / 1e6:.0f}", f"{row['compile_seconds']:.0f}"]
+        rows.append([f"{row['task']}, batch {row['batch']}: {setting}", *cells])
+    return [*markdown_table(rows), "", origin(content)]
+
+
+# Name: what makes the lines, and the files that it is given.
+TABLES = {
+    "digits-mlp": (by_step, ["digits-mlp"]),
+    "transfer_digits": (transfer_digits, ["transfer_digits"]),
+    "first_order_cifar10": (by_epoch, ["first_order_cifar10"]),
+    "first_order_cifar10_narrow": (by_epoch, ["first_order_cifar10_narrow"]),
+    "second_order_cifar10": (second_order, ["second_order_cifar10", "second_order_cifar10_mlhf"]),
+    "ablation_preconditioner": (ablation, ["ablation_preconditioner"]),
+    "transfer_resnet18": (by_epoch, ["transfer_resnet18"]),
+    "long_run_cifar10": (long_run, ["long_run_cifar10"]),
+    "step_time": (step_time, ["step_time"]),
+    "ggn_in_loops": (ggn_in_loops, ["ggn_in_loops"]),
+    "lstm_throughput": (lstm_throughput, ["lstm_throughput"]),
+    "meta_step_time": (meta_step_time, ["meta_step_time"]),
+}
+
+
+def table(name: str, results: Path) -> list[str]:
+    """Returns the lines of a table.
+
+    Raises:
+      KeyError: for a name that is not in :data:`TABLES`.
+    """
+    make, files = TABLES[name]
+    paths = [results / f"{file}.json" for file in files]
+    is_comparison = make in (by_step, by_epoch, second_order)
+    return make(*(Comparison.load(p) if is_comparison else json.loads(p.read_text()) for p in paths))
+
+
+def rewritten(text: str, results: Path) -> str:
+    """Returns a text with its tables made anew from a folder of results."""
+    marks = re.compile(r"<!-- table (\S+) -->\n.*?<!-- end \1 -->", re.DOTALL)
+
+    def fill(found: re.Match) -> str:
+        lines = table(found[1], results)
+        return "\n".join([f"<!-- table {found[1]} -->", "", *lines, "", f"<!-- end {found[1]} -->"])
+
+    return marks.sub(fill, text)
+
+
+def main() -> None:
+    """Rewrites or checks the files."""
+    for file in FILES:
+        text = file.read_text(encoding="utf-8")
+        new = rewritten(text, ROOT / "benchmarks" / "results")
+        if "--check" not in sys.argv[1:]:
+            file.write_text(new, encoding="utf-8")
+        elif new != text:
+            sys.exit(f"the tables in {file} are not those of benchmarks/results; run this without --check")
+
+
+if __name__ == "__main__":
+    main()

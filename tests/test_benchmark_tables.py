@@ -1,0 +1,118 @@
+"""The tables of the READMEs: every one is made from the shipped results, and its numbers are theirs."""
+
+import math
+
+import polars as pl
+import pytest
+from readme_tables import FILES, ROOT, TABLES, ablation, by_epoch, rewritten, second_order, table
+
+from mlhf_optax.comparison import Comparison
+from mlhf_optax.comparison.results import frame_of
+
+MACHINE = {"backend": "cpu", "cpu": "Processor", "cores": 2}
+ORIGIN = {"machine": MACHINE, "versions": {"jax": "1", "python": "3"}, "date": "2026-11-21T00:00"}
+SIZES = {"task": "blobs", "batch_size": 8, "num_train": 32, "steps_per_epoch": 4, "command": "python x.py"}
+
+
+def entry(name, losses, accuracy, seconds, steps=(4, 8), seeds=(0.0,)):
+    shifted = lambda shift: [None if math.isinf(loss) else loss + shift for loss in losses]
+    curves = [
+        {"seed": seed, "train_loss": shifted(shift), "test_accuracy": [0.1, accuracy]}
+        for seed, shift in enumerate(seeds)
+    ]
+    about = {"optimizer": name, "family": name.split()[0], "label": name, "setting": {}}
+    return {**about, "seconds_per_step": seconds, "steps": list(steps), "curves": curves}
+
+
+def comparison(*entries, **about):
+    return Comparison(frame_of(entries, 4), ORIGIN | SIZES | about)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_second_order_optimizers_are_shown_with_their_best_setting_and_how_many_diverged():
+    measured = comparison(
+        entry("mlhf", (1.5, 1.0), 0.6, 0.2),
+        entry("mlhf curvature 0.25", (1.5, 1.2), 0.5, 0.1),
+        entry("hf-fixed lr=1 damping=1", (1.2, math.inf), 0.0, 0.8),
+        entry("hf-fixed lr=0.1 damping=1", (1.6, 1.25), 0.5, 0.8),
+        entry("kfac lr=1 damping=1 decay=0.9", (1.1, 0.8), 0.7, 0.5),
+    )
+    head, rule, *rows, _, note = second_order(measured)
+    assert len(cells(head)) == len(cells(rule)) == 5
+    assert [cells(row) for row in rows] == [
+        ["mlhf", "4", "1.500 (1.88)", "10.0%", "1 (**0.20**)"],
+        ["mlhf", "8", "1.000 (1.25)", "60.0%", "2 (**0.40**)"],
+        ["mlhf curvature 0.25", "4", "1.500 (1.88)", "10.0%", "0 (**0.10**)"],
+        ["mlhf curvature 0.25", "8", "1.200 (1.50)", "50.0%", "1 (**0.20**)"],
+        ["HF(Fixed), best of 2, 1 diverged: lr=0.1 damping=1", "8", "1.250", "50.0%", "6"],
+        ["K-FAC, best of 1, 0 diverged: lr=1 damping=1 decay=0.9", "8", "0.800", "70.0%", "4"],
+    ]
+    assert "32 images, batch 8" in note
+    assert "`python x.py`; Processor, 2 cores" in note
+
+
+def test_a_longer_run_of_mlhf_takes_the_place_of_its_rows_with_the_time_of_the_comparison():
+    rival = entry("hf-fixed lr=1 damping=1", (1.2, 1.0), 0.5, 0.8)
+    longer = comparison(entry("mlhf", (1.5, 0.5), 0.7, 9.0, steps=(8, 16)), command="python y.py")
+    *rows, _, note = second_order(comparison(entry("mlhf", (1.5, 1.0), 0.6, 0.2), rival), longer)[2:]
+    assert note.endswith("The losses of MLHF: `python y.py`.")
+    assert [cells(row)[1:] for row in rows[:2]] == [
+        ["8", "1.500 (1.50)", "10.0%", "2 (**0.25**)"],
+        ["16", "0.500 (**0.50**)", "70.0%", "3 (**0.50**)"],
+    ]
+
+
+def test_the_ablation_is_shown_by_configuration():
+    same = {"l_p_ratio": 0.96, "residual_ratio": 0.25}
+    result = {"name": "mlhf", "l_p": [-0.5, -0.75], "residual_norm": [0.2, 0.125], "on_same_systems": same}
+    alone = {"l_p_ratio": 0.9, "residual_ratio": 0.5}
+    content = ORIGIN | SIZES | {"results": [result], "iterations": 2, "seeds": 1, "damping_alone": alone}
+    head, _, row, last, _, note = ablation(content)
+    assert len(cells(head)) == 5
+    assert cells(row) == ["with LSTM_p, 4 CG steps (MLHF)", "-0.75", "0.125", "0.96", "0.25"]
+    assert cells(last) == ["P from the damping alone, 4 CG steps", "", "", "0.9", "0.5"]
+    assert "`blobs`, 2 meta-iterations, seeds: 1, batch 8" in note
+
+
+def test_the_spread_over_seeds_is_told_where_there_are_several():
+    two = {"seeds": (-0.1, 0.1)}
+    measured = comparison(
+        entry("mlhf", (1.5, 1.0), 0.6, 0.15, **two),
+        entry("sgd lr=1 momentum=0.9", (2.0, 1.9), 0.5, 0.1, **two),
+        entry("sgd lr=2 momentum=0.9", (2.1, 1.6), 0.5, 0.1, **two),
+    )
+    note = by_epoch(measured)[-1]
+    assert "2 epochs of 32 images, batch 8, seeds: 2 for MLHF, 2 for the grid" in note
+    assert "every seed: mlhf 0.900, 1.100; sgd lr=2 momentum=0.9 1.500, 1.700." in note
+    single = Comparison(measured.frame.filter(pl.col("seed") == 0), measured.record)
+    assert "every seed" not in by_epoch(single)[-1]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_is_made_of_the_shipped_results(name):
+    lines = table(name, ROOT / "benchmarks" / "results")
+    assert lines[-1].endswith(("2026-11-21.", "2026-11-22.", "_mlhf`."))
+    widths = {line.count("|") for line in lines if line.startswith("|")}
+    assert len(widths) == (name != "ggn_in_loops")
+
+
+def test_the_files_have_the_tables_as_they_are_made_now():
+    for file in FILES:
+        text = file.read_text()
+        assert rewritten(text, ROOT / "benchmarks" / "results") == text
+    assert all(f"<!-- table {name} -->" in FILES[1].read_text() for name in TABLES)
+
+
+def test_the_digits_are_those_of_the_first_release():
+    """Typed from the README of version 0.1.0."""
+    text = "\n".join(table("digits-mlp", ROOT / "benchmarks" / "results"))
+    for cells_of_row in (
+        "0.116 | 8.0e-3 | 4.6e-5 | 2.0e-6 | 1.8e-7 | 95.2% | 0.83 |",
+        "0.603 | 0.126 | 4.7e-3 | 8.0e-4 | 4.0e-6 | 95.8% | 0.08 |",
+        "sgd lr=0.01 momentum=0.99 | 2.256 | 1.885 | 0.234 | 0.067 | 1.8e-3 | 93.6% | 0.09 |",
+        "rmsprop lr=0.01 decay=0.99 | 0.960 | 0.291 | 0.088 | 0.034 | 0.015 | 94.5% | 0.08 |",
+    ):
+        assert cells_of_row in text

@@ -1,0 +1,114 @@
+"""The parts of controllers: operators, metrics, units, and what a schedule counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+from mlhf_optax import scale_by_damped_step
+from mlhf_optax.controllers import Quotient, Scale, constant, metrics, scheduled
+from mlhf_optax.controllers.constant import unit
+
+pytestmark = pytest.mark.usefixtures("strict_ranks")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_scale_and_quotient_are_inverse_diagonal_operators_that_keep_dtypes(dtype):
+    # A leaf is a number for the whole tensor, or one per coordinate.
+    values = {"kernel": jnp.array(4.0), "bias": jnp.array([0.5, 8.0])}
+    vector = {"kernel": jnp.array([[1.0, -2.0]], dtype), "bias": jnp.array([4.0, 4.0], dtype)}
+    scaled = Scale(values)(vector)
+    np.testing.assert_array_equal(scaled["kernel"].astype(float), [[4.0, -8.0]])
+    np.testing.assert_array_equal(scaled["bias"].astype(float), [2.0, 32.0])
+    back = Quotient(values)(scaled)
+    assert {leaf.dtype for leaf in jax.tree.leaves((scaled, back))} == {jnp.dtype(dtype)}
+    jax.tree.map(np.testing.assert_array_equal, back, vector)
+
+
+def test_a_schedule_counts_skipped_steps_as_the_rest_of_a_chain_does():
+    params, batch = problems.linear_params(dtype=jnp.float32), problems.batch()
+    schedule = optax.piecewise_constant_schedule(0.5, {1: 0.1, 2: 0.1})
+    tx = scale_by_damped_step(scheduled(schedule), problems.linear, problems.LOSS)
+    grads, state, update = jax.grad(problems.linear_loss)(params, batch), tx.init(params), jax.jit(tx.update)
+    bad = jax.tree.map(lambda g: g.at[0, 0].set(jnp.nan), grads)
+    for number, (gradient, skipped) in enumerate([(grads, 0), (bad, 1), (grads, 1)]):
+        _, state = update(gradient, state, params, batch=batch)
+        np.testing.assert_allclose(state.info.damping_mean, 0.5 * 0.1**number, rtol=1e-5)
+        assert (int(state.controller), int(state.info.skipped_steps)) == (number + 1, skipped)
+
+
+def test_the_unit_of_damping_is_gradient_over_parameters_with_floors():
+    gradient = {"a": jnp.array([3.0, 4.0]), "b": jnp.zeros(2)}
+    assert float(unit(gradient, jnp.array(0.25))) == pytest.approx(10.0)
+    tiny = jax.tree.map(lambda g: 0 * g, gradient)
+    assert 0 < float(unit(tiny, jnp.array(0.25))) < 1e-6
+    assert float(unit(gradient, jnp.zeros(()))) == pytest.approx(2500.0)
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, float("nan")])
+def test_a_constant_that_is_not_positive_is_an_error(damping):
+    with pytest.raises(ValueError, match="`damping` must be a positive number, got"):
+        constant(damping)
+    if damping:
+        with pytest.raises(ValueError, match="`damping` must be a number >= 0, got"):
+            scheduled(damping)
+
+
+# Metrics.
+
+
+def after(metric, gradients):
+    """The diagonal of a metric after some gradients."""
+    state = metric.init(gradients[0])
+    for gradient in gradients:
+        state = metric.update(gradient, state)
+    return metric.values(gradients[-1], state)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+@pytest.mark.parametrize("floor", [0.0, 0.5])
+def test_the_diagonal_is_the_root_of_the_mean_square_over_its_mean(decay, floor):
+    rng = np.random.default_rng(0)
+    history = [{"kernel": rng.normal(size=(2, 3)), "bias": rng.normal(size=3)} for _ in range(4)]
+    weights = decay ** np.arange(3, -1, -1.0)
+    mean_square = np.average([problems.flat(g) ** 2 for g in history], axis=0, weights=weights)
+    want = np.sqrt(mean_square) / np.sqrt(mean_square).mean()
+    arrays = [jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), g) for g in history]
+    got = problems.flat(after(metrics.diagonal(decay, floor), arrays))
+    np.testing.assert_allclose(got, want + floor, rtol=1e-4)
+    assert got.mean() == pytest.approx(1 + floor, rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [metrics.identity, metrics.diagonal])
+def test_a_metric_is_positive_and_differentiable_where_gradients_have_always_been_zero(make):
+    metric = make()
+    zero, part = {"w": jnp.zeros((2, 2))}, {"w": jnp.array([[0.0, 2.0], [0.0, 0.0]])}
+    total = lambda g: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(after(metric, [g, g])))
+    for gradient in (zero, part):
+        values = after(metric, [gradient])["w"]
+        assert values.dtype == jnp.float32
+        assert (values > 0).all()
+        assert np.isfinite(jax.grad(total)(gradient)["w"]).all()
+    # Without any gradient all coordinates are alike.
+    assert float(jnp.std(after(metric, [zero])["w"])) == 0
+
+
+def test_a_metric_of_low_precision_gradients_is_in_float32():
+    state = metrics.diagonal().init({"w": jnp.ones(2, jnp.bfloat16)})
+    state = metrics.diagonal().update({"w": jnp.full(2, 1e-3, jnp.bfloat16)}, state)
+    assert state.mean_square["w"].dtype == jnp.float32
+    np.testing.assert_allclose(state.mean_square["w"], 0.02 * 1e-6, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"decay": 1.0}, r"`decay` must be in \[0, 1\), got 1.0"),
+        ({"floor": -1.0}, "`floor` must be a number"),
+    ],
+)
+def test_a_metric_out_of_range_is_an_error(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.diagonal(**wrong)

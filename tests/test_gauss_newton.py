@@ -1,0 +1,188 @@
+"""Gauss-Newton with one constant against dense solves, what it does not depend on, and transformations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+import references
+
+from mlhf_optax import gauss_newton
+from mlhf_optax.controllers.metrics import diagonal
+
+METRICS = ("identity", "diagonal")
+both_metrics = pytest.mark.parametrize("metric", METRICS)
+
+
+def make(metric="identity", damping=2.0, predict_fn=problems.linear, loss_fn=problems.LOSS, **kwargs):
+    arguments = {"num_cg_steps": 2, "max_update_ratio": None, "unroll": 1, **kwargs}
+    return gauss_newton(0.7, predict_fn, loss_fn, damping=damping, metric=metric, **arguments)
+
+
+@pytest.mark.parametrize("num_cg_steps", [3, None], ids=["three CG steps", "exact"])
+@both_metrics
+def test_steps_agree_with_dense_matrices_in_numpy(x64, metric, num_cg_steps):
+    params, batches = problems.mlp_params(), problems.batches(5)
+    expected = references.naive_gauss_newton(
+        references.Model(),
+        problems.flat(params),
+        batches,
+        learning_rate=0.7,
+        damping=0.5,
+        metric=metric,
+        num_cg_steps=num_cg_steps,
+    )
+    tx = make(metric, 0.5, problems.mlp, num_cg_steps=num_cg_steps or 50)
+    steps = problems.training_steps(tx, params, batches, problems.mlp_loss)
+    for (params, state, _), (w, direction) in zip(steps, expected, strict=True):
+        # Metric and unit have a part in float32.
+        np.testing.assert_allclose(problems.flat(state[0].direction), direction, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(problems.flat(params), w, rtol=1e-4, atol=1e-6)
+    assert (int(state[0].count), int(state[0].info.skipped_steps)) == (5, 0)
+
+
+def first_update(tx, loss_fn, params, batch, factor=1.0):
+    grads = jax.grad(lambda p: factor * loss_fn(p, batch))(params)
+    return problems.flat(jax.jit(tx.update)(grads, tx.init(params), params, batch=batch)[0])
+
+
+@both_metrics
+def test_a_constant_factor_on_the_loss_changes_nothing(x64, metric):
+    params, batch = problems.linear_params(dtype=float), problems.batch()
+    scaled = lambda outputs, batch: 1000.0 * problems.LOSS(outputs, batch)
+    one = first_update(make(metric), problems.linear_loss, params, batch)
+    other = first_update(make(metric, loss_fn=scaled), problems.linear_loss, params, batch, 1000.0)
+    np.testing.assert_allclose(other, one, rtol=1e-5)
+
+
+@both_metrics
+def test_the_unit_of_the_parameters_changes_nothing(x64, metric):
+    build = lambda predict_fn: make(metric, predict_fn=predict_fn)
+    one, tenth = (problems.rescaled_direction(build, scale) for scale in (1.0, 0.1))
+    np.testing.assert_allclose(tenth, one, rtol=1e-5)
+
+
+def test_the_unit_of_the_inputs_changes_nothing(x64):
+    params, batch = problems.linear_params(dtype=float), problems.batch()
+    one = first_update(make(), problems.linear_loss, params, batch)
+    batch, params = {**batch, "image": 100 * batch["image"]}, {"kernel": params["kernel"] / 100}
+    np.testing.assert_allclose(
+        100 * first_update(make(), problems.linear_loss, params, batch), one, rtol=1e-5
+    )
+
+
+def test_with_the_diagonal_metric_and_large_damping_steps_have_the_direction_of_adam(x64):
+    params, batches = problems.mlp_params(), problems.batches(3)
+    ours = make(diagonal(0.9, floor=0.0), 1e6, problems.mlp, num_cg_steps=4)
+    adam = optax.scale_by_adam(b1=0.0, b2=0.9, eps=1e-12)
+    adam_state = adam.init(params)
+    steps = problems.training_steps(ours, params, batches, problems.mlp_loss)
+    for batch, (after, _, _) in zip(batches, steps, strict=True):
+        want, adam_state = adam.update(jax.grad(problems.mlp_loss)(params, batch), adam_state)
+        got, want = problems.flat(params) - problems.flat(after), problems.flat(want)
+        np.testing.assert_allclose(got @ want / np.linalg.norm(got) / np.linalg.norm(want), 1.0, atol=1e-5)
+        params = after
+
+
+def test_any_metric_may_be_given(x64):
+    params, batch = problems.linear_params(dtype=float), problems.batch()
+    named = first_update(make("diagonal"), problems.linear_loss, params, batch)
+    given = first_update(make(diagonal()), problems.linear_loss, params, batch)
+    np.testing.assert_array_equal(given, named)
+    other = first_update(make(diagonal(floor=10.0)), problems.linear_loss, params, batch)
+    assert not np.allclose(other, named, rtol=0.01)
+
+
+# Transformations.
+
+
+def train(metric, damping, params, batches):
+    """Parameters after a training in a `scan`, and its last state."""
+    tx = make(metric, damping)
+
+    def step(carry, batch):
+        params, state = carry
+        grads = jax.grad(problems.linear_loss)(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, tx.init(params)), batches)[0]
+
+
+@both_metrics
+def test_a_training_in_a_scan_under_vmap_is_that_of_single_steps(metric):
+    batches, starts = problems.batches(3), [problems.linear_params(seed, jnp.float32) for seed in range(2)]
+    run = jax.jit(jax.vmap(functools.partial(train, metric), in_axes=(None, 0, None)))
+    (found, state) = run(2.0, problems.stack(starts), problems.stack(batches))
+    assert state[0].count.tolist() == [3, 3]
+    for number, start in enumerate(starts):
+        *_, (params, _, _) = problems.training_steps(make(metric), start, batches)
+        np.testing.assert_allclose(found["kernel"][number], params["kernel"], rtol=1e-5, atol=1e-6)
+
+
+@both_metrics
+def test_the_derivative_by_the_damping_agrees_with_finite_differences(x64, metric):
+    batches, params = problems.stack(problems.batches(3)), problems.linear_params(dtype=float)
+
+    @jax.jit
+    def last_loss(damping):
+        return problems.linear_loss(train(metric, damping, params, batches)[0], problems.batch(9))
+
+    want = (last_loss(2.01) - last_loss(1.99)) / 0.02
+    assert abs(want) > 1e-4
+    np.testing.assert_allclose(jax.grad(last_loss)(2.0), want, rtol=1e-2)
+
+
+@both_metrics
+def test_bfloat16_parameters_stay_what_they_are_and_learn(metric):
+    kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    params, batch = problems.linear_params(dtype=jnp.bfloat16), problems.batch()
+    tx, losses = make(metric), []
+    before = kind((params, tx.init(params)))
+    for after, state, loss in problems.training_steps(tx, params, [batch] * 5):
+        assert kind((after, state)) == before
+        losses.append(loss)
+    assert params["kernel"].dtype == state[0].direction["kernel"].dtype == jnp.bfloat16
+    assert losses[-1] < 0.85 * losses[0]
+    *_, (_, _, exact) = problems.training_steps(
+        make(metric), problems.linear_params(dtype=float), [batch] * 5
+    )
+    np.testing.assert_allclose(losses[-1], exact, rtol=0.05)
+
+
+def test_the_state_holds_two_vectors_and_those_of_the_metric():
+    params = problems.linear_params(dtype=jnp.float32)
+    vectors = lambda metric: sum(leaf.size == 6 for leaf in jax.tree.leaves(make(metric).init(params)))
+    assert [vectors(metric) for metric in METRICS] == [2, 3]
+
+
+def test_bound_momentum_and_decay_are_those_of_the_other_optimizers():
+    params, batch = problems.linear_params(dtype=jnp.float32), problems.batch()
+    plain = first_update(make(), problems.linear_loss, params, batch)
+    bounded = first_update(make(max_update_ratio=0.01), problems.linear_loss, params, batch)
+    size = np.linalg.norm(problems.flat(params))
+    np.testing.assert_allclose(bounded, 0.01 * size * plain / np.linalg.norm(plain), rtol=1e-5)
+    decayed = first_update(make(weight_decay=0.1, momentum=0.5), problems.linear_loss, params, batch)
+    np.testing.assert_allclose(decayed, plain - 0.7 * 0.1 * problems.flat(params), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"damping": 0.0}, ValueError, "`damping` must be a positive number, got 0.0"),
+        (
+            {"metric": "adam"},
+            ValueError,
+            "`metric` must be one of 'identity', 'diagonal' or a Metric, got 'adam'",
+        ),
+        ({"num_cg_steps": 0}, ValueError, "`num_cg_steps` must be at least 1"),
+        ({"max_update_ratio": -1}, ValueError, "`max_update_ratio` must be positive"),
+        ({"predict_fn": 3}, TypeError, "`predict_fn` must be a function, got int"),
+    ],
+)
+def test_an_argument_out_of_range_is_an_error_that_names_it(wrong, error, message):
+    with pytest.raises(error, match=message):
+        make(**wrong)

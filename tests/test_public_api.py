@@ -164,15 +164,15 @@ def test_every_module_says_what_it_is():
 
 
 def test_importing_the_package_loads_none_of_the_heavy_or_optional_libraries():
-    unwanted = ["tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "rich", "typer", "tqdm", "PIL"]
-    unwanted += ["flax", "orbax", "grain", "pandas"]
+    unwanted = ["tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "rich", "tyro", "tqdm", "PIL"]
+    unwanted += ["flax", "orbax", "grain", "pandas", "polars"]
     code = f"import sys, mlhf_optax; print([m for m in {unwanted} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 
 def test_the_train_state_loads_flax_but_nothing_optional():
-    unwanted = ["tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "typer"]
+    unwanted = ["tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "tyro", "polars"]
     code = (
         "import sys; from mlhf_optax import TrainState; assert 'flax' in sys.modules; "
         f"print([m for m in {unwanted} if m in sys.modules])"

@@ -40,11 +40,11 @@ def test_a_schedule_counts_skipped_steps_as_the_rest_of_a_chain_does():
 
 
 def test_the_unit_of_damping_is_gradient_over_parameters_with_floors():
-    gradient = {"a": jnp.array([3.0, 4.0]), "b": jnp.zeros(2)}
-    assert float(unit(gradient, jnp.array(0.25))) == pytest.approx(10.0)
-    tiny = jax.tree.map(lambda g: 0 * g, gradient)
-    assert 0 < float(unit(tiny, jnp.array(0.25))) < 1e-6
-    assert float(unit(gradient, jnp.zeros(()))) == pytest.approx(2500.0)
+    of = lambda gradient_rms, initial_rms: float(unit(jnp.array(gradient_rms), jnp.array(initial_rms)))
+    assert of(2.5, 0.25) == pytest.approx(10.0)
+    assert 0 < of(0.0, 0.25) < 1e-6
+    assert of(2.5, 1e-9) == pytest.approx(2500.0)
+    assert of(2.5, 0.0) == pytest.approx(2.5)  # parameters that all start at zero have no size
 
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("nan")])
@@ -64,7 +64,7 @@ def after(metric, gradients):
     state = metric.init(gradients[0])
     for gradient in gradients:
         state = metric.update(gradient, state)
-    return metric.values(gradients[-1], state)
+    return metric.values(state, gradients[-1])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])

@@ -124,12 +124,12 @@ def constant(
     def operators(view: View, signal: ConstantState) -> Operators:
         size = trees.root_mean_square(view.gradient)
         if unit_decay is not None:
-            running = signal.mean_square / (1 - unit_decay**signal.count)
+            running = signal.mean_square / _sum_of_weights(unit_decay, signal.count)
             size = jnp.maximum(size, jnp.sqrt(jnp.maximum(running, _SMALLEST_GRADIENT**2)))
         scale = damping * unit(size, view.initial_rms)
         b = None
         if gradient_decay is not None:
-            b = scaled(1 / (1 - gradient_decay**signal.count), signal.mean_gradient)
+            b = scaled(1 / _sum_of_weights(gradient_decay, signal.count), signal.mean_gradient)
         values = jax.tree.map(lambda m: scale * m, rule.values(signal.metric, view.gradient))
         if is_identity:
             return Operators(Scale(values), right_hand_side=b)
@@ -142,6 +142,11 @@ def constant(
         )
 
     return Controller(init, control, operators)
+
+
+def _sum_of_weights(decay: float, count: jax.Array) -> jax.Array:
+    """Sum of the weights of a running mean after so many steps."""
+    return 1 - jnp.asarray(decay, jnp.float32) ** count
 
 
 def scaled(scale: jax.Array, tree: Any) -> Any:

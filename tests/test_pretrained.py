@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-import typing
 from types import SimpleNamespace
 
 import jax
@@ -26,6 +25,7 @@ from mlhf_optax import (
     load_pretrained,
     save_meta_params,
 )
+from mlhf_optax.controllers.lstm_settings import LogFeatures, Multiply, Softplus, Unit
 from mlhf_optax.files import pack_arrays, unpack_arrays
 from mlhf_optax.learned import LEARNED
 
@@ -121,12 +121,19 @@ def test_every_learned_optimizer_comes_back_from_a_file_and_trains(tmp_path, fam
 
 
 def test_every_setting_comes_back(tmp_path):
-    changed = {}
-    for name, hint in typing.get_type_hints(Settings).items():
-        value = getattr(Settings(), name)
-        others = [choice for choice in typing.get_args(hint) if choice != value]
-        changed[name] = others[0] if others else value + 1 / 3
-    for settings in (Settings(**changed), AUTHORS_SETTINGS, Settings()):
+    changed = Settings(
+        LogFeatures(7 + 1 / 3, has_shared=False),
+        Softplus(2 + 1 / 3),
+        Unit(1 / 3, 2 / 3, 1e-4 / 3, 1e-2 / 3),
+        Multiply(),
+        initial_damping=1 / 3,
+        initial_preconditioner=2 / 3,
+        damping_floor=1 / 7,
+        sees_current_residual=True,
+    )
+    for field in dataclasses.fields(Settings):
+        assert getattr(changed, field.name) != getattr(Settings(), field.name)
+    for settings in (changed, AUTHORS_SETTINGS, Settings()):
         path = save_meta_params(tmp_path / "set", init_meta_params(jax.random.key(0), settings), RECORD)
         assert load_meta_params(path).meta_params.settings == settings
 

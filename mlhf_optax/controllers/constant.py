@@ -112,8 +112,8 @@ def constant(
     def control(view: View, state: ConstantState) -> Control:
         mean, square = state.mean_gradient, state.mean_square
         if gradient_decay is not None:
-            average = lambda m, g: (gradient_decay * m + (1 - gradient_decay) * g).astype(m.dtype)
-            mean = jax.tree.map(average, mean, view.gradient)
+            own, new = gradient_decay, 1 - gradient_decay
+            mean = jax.tree.map(lambda m, g: (own * m + new * g).astype(m.dtype), mean, view.gradient)
         if unit_decay is not None:
             rms = trees.root_mean_square(view.gradient).astype(jnp.float32)
             square = unit_decay * square + (1 - unit_decay) * jnp.square(rms)

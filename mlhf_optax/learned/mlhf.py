@@ -15,6 +15,7 @@ from mlhf_optax.layer_types import LayerTypesFn, distinct_layer_types
 from mlhf_optax.learned.registry import LearnedFamily
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer
 from mlhf_optax.meta_training.mlhf_gradient import mlhf_optimizer
+from mlhf_optax.meta_training.mlhf_unroll import UnrollOptions
 from mlhf_optax.mlhf import mlhf
 
 SettingsName = Literal["default", "relative", "paper", "authors"]
@@ -88,7 +89,9 @@ class MLHFOptions:
     @property
     def max_update_ratio(self) -> float | None:
         """Bound on the update, in meta-training and in the record."""
-        return _FAITHFUL.get(self.settings or "default", {}).get("max_update_ratio", 0.25)
+        return _FAITHFUL.get(self.settings or "default", {}).get(
+            "max_update_ratio", UnrollOptions.max_update_ratio
+        )
 
 
 def _learned(options: MLHFOptions, start: Any = None) -> LearnedOptimizer:
@@ -103,7 +106,7 @@ def _learned(options: MLHFOptions, start: Any = None) -> LearnedOptimizer:
         num_cg_steps=options.num_cg_steps,
         curvature_batch_size=options.curvature_batch_size,
         same_batch_weight=options.same_batch_weight,
-        **({"max_update_ratio": 0.25, "step_loss": "relative"} | _FAITHFUL.get(name, {})),
+        **_FAITHFUL.get(name, {}),
     )
 
     def init(key, task) -> MetaParams:

@@ -111,6 +111,7 @@ class Solution(NamedTuple):
       residual_norm: norm of r.
       operators: damping and preconditioner.
       right_hand_side: what the system was solved for, usually g.
+      damped: S d where PCG tells it (:class:`mlhf_optax.controllers.protocol.Outcome`); else empty.
     """
 
     direction: chex.ArrayTree
@@ -119,6 +120,7 @@ class Solution(NamedTuple):
     residual_norm: jax.Array
     operators: Operators
     right_hand_side: chex.ArrayTree
+    damped: Any = ()
 
 
 class Step(NamedTuple):
@@ -251,7 +253,8 @@ def damped_step(
     is_finite = view.is_valid & trees.is_finite((numbers, control.state))
     is_sound = is_finite & ((descent > 0) | is_optimum)
     kept = trees.select(is_sound, control.state, state.controller)
-    outcome = Outcome(solution.direction, solution.residual, is_sound)
+    b, s_d = solution.right_hand_side, solution.damped
+    outcome = Outcome(solution.direction, solution.residual, is_sound, b, s_d)
     observed = controller.observe(view, outcome, kept)
     is_taken = observed.is_accepted
     direction = trees.zero_unless(is_taken & ~is_optimum, solution.direction)
@@ -276,19 +279,20 @@ def _solve(controller: Controller, solver: Solver, view: View, signal: Any) -> S
     operators = controller.operators(view, signal)
     b = view.gradient if operators.right_hand_side is None else operators.right_hand_side
     start = view.direction if operators.start is None else operators.start
-    is_inverted = operators.is_damping_inverted
+    after = operators.damping_after_preconditioner
     direction, residual, info = pcg(
-        view.ggn if is_inverted else damped(view.ggn, operators.damping),
+        damped(view.ggn, operators.damping) if after is None else view.ggn,
         b,
         start if controller.is_warm_started else None,
-        shift=operators.damping if is_inverted else None,
+        shift=None if after is None else operators.damping,
+        shift_after_preconditioner=after,
         num_steps=solver.num_steps,
         preconditioner=operators.preconditioner,
         tolerance=solver.tolerance,
         early_exit=solver.early_exit,
         unroll=solver.unroll,
     )
-    return Solution(direction, residual, info.steps, info.residual_norm, operators, b)
+    return Solution(direction, residual, info.steps, info.residual_norm, operators, b, info.shifted)
 
 
 def damped(ggn: Matvec, damping: Matvec) -> Matvec:

@@ -5,6 +5,7 @@ from typing import Any
 import optax
 
 from mlhf_optax.controllers.coordinate_lstm import MetaParams, coordinate_lstm
+from mlhf_optax.controllers.tensor_lstm import TensorLSTM, tensor_lstm
 from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn
 from mlhf_optax.damped_step import Solver, scale_by_damped_step
 from mlhf_optax.layer_types import LayerTypesFn
@@ -12,7 +13,7 @@ from mlhf_optax.transforms import after_solve
 
 
 def scale_by_mlhf(
-    meta_params: MetaParams,
+    meta_params: TensorLSTM | MetaParams,
     predict_fn: PredictFn,
     loss_fn: LossFn,
     *,
@@ -75,8 +76,12 @@ def scale_by_mlhf(
       Chen, Lu, Fokoue, `Meta-Learning with Hessian-Free Approach in Deep Neural Nets Training
       <https://arxiv.org/abs/1805.08462>`_, 2018, Algorithm 1.
     """
+    if isinstance(meta_params, TensorLSTM):
+        controller = tensor_lstm(meta_params)
+    else:
+        controller = coordinate_lstm(meta_params, layer_types_fn=layer_types_fn, carry_dtype=carry_dtype)
     return scale_by_damped_step(
-        coordinate_lstm(meta_params, layer_types_fn=layer_types_fn, carry_dtype=carry_dtype),
+        controller,
         predict_fn,
         loss_fn,
         name="mlhf",
@@ -88,7 +93,7 @@ def scale_by_mlhf(
 
 def mlhf(
     learning_rate: optax.ScalarOrSchedule,
-    meta_params: MetaParams,
+    meta_params: TensorLSTM | MetaParams,
     predict_fn: PredictFn,
     loss_fn: LossFn,
     *,

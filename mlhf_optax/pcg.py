@@ -27,19 +27,22 @@ class Info(NamedTuple):
     Attributes:
       steps: number of steps that changed the solution, at most ``num_steps``.
       residual_norm: Euclidean norm of the residual at the end.
+      shifted: S x, shaped like x, if there is a shift; else empty.
     """
 
     steps: jax.Array  # shape=(), dtype=int32
     residual_norm: jax.Array  # shape=(), dtype=float32
+    shifted: Any = ()
 
 
 class _Loop(NamedTuple):
-    """x, r and p as in the paper's Algorithm 1; `rho` is <r, y>."""
+    """x, r and p as in the paper's Algorithm 1; `rho` is <r, y>; s_x is S x."""
 
     x: Any
     r: Any
     p: Any
-    shifted: Any  # S p
+    s_x: Any
+    s_p: Any
     rho: jax.Array
     steps: jax.Array
 
@@ -52,6 +55,7 @@ def pcg(
     num_steps: int,
     preconditioner: Matvec | None = None,
     shift: Matvec | None = None,
+    shift_after_preconditioner: Matvec | None = None,
     initial_residual: chex.ArrayTree | None = None,
     tolerance: chex.Numeric = 0.0,
     early_exit: bool = False,
@@ -66,8 +70,9 @@ def pcg(
       num_steps: number of steps K >= 0, a Python int.
       preconditioner: maps a residual r to ``y = P^-1 r``, linear, symmetric positive definite, on pytrees
         shaped like ``b``; None is the identity.
-      shift: S, the inverse of ``preconditioner``, if the matrix of the system is ``A + S``. As p is made of
-        ``y = S^-1 r``, ``S p`` is known from r, and no step needs a product with S.
+      shift: S, if the matrix of the system is ``A + S`` and ``S P^-1`` is cheap. As p is made of
+        ``y = P^-1 r``, ``S p`` is known from r, and no step needs a product with S.
+      shift_after_preconditioner: the product with ``S P^-1``; None if ``preconditioner`` is ``S^-1``.
       initial_residual: ``b - A x0`` if it is known already, which saves one product.
       tolerance: absolute norm of the residual below which no further step is taken.
       early_exit: leave the loop at convergence instead of idling to the end. Saves time where the
@@ -91,20 +96,29 @@ def pcg(
     """
     check_num_steps(num_steps)
     invert = preconditioner or (lambda r: r)
-    if x0 is None:
-        x0 = jax.tree.map(jnp.zeros_like, b)
-        initial_residual = b
-    elif initial_residual is None:
-        a_x0 = matvec(x0) if shift is None else jax.tree.map(jnp.add, matvec(x0), shift(x0))
-        initial_residual = jax.tree.map(jnp.subtract, b, a_x0)
+    shifted = shift_after_preconditioner or (lambda r: r)
+    start: Any = x0
     r0: Any = initial_residual
+    s_x0: Any = ()
+    if x0 is None:
+        start = jax.tree.map(jnp.zeros_like, b)
+        r0 = b
+        s_x0 = () if shift is None else jax.tree.map(jnp.zeros_like, b)
+    elif shift is not None:
+        s_x0 = shift(start)
+    if r0 is None:
+        a_x0 = matvec(start) if shift is None else jax.tree.map(jnp.add, matvec(start), s_x0)
+        r0 = jax.tree.map(jnp.subtract, b, a_x0)
     y0 = invert(r0)
     rho0 = vdot(r0, y0)
     # <r, y> below this share of where it comes from is rounding noise: dividing by it gives noise,
-    # and dividing by an exact zero gives NaN gradients.
+    # and dividing by an exact zero gives NaN gradients. Where it comes from is <b, P^-1 b>, told from <r, y>
+    # by the sizes of b and r, since the product would cost as much as that of a step.
     limits = jnp.finfo(rho0.dtype)
-    noise = (10 * limits.eps) ** 2 * jnp.maximum(rho0, vdot(b, invert(b)))
-    noise = jnp.maximum(lax.stop_gradient(noise), limits.tiny)
+    r0_size = lax.stop_gradient(vdot(r0, r0))
+    ratio = jnp.maximum(1.0, lax.stop_gradient(vdot(b, b)) / jnp.where(r0_size > 0, r0_size, 1.0))
+    noise = (10 * limits.eps) ** 2 * jnp.minimum(ratio, 1 / limits.eps**3) * lax.stop_gradient(rho0)
+    noise = jnp.maximum(noise, limits.tiny)
 
     def is_active(state: _Loop) -> jax.Array:
         active = state.rho > noise
@@ -116,7 +130,7 @@ def pcg(
         active = is_active(state)
         a_p = matvec(state.p)
         if shift is not None:
-            a_p = jax.tree.map(jnp.add, a_p, state.shifted)
+            a_p = jax.tree.map(jnp.add, a_p, state.s_p)
         curvature = vdot(state.p, a_p)
         active &= curvature > limits.tiny
         alpha = _where_divide(active, state.rho, curvature)
@@ -126,12 +140,16 @@ def pcg(
         rho = vdot(r, y)
         beta = _where_divide(active, rho, state.rho)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(active, n, o), new, old)
-        p = _add_scaled(y, beta, state.p)
-        shifted = () if shift is None else keep(_add_scaled(r, beta, state.shifted), state.shifted)
-        # alpha is 0 for an inactive step, so x and r are unchanged already.
-        return _Loop(x, r, keep(p, state.p), shifted, keep(rho, state.rho), state.steps + active)
+        p = keep(_add_scaled(y, beta, state.p), state.p)
+        s_x, s_p = state.s_x, state.s_p
+        if shift is not None:
+            s_x = _add_scaled(s_x, alpha, s_p)
+            s_p = keep(_add_scaled(shifted(r), beta, s_p), s_p)
+        # alpha is 0 for an inactive step, so x, r and S x are unchanged already.
+        return _Loop(x, r, p, s_x, s_p, keep(rho, state.rho), state.steps + active)
 
-    state = _Loop(x0, r0, y0, () if shift is None else r0, rho0, jnp.zeros((), jnp.int32))
+    s_y0 = () if shift is None else shifted(r0)
+    state = _Loop(start, r0, y0, s_x0, s_y0, rho0, jnp.zeros((), jnp.int32))
     if early_exit:
         indexed = (jnp.zeros((), jnp.int32), state)
         go_on = lambda c: (c[0] < num_steps) & is_active(c[1])
@@ -139,7 +157,7 @@ def pcg(
     elif num_steps:
         state = lax.fori_loop(0, num_steps, lambda _, s: step(s), state, unroll=unroll)
     norm = jnp.sqrt(lax.stop_gradient(vdot(state.r, state.r))).astype(jnp.float32)
-    return state.x, state.r, Info(state.steps, norm)
+    return state.x, state.r, Info(state.steps, norm, state.s_x)
 
 
 def check_num_steps(num_steps: Any, name: str = "num_steps") -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mlhf_optax import SquaredError, gauss_newton
-from mlhf_optax.controllers.metrics import diagonal, get_metric, kronecker, matrix_shape
+from mlhf_optax.controllers.kronecker_factors import matrix_shape
+from mlhf_optax.controllers.metrics import diagonal, get_metric, kronecker
 
 
 def gradients(shape, count, seed=0):

@@ -70,7 +70,7 @@ def meta_train_task(
       ``mlhf-optax meta-train digits-mlp --iterations 1000 --output runs/digits``
     """
     check_batch_size(task, "meta_train")
-    known = _load_start(family, start)
+    known = load_start(family, start)
     options = family.resolve(options, known)
     learned = family.learned(options, known)
     assert learned.init is not None  # every family has one
@@ -94,7 +94,12 @@ def meta_train_task(
         progress=on_progress,
     )
     made |= {"stopped_after": schedule.last, "seed": seed, "config": dataclasses.asdict(config)}
-    record = make_record(task, family, options, output, done, made, command)
+    about = {
+        "task": task.name,
+        "trained_on": f"{task.description}; the part for meta-training only",
+        "batch_size": task.meta_batch_size,
+    }
+    record = make_record(about, family, options, output, done, made, command)
     return save_meta_params(output / "meta_params", done.best_meta_params, record)
 
 
@@ -118,7 +123,7 @@ def draw_batches(task: Task, examples: Any, shape: tuple[int, ...], key: chex.PR
 
 
 def make_record(
-    task: Task,
+    about: Mapping[str, Any],
     family: LearnedFamily,
     options: Any,
     output: Path,
@@ -126,16 +131,17 @@ def make_record(
     made: Mapping[str, Any],
     command: str,
 ) -> dict[str, Any]:
-    """Returns the record of a meta-training, ``made`` with these settings, and how to use what came of it."""
+    """Returns the record of a meta-training, ``made`` with these settings, and how to use what came of it.
+
+    ``about`` says what it was trained on: ``task``, ``trained_on`` and ``batch_size``.
+    """
     texts = ((output / f"{name}.jsonl").read_text() for name in ("metrics", "validation"))
     metrics, validation = ([json.loads(line) for line in text.splitlines()] for text in texts)
     every = max(1, len(metrics) // _NUM_CURVE_POINTS)
     curve = lambda line: {name: value for name, value in line.items() if name not in _HEALTH}
     return {
         "optimizer": family.name,
-        "task": task.name,
-        "trained_on": f"{task.description}; the part for meta-training only",
-        "batch_size": task.meta_batch_size,
+        **about,
         **family.record(options),
         "meta_training": dict(made),
         "best_iteration": int(done.best_iteration),
@@ -160,10 +166,11 @@ def shown_losses(metrics: Mapping[str, float]) -> dict[str, float]:
     """
     hidden = _HEALTH | {"iteration", "log_inner_loss", "inner_loss", "age"}
     losses = {name: value for name, value in metrics.items() if name not in hidden}
-    return losses | {"inner_loss": metrics["inner_loss"]}
+    return losses | ({"inner_loss": metrics["inner_loss"]} if "inner_loss" in metrics else {})
 
 
-def _load_start(family: LearnedFamily, start: str | None) -> Pretrained | None:
+def load_start(family: LearnedFamily, start: str | None) -> Pretrained | None:
+    """Returns the meta-parameters to go on from, which must be of the family; None for none."""
     if start is None:
         return None
     known = load_pretrained(start)

@@ -138,7 +138,7 @@ def constant(
             Product(values, lambda v: scaled(scale, times(v))),
             Product(values, lambda v: scaled(1.0 / scale, times(v, inverse=True))),
             right_hand_side=b,
-            is_damping_inverted=True,
+            damping_after_preconditioner=lambda r: r,
         )
 
     return Controller(init, control, operators)

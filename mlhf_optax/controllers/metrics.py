@@ -4,8 +4,6 @@ A metric is a positive definite operator M of mean eigenvalue about 1, made of t
 damping is a scale times M.
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +13,13 @@ import jax.numpy as jnp
 import optax
 
 from mlhf_optax import trees
+from mlhf_optax.controllers.kronecker_factors import (
+    average_sides,
+    init_sides,
+    is_refresh_due,
+    refresh_sides,
+    times_sides,
+)
 
 
 class Metric(NamedTuple):
@@ -109,26 +114,13 @@ def diagonal(decay: float = 0.98, floor: float = 1e-3) -> Metric:
     return Metric(init, update, times, values)
 
 
-class Side(NamedTuple):
-    """One side of a matrix, in blocks of rows; leaves (blocks, size, size), float32.
-
-    Attributes:
-      factor: running mean of the outer products of the gradient's rows, block by block.
-      power: a power of it, with mean eigenvalue 1.
-      inverse: the inverse of ``power``.
-    """
-
-    factor: jax.Array
-    power: jax.Array
-    inverse: jax.Array
-
-
 class KroneckerState(NamedTuple):
     """State of :func:`kronecker`.
 
     Attributes:
       count: gradients averaged so far.
-      sides: one entry per tensor: its left and right :class:`Side`, or for vectors and scalars the running
+      sides: one entry per tensor: its left and right
+        :class:`mlhf_optax.controllers.kronecker_factors.Side`, or for vectors and scalars the running
         mean of the squared gradient.
     """
 
@@ -180,153 +172,40 @@ def kronecker(
     for name, value in (("block", block), ("refresh_every", refresh_every)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
-    rule = _KroneckerRule(power, decay, floor, block, refresh_every)
-    return Metric(rule.init, rule.update, rule.times, _ones)
 
-
-@dataclasses.dataclass(frozen=True)
-class _KroneckerRule:
-    power: float
-    decay: float
-    floor: float
-    block: int
-    refresh_every: int
-
-    def init(self, params: chex.ArrayTree) -> KroneckerState:
-        def side(size: int) -> Side:
-            blocks = -(-size // self.block)
-            shape = (blocks, *[-(-size // blocks)] * 2)
-            eye = lambda: jnp.array(jnp.broadcast_to(jnp.eye(shape[1]), shape))
-            return Side(jnp.zeros(shape), eye(), eye())
-
-        def of(leaf) -> Any:
-            split = matrix_shape(leaf.shape)
-            if split is None:
-                return jnp.zeros(leaf.shape, jnp.float32)
-            return tuple(map(side, split))
-
+    def init(params: chex.ArrayTree) -> KroneckerState:
+        of = lambda p: init_sides(p.shape, block) or jnp.zeros(p.shape, jnp.float32)
         return KroneckerState(jnp.zeros((), jnp.int32), tuple(map(of, jax.tree.leaves(params))))
 
-    def update(self, gradient: chex.ArrayTree, state: KroneckerState) -> KroneckerState:
+    def update(gradient: chex.ArrayTree, state: KroneckerState) -> KroneckerState:
         count = jnp.asarray(optax.safe_increment(state.count))
-        leaves = [g.astype(jnp.float32) for g in jax.tree.leaves(gradient)]
-        sides = tuple(map(self._averaged, state.sides, leaves))
-        # At steps 1, 2, 4, 8, as the means change fast at first, and then every so many.
-        is_due = (count % self.refresh_every == 0) | (
-            (count < self.refresh_every) & (count & (count - 1) == 0)
+        averaged = lambda entry, g: (
+            average_sides(entry, g, decay)
+            if isinstance(entry, tuple)
+            else _mix(decay, entry, jnp.square(g.astype(jnp.float32)))
         )
-        matrices = [entry for entry in sides if isinstance(entry, tuple)]
-        fresh = iter(_when(is_due, self._refreshed, matrices))
+        entries = tuple(map(averaged, state.sides, jax.tree.leaves(gradient)))
+        matrices = [entry for entry in entries if isinstance(entry, tuple)]
+        is_due = is_refresh_due(count, refresh_every)
+        fresh = iter(refresh_sides(is_due, matrices, [power] * len(matrices), floor))
         return KroneckerState(
-            count, tuple(next(fresh) if isinstance(entry, tuple) else entry for entry in sides)
+            count, tuple(next(fresh) if isinstance(entry, tuple) else entry for entry in entries)
         )
 
-    def times(self, state: KroneckerState, vector: chex.ArrayTree, inverse: bool = False) -> chex.ArrayTree:
+    def times(state: KroneckerState, vector: chex.ArrayTree, inverse: bool = False) -> chex.ArrayTree:
         leaves, treedef = jax.tree.flatten(vector)
-        correction = 1 - self.decay ** jnp.maximum(state.count, 1).astype(jnp.float32)
+        correction = 1 - decay ** jnp.maximum(state.count, 1).astype(jnp.float32)
 
         def one(entry, v):
-            if not isinstance(entry, tuple):
-                root = _root(entry / correction)
-                values = _relative(root, jnp.mean(root)) + self.floor
-                return ((1.0 / values if inverse else values) * v).astype(v.dtype)
-            x = v.reshape(matrix_shape(v.shape)).astype(jnp.float32)
-            left, right = (side.inverse if inverse else side.power for side in entry)
-            return _times_blocks(right, _times_blocks(left, x).T).T.reshape(v.shape).astype(v.dtype)
+            if isinstance(entry, tuple):
+                return times_sides(entry, v, inverse)
+            root = _root(entry / correction)
+            values = _relative(root, jnp.mean(root)) + floor
+            return ((1.0 / values if inverse else values) * v).astype(v.dtype)
 
         return treedef.unflatten(map(one, state.sides, leaves))
 
-    def _averaged(self, entry: Any, g: jax.Array) -> Any:
-        if not isinstance(entry, tuple):
-            return _mix(self.decay, entry, jnp.square(g))
-        matrix = g.reshape(matrix_shape(g.shape))
-
-        def side(own: Side, x: jax.Array) -> Side:
-            rows = _blocked(x, own.factor)
-            outer = jnp.einsum("bij,bkj->bik", rows, rows)
-            return own._replace(factor=_mix(self.decay, own.factor, outer))
-
-        return side(entry[0], matrix), side(entry[1], matrix.T)
-
-    def _refreshed(self, matrices: list) -> list:
-        fresh, done = [], jnp.zeros(())
-        for sides in matrices:
-            left, done = self._with_powers(sides[0], done)
-            right, done = self._with_powers(sides[1], done)
-            fresh.append((left, right))
-        return fresh
-
-    def _with_powers(self, side: Side, before: jax.Array) -> tuple[Side, jax.Array]:
-        # Each decomposition waits for the one before: on CPUs, several at once in a loop may all wait for
-        # the same thread, and never end.
-        factor = side.factor + 0.0 * before
-        mean = jnp.mean(jnp.trace(factor, axis1=1, axis2=2)) / factor.shape[1]
-        eigenvalues, vectors = jnp.linalg.eigh(factor / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
-        values = (jnp.maximum(eigenvalues, 0.0) + self.floor) ** self.power
-        values = values / jnp.mean(values)
-        product = lambda scale: jnp.einsum("bij,bj,bkj->bik", vectors, scale, vectors)
-        fresh = product(values), product(1.0 / values)
-        # A decomposition that did not converge, or a gradient of zeros, keeps what was there.
-        is_sound = (mean > 0) & trees.is_finite(fresh)
-        power, inverse = trees.select(is_sound, fresh, (side.power, side.inverse))
-        return Side(side.factor, power, inverse), jnp.ravel(power)[0]
-
-
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """Returns the split of a shape into rows and columns that is nearest to a square; None for vectors.
-
-    Example:
-      >>> matrix_shape((3, 3, 16, 32)), matrix_shape((10,)), matrix_shape((1, 7))
-      ((144, 32), None, None)
-    """
-    splits = []
-    for axis in range(1, len(shape)):
-        rows = functools.reduce(lambda a, b: a * b, shape[:axis], 1)
-        columns = functools.reduce(lambda a, b: a * b, shape[axis:], 1)
-        splits.append((rows, columns))
-    best = min(splits, key=sum, default=None)
-    return best if best is not None and min(best) > 1 else None
-
-
-def _blocked(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Cuts the rows of x into blocks (blocks, size, columns), with zeros at the end."""
-    blocks, size, _ = like.shape
-    return jnp.pad(x, ((0, blocks * size - x.shape[0]), (0, 0))).reshape(blocks, size, x.shape[1])
-
-
-def _times_blocks(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    """Product of a block-diagonal matrix (blocks, size, size) and x (rows, columns)."""
-    if matrix.shape[0] == 1:
-        return matrix[0] @ x
-    product = jnp.einsum("bij,bjk->bik", matrix, _blocked(x, matrix))
-    return product.reshape(-1, x.shape[1])[: x.shape[0]]
-
-
-def _when(is_due: jax.Array, function: Callable[[Any], Any], tree: Any) -> Any:
-    """Returns ``function(tree)`` if it is due, else the tree; under ``vmap`` computes only if any is."""
-
-    @jax.custom_batching.custom_vmap
-    def run(is_due, tree):
-        return jax.lax.cond(is_due, function, lambda t: t, tree)
-
-    @run.def_vmap
-    def batched(axis_size, in_batched, is_due, tree):
-        # A batched condition would turn the branch into a selection, and decompose at every step.
-        due_is_batched, tree_is_batched = in_batched
-        due = is_due if due_is_batched else jnp.broadcast_to(is_due, (axis_size,))
-        spread = lambda leaf, is_batched: (
-            leaf if is_batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
-        )
-        tree = jax.tree.map(spread, tree, tree_is_batched)
-
-        def some(tree):
-            fresh = jax.vmap(function)(tree)
-            pick = lambda new, old: jnp.where(due.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
-            return jax.tree.map(pick, fresh, tree)
-
-        return jax.lax.cond(jnp.any(due), some, lambda t: t, tree), jax.tree.map(lambda _: True, tree)
-
-    return run(is_due, tree)
+    return Metric(init, update, times, _ones)
 
 
 def _mix(decay: float, old: jax.Array, new: jax.Array) -> jax.Array:

@@ -126,7 +126,8 @@ class Operators(NamedTuple):
       right_hand_side: what the system is solved for, such as a running mean of gradients; None is g.
       start: where CG starts; None is the previous direction.
       step_scale: factor on the direction that is handed on, a scalar; None is 1.
-      is_damping_inverted: the preconditioner is ``S^-1``; the solve then needs no product with S per step.
+      damping_after_preconditioner: the product with ``S P^-1`` where it is cheap, as for a preconditioner
+        that is ``S^-1``. The solve then needs no product with S per step, and tells S d.
     """
 
     damping: Operator
@@ -134,7 +135,7 @@ class Operators(NamedTuple):
     right_hand_side: chex.ArrayTree | None = None
     start: chex.ArrayTree | None = None
     step_scale: jax.Array | None = None
-    is_damping_inverted: bool = False
+    damping_after_preconditioner: Matvec | None = None
 
 
 class Outcome(NamedTuple):
@@ -144,11 +145,15 @@ class Outcome(NamedTuple):
       direction: d.
       residual: ``r = b - (G + S) d`` for the right-hand side b, usually g.
       is_sound: whether all is finite and d is a direction of descent, shape ().
+      right_hand_side: b.
+      damped: S d, if the operators have ``damping_after_preconditioner``; else empty.
     """
 
     direction: chex.ArrayTree
     residual: chex.ArrayTree
     is_sound: jax.Array
+    right_hand_side: Any = ()
+    damped: Any = ()
 
 
 class Observed(NamedTuple):

@@ -2,9 +2,10 @@
 
 from mlhf_optax.learned.adam_rates import ADAM_RATES
 from mlhf_optax.learned.mlhf import MLHF
+from mlhf_optax.learned.mlhf_general import MLHF_GENERAL
 from mlhf_optax.learned.registry import LearnedFamily as LearnedFamily
 
-LEARNED: dict[str, LearnedFamily] = {family.name: family for family in (MLHF, ADAM_RATES)}
+LEARNED: dict[str, LearnedFamily] = {family.name: family for family in (MLHF, MLHF_GENERAL, ADAM_RATES)}
 
 
 def get_learned(name: str) -> LearnedFamily:

@@ -20,3 +20,4 @@ from mlhf_optax.meta_training.mlhf_gradient import mlhf_optimizer as mlhf_optimi
 from mlhf_optax.meta_training.mlhf_unroll import UnrollOptions as UnrollOptions
 from mlhf_optax.meta_training.validation import Validation as Validation
 from mlhf_optax.meta_training.validation import make_validation as make_validation
+from mlhf_optax.meta_training.validation import training_losses as training_losses

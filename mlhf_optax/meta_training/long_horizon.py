@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -46,14 +47,25 @@ class LongHorizonConfig:
       weight_scale: the parameters of a training are measured in a unit drawn from ``[1 / weight_scale,
         weight_scale]``, uniformly in the logarithm; 1 for none. So the optimizer cannot rely on the scale.
       loss_scale: the same for the unit of the loss.
+      init_spread: all initial parameters are multiplied by ``exp(init_spread * n)``, n normal: starts that
+        are too small or too large.
       loss_floor: the meta-loss is the mean of ``log(loss / first loss + loss_floor)``.
-      loss_ceiling: bound on ``loss / first loss``; what is not finite counts as this.
+      loss_ceiling: bound on ``loss / first loss``; what is not finite counts as this. A pair that ends a
+        truncation with both trainings there makes place for a fresh one.
+      early_steps: a step at age t counts ``(1 + t / early_steps)^(-1/2)`` in the meta-loss: the first steps
+        are few, yet everybody waits for them. None for equal weights.
+      difference_bound: bound on the difference of the meta-losses of a pair, so that single trainings that
+        blow up do not rule; None for none.
       meta_learning_rate: peak rate of the meta-optimizer, Adam.
       decay_iterations: the rate falls along a cosine to ``final_rate_share`` of its peak over so many
         meta-iterations; None keeps it constant.
       final_rate_share: share of the peak rate that is left at the end.
       meta_gradient_clip: bound on the global norm of the meta-gradient; None for none.
       meta_weight_decay: L2 on all meta-parameters.
+      average_decay: what is validated and kept is a running mean of the meta-parameters with this decay (less
+        at the start); 0 for the last ones.
+      task_axis: how the pairs of a task run, ``"vmap"``, ``"sequential"`` or ``"auto"``
+        (:func:`mlhf_optax.meta_training.map_trainings`).
 
     Raises:
       ValueError: for a value out of range, naming it.
@@ -69,13 +81,18 @@ class LongHorizonConfig:
     horizons: tuple[int, int] = (100, 2000)
     weight_scale: float = 1.0
     loss_scale: float = 1.0
+    init_spread: float = 0.0
     loss_floor: float = 1e-2
     loss_ceiling: float = 2.0
+    early_steps: float | None = None
+    difference_bound: float | None = None
     meta_learning_rate: float = 3e-3
     decay_iterations: int | None = None
     final_rate_share: float = 0.1
     meta_gradient_clip: float | None = 1.0
     meta_weight_decay: float = 0.0
+    average_decay: float = 0.0
+    task_axis: str = "auto"
 
     def __post_init__(self):
         for name in ("num_pairs", "truncation"):
@@ -84,7 +101,11 @@ class LongHorizonConfig:
             self._require(name, getattr(self, name) > 0, "positive")
         for name in ("weight_scale", "loss_scale"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("meta_gradient_clip", "decay_iterations"):
+        self._require("init_spread", self.init_spread >= 0, "at least 0")
+        self._require("average_decay", 0 <= self.average_decay < 1, "in [0, 1)")
+        axes = ("auto", "vmap", "sequential")
+        self._require("task_axis", self.task_axis in axes, f"one of {axes}")
+        for name in ("meta_gradient_clip", "decay_iterations", "early_steps", "difference_bound"):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "positive or None")
         shortest, longest = self.horizons
@@ -124,8 +145,10 @@ class LongHorizonState(NamedTuple):
 
     Attributes:
       iteration: meta-iterations done.
-      meta_params: what is being learned.
+      meta_params: what was learned: the running mean of ``centre``, or ``centre`` itself.
+      centre: meta-parameters around which trainings are perturbed.
       meta_opt_state: state of the meta-optimizer.
+      gradient_squares: shape (tasks,), running mean of the squared norm of each task's gradient.
       episodes: one :class:`Episode` per task, leaves (num_pairs, ...).
       key: random key data, uint32.
       counts: totals since the start: ``fresh`` starts, ``diverged`` truncations that ended at the ceiling,
@@ -134,7 +157,9 @@ class LongHorizonState(NamedTuple):
 
     iteration: jax.Array
     meta_params: Any
+    centre: Any
     meta_opt_state: Any
+    gradient_squares: jax.Array
     episodes: tuple[Episode, ...]
     key: jax.Array
     counts: dict[str, jax.Array]
@@ -146,7 +171,7 @@ def make_long_horizon_step(
     config: LongHorizonConfig = LongHorizonConfig(),
     optimizer: optax.GradientTransformation | None = None,
 ) -> tuple[Callable, Callable]:
-    """Returns ``init`` and a jitted ``step``, in the place of those of :func:`make_meta_step`.
+    """Returns ``init`` and ``step``, in the place of those of :func:`make_meta_step`.
 
     Args:
       tasks: what is trained, one or several; each has the same say, whatever its gradients' size.
@@ -155,7 +180,8 @@ def make_long_horizon_step(
       optimizer: meta-optimizer; Adam with the clipping and rate of the config if None.
 
     Returns:
-      ``init(key, meta_params) -> state`` and ``step(state, batches) -> (state, metrics)``, both pure.
+      ``init(key, meta_params) -> state`` and ``step(state, batches) -> (state, metrics)``, both pure, made of
+      jitted parts.
       ``batches`` has one pytree per task with leaves (num_pairs, truncation, B, ...); both trainings of a
       pair see the same. The old state is donated to ``step``: use the returned one.
 
@@ -183,9 +209,15 @@ def make_long_horizon_step(
     if not tasks:
         raise ValueError("`tasks` is empty; give at least one task")
     optimizer = meta_optimizer(config) if optimizer is None else optimizer
-    starts = [jax.vmap(functools.partial(_start, task, learned, config), (0, None)) for task in tasks]
+    # Small programs, one after the other: one for all tasks would take minutes to compile.
+    starts = [
+        jax.jit(jax.vmap(functools.partial(_start, task, learned, config), (0, None))) for task in tasks
+    ]
+    advances = [
+        jax.jit(functools.partial(_advance, task, learned, config), donate_argnums=1) for task in tasks
+    ]
+    replace = jax.jit(_replaced, donate_argnums=0)
 
-    @jax.jit
     def init(key: chex.PRNGKey, meta_params: chex.ArrayTree) -> LongHorizonState:
         key, *task_keys = jax.random.split(key, len(tasks) + 1)
         episodes = []
@@ -198,24 +230,28 @@ def make_long_horizon_step(
             episodes.append(fresh._replace(horizon=jnp.maximum(first_end, 1)))
         return LongHorizonState(
             jnp.zeros((), jnp.int32),
-            meta_params,
+            jax.tree.map(jnp.array, meta_params),
+            jax.tree.map(jnp.array, meta_params),
             optimizer.init(meta_params),
+            jnp.zeros(len(tasks)),
             tuple(episodes),
             jax.random.key_data(key),
             {name: jnp.zeros((), jnp.int32) for name in ("fresh", "diverged", "dropped_gradients")},
         )
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def jitted(state: LongHorizonState, batches: Any):
-        key, *task_keys = jax.random.split(jax.random.wrap_key_data(state.key), len(tasks) + 1)
-        results = [
-            _advance(task, learned, config, start, state.meta_params, episode, task_batches, task_key)
-            for task, start, episode, task_batches, task_key in zip(
-                tasks, starts, state.episodes, batches, task_keys, strict=True
-            )
-        ]
-        gradient, dropped = _equal_say([result.gradient for result in results])
-        updates, opt_state = optimizer.update(gradient, state.meta_opt_state, state.meta_params)
+    @jax.jit
+    def keys_of(key_data: jax.Array) -> list[jax.Array]:
+        keys = jax.random.split(jax.random.wrap_key_data(key_data), len(tasks) + 1)
+        return [jax.random.key_data(keys[0]), *keys[1:]]
+
+    @jax.jit
+    def learn(state: LongHorizonState, results: list[_Result]) -> tuple[LongHorizonState, dict]:
+        gradient, squares, dropped = _equal_say(
+            [result.gradient for result in results], state.gradient_squares, state.iteration
+        )
+        updates, opt_state = optimizer.update(gradient, state.meta_opt_state, state.centre)
+        centre, iteration = optax.apply_updates(state.centre, updates), state.iteration + 1
+        keep = jnp.minimum(config.average_decay, iteration / (iteration + 10))
         counts = {
             "fresh": sum(result.fresh for result in results),
             "diverged": sum(result.diverged for result in results),
@@ -225,23 +261,40 @@ def make_long_horizon_step(
         metrics = {
             "meta_loss": jnp.mean(losses),
             "meta_gradient_norm": trees.norm(gradient),
-            "age": jnp.mean(jnp.stack([jnp.mean(result.episode.age) for result in results])),
+            "age": jnp.mean(jnp.stack([result.mean_age for result in results])),
             **{f"meta_loss_{number}": loss for number, loss in enumerate(losses)},
             **counts,
         }
-        new = LongHorizonState(
-            state.iteration + 1,
-            optax.apply_updates(state.meta_params, updates),
-            opt_state,
-            tuple(result.episode for result in results),
-            jax.random.key_data(key),
-            {name: state.counts[name] + counts[name] for name in state.counts},
+        new = state._replace(
+            iteration=iteration,
+            meta_params=jax.tree.map(
+                lambda mean, now: (keep * mean + (1 - keep) * now).astype(now.dtype),
+                state.meta_params,
+                centre,
+            ),
+            centre=centre,
+            meta_opt_state=opt_state,
+            gradient_squares=squares,
+            counts={name: state.counts[name] + counts[name] for name in state.counts},
         )
         return new, metrics
 
     def step(state: LongHorizonState, batches: Any):
         _check_batches(config, len(tasks), batches)
-        return jitted(state, tuple(batches))
+        key, *task_keys = keys_of(state.key)
+        advanced = []
+        for start, advance, episode, series, task_key in zip(
+            starts, advances, state.episodes, tuple(batches), task_keys, strict=True
+        ):
+            is_over = np.asarray(episode.age >= episode.horizon)
+            if is_over.any():
+                fresh = start(jax.random.split(task_key, config.num_pairs), state.centre)
+                episode = replace(episode, fresh, is_over)
+            episode, result = advance(state.centre, episode, series)
+            advanced.append((episode, result._replace(fresh=int(is_over.sum()))))
+        # The learning needs no trainings, which may be large.
+        new, metrics = learn(state._replace(episodes=()), [result for _, result in advanced])
+        return new._replace(episodes=tuple(episode for episode, _ in advanced), key=key), metrics
 
     return init, step
 
@@ -249,9 +302,9 @@ def make_long_horizon_step(
 class _Result(NamedTuple):
     """What a truncation of all pairs of one task gives."""
 
-    episode: Episode
     gradient: chex.ArrayTree
     meta_loss: jax.Array
+    mean_age: jax.Array
     fresh: jax.Array
     diverged: jax.Array
 
@@ -270,7 +323,8 @@ def _start(task: Task, learned: LearnedOptimizer, config: LongHorizonConfig, key
     weight_unit = log_uniform(keys[1], 1 / config.weight_scale, config.weight_scale)
     loss_unit = log_uniform(keys[2], 1 / config.loss_scale, config.loss_scale)
     horizon = jnp.ceil(log_uniform(keys[3], *map(float, config.horizons))).astype(jnp.int32)
-    params = jax.tree.map(lambda w: (w / weight_unit).astype(w.dtype), task.init_fn(keys[4]))
+    spread = jnp.exp(config.init_spread * jax.random.normal(jax.random.fold_in(key, 5)))
+    params = jax.tree.map(lambda w: (spread * w / weight_unit).astype(w.dtype), task.init_fn(keys[4]))
     scaled = _scaled(task, weight_unit, loss_unit)
     init = lambda sign: learned.build(_moved(meta_params, sign, noise), scaled).init(params)
     opt_state = jax.vmap(init)(jnp.array([1.0, -1.0]))
@@ -290,30 +344,39 @@ def _scaled(task: Task, weight_unit: jax.Array, loss_unit: jax.Array) -> Any:
         init_fn=task.init_fn,
         predict_fn=lambda params, batch: task.predict_fn(to_task(params), batch),
         loss_fn=lambda outputs, batch: loss_unit * task.loss_fn(outputs, batch),
+        curvature_batch_size=getattr(task, "curvature_batch_size", None),
     )
 
 
-def _advance(task, learned, config, start, meta_params, episodes: Episode, batches, key) -> _Result:
-    """Takes a truncation of every pair, and starts new pairs in the place of those that end."""
-    is_over = episodes.age >= episodes.horizon
-    fresh = start(jax.random.split(key, config.num_pairs), meta_params)
+def _replaced(episodes: Episode, fresh: Episode, is_over: jax.Array) -> Episode:
+    """Returns fresh pairs in the place of those that are over."""
     choose = lambda new, old: jnp.where(is_over.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
-    episodes = jax.tree.map(choose, fresh, episodes)
+    return jax.tree.map(choose, fresh, episodes)
+
+
+def _advance(task, learned, config, meta_params, episodes: Episode, batches) -> tuple[Episode, _Result]:
+    """Takes a truncation of every pair."""
 
     def one(inputs):
         episode, series = inputs
         return _truncation(task, learned, config, meta_params, episode, series)
 
-    episodes, meta_losses, is_diverged = map_trainings(task, one, (episodes, batches))
-    difference = (meta_losses[:, 0] - meta_losses[:, 1]) / (2 * config.sigma**2 * config.num_pairs)
-    gradient = jax.tree.map(lambda n: jnp.tensordot(difference.astype(n.dtype), n, axes=1), episodes.noise)
-    return _Result(
-        episodes,
+    episodes, meta_losses, is_diverged = map_trainings(task, one, (episodes, batches), config.task_axis)
+    difference = meta_losses[:, 0] - meta_losses[:, 1]
+    if config.difference_bound is not None:
+        difference = jnp.clip(difference, -config.difference_bound, config.difference_bound)
+    share = difference / (2 * config.sigma**2 * config.num_pairs)
+    gradient = jax.tree.map(lambda n: jnp.tensordot(share.astype(n.dtype), n, axes=1), episodes.noise)
+    # Where both have blown up there is nothing more to learn.
+    ended = jnp.where(jnp.all(is_diverged, axis=1), 0, episodes.horizon)
+    result = _Result(
         gradient,
         jnp.mean(meta_losses),
-        jnp.sum(is_over).astype(jnp.int32),
+        jnp.mean(episodes.age),
+        jnp.zeros((), jnp.int32),
         jnp.sum(is_diverged).astype(jnp.int32),
     )
+    return episodes._replace(horizon=ended), result
 
 
 def _truncation(task, learned, config, meta_params, episode: Episode, series):
@@ -339,7 +402,11 @@ def _truncation(task, learned, config, meta_params, episode: Episode, series):
     relative = losses / jnp.maximum(first, jnp.finfo(jnp.float32).tiny)
     is_known = jnp.isfinite(relative)
     bounded = jnp.where(is_known, jnp.minimum(relative, config.loss_ceiling), config.loss_ceiling)
-    meta_loss = jnp.mean(jnp.log(bounded + config.loss_floor), axis=1)
+    logs = jnp.log(bounded + config.loss_floor)
+    if config.early_steps is not None:
+        age = episode.age + jnp.arange(config.truncation)
+        logs = logs * (1 + age / config.early_steps) ** -0.5
+    meta_loss = jnp.mean(logs, axis=1)
     is_diverged = bounded[:, -1] >= config.loss_ceiling
     episode = episode._replace(
         params=params, opt_state=opt_state, first_loss=first, age=episode.age + config.truncation
@@ -347,16 +414,25 @@ def _truncation(task, learned, config, meta_params, episode: Episode, series):
     return episode, meta_loss, is_diverged
 
 
-def _equal_say(gradients: list) -> tuple[chex.ArrayTree, jax.Array]:
-    """Averages the gradients of the tasks, each divided by its norm; returns how many were not finite."""
-    total, dropped = None, jnp.zeros((), jnp.int32)
-    for gradient in gradients:
-        is_finite = trees.is_finite(gradient)
-        norm = jnp.where(is_finite, trees.norm(gradient), 1.0)
-        unit = jax.tree.map(lambda g: g / jnp.maximum(norm, 1e-20), trees.zero_unless(is_finite, gradient))  # noqa: B023
-        total = unit if total is None else jax.tree.map(jnp.add, total, unit)
-        dropped += jnp.logical_not(is_finite).astype(jnp.int32)
-    return jax.tree.map(lambda g: g / len(gradients), total), dropped
+def _equal_say(
+    gradients: list, squares: jax.Array, iteration: jax.Array
+) -> tuple[chex.ArrayTree, jax.Array, jax.Array]:
+    """Averages the gradients of the tasks, each over its running root mean square norm.
+
+    Returns the average, the new running means (tasks,), and how many gradients were not finite.
+    """
+    is_finite = jnp.stack([trees.is_finite(gradient) for gradient in gradients])
+    gradients = [trees.zero_unless(fine, one) for fine, one in zip(is_finite, gradients, strict=True)]
+    now = jnp.stack([jnp.square(trees.norm(gradient)).astype(jnp.float32) for gradient in gradients])
+    decay = jnp.where(iteration == 0, 0.0, 0.95)
+    squares = jnp.where(is_finite, decay * squares + (1 - decay) * now, squares)
+    scales = 1 / (jnp.sqrt(squares + 1e-30) * len(gradients))
+    weighted = [
+        jax.tree.map(lambda g: (scale * g).astype(g.dtype), one)  # noqa: B023
+        for scale, one in zip(scales, gradients, strict=True)
+    ]
+    total = jax.tree.map(lambda *leaves: sum(leaves), *weighted)
+    return total, squares, jnp.sum(~is_finite).astype(jnp.int32)
 
 
 def _check_batches(config: LongHorizonConfig, num_tasks: int, batches: Any) -> None:

@@ -18,6 +18,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "sigmoid": nn.sigmoid,
     "tanh": nn.tanh,
+    "gelu": nn.gelu,
 }
 
 

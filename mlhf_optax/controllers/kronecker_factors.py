@@ -1,0 +1,178 @@
+"""Kronecker factors of gradients: running means of ``g g^T`` and ``g^T g`` of a matrix, and their powers."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mlhf_optax import trees
+
+
+class Side(NamedTuple):
+    """One side of a matrix, in blocks of rows; leaves (blocks, size, size), float32.
+
+    Attributes:
+      factor: running mean of the outer products of the gradient's rows, block by block.
+      power: a power of it, with mean eigenvalue 1.
+      inverse: the inverse of ``power``.
+    """
+
+    factor: jax.Array
+    power: jax.Array
+    inverse: jax.Array
+
+
+Sides = tuple[Side, Side]
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Returns the split of a shape into rows and columns that is nearest to a square; None for vectors.
+
+    Example:
+      >>> matrix_shape((3, 3, 16, 32)), matrix_shape((10,)), matrix_shape((1, 7))
+      ((144, 32), None, None)
+    """
+    splits = []
+    for axis in range(1, len(shape)):
+        rows = functools.reduce(lambda a, b: a * b, shape[:axis], 1)
+        columns = functools.reduce(lambda a, b: a * b, shape[axis:], 1)
+        splits.append((rows, columns))
+    best = min(splits, key=sum, default=None)
+    return best if best is not None and min(best) > 1 else None
+
+
+def init_sides(shape: tuple[int, ...], block: int) -> Sides | None:
+    """Returns means of zero and powers of one for a matrix; None for a vector.
+
+    Args:
+      shape: of the tensor, which is a matrix as :func:`matrix_shape` splits it.
+      block: longest side of a factor. A longer side is cut into blocks of rows of equal size.
+
+    Example:
+      >>> [side.factor.shape for side in init_sides((300, 4), 128)]
+      [(3, 100, 100), (1, 4, 4)]
+    """
+    split = matrix_shape(shape)
+    if split is None:
+        return None
+
+    def side(rows: int) -> Side:
+        blocks = -(-rows // block)
+        size = -(-rows // blocks)
+        # No two leaves share a buffer: states are donated.
+        eye = lambda: jnp.array(jnp.broadcast_to(jnp.eye(size), (blocks, size, size)))
+        return Side(jnp.zeros((blocks, size, size)), eye(), eye())
+
+    return side(split[0]), side(split[1])
+
+
+def average_sides(sides: Sides, gradient: jax.Array, decay: float) -> Sides:
+    """Adds the outer products of a gradient to the running means."""
+    matrix = gradient.astype(jnp.float32).reshape(matrix_shape(gradient.shape))
+
+    def averaged(side: Side, x: jax.Array) -> Side:
+        rows = _blocked(x, side.factor)
+        outer = jnp.einsum("bij,bkj->bik", rows, rows)
+        return side._replace(factor=decay * side.factor + (1 - decay) * outer)
+
+    return averaged(sides[0], matrix), averaged(sides[1], matrix.T)
+
+
+def is_refresh_due(count: jax.Array, refresh_every: int) -> jax.Array:
+    """Returns whether powers are taken anew: often at first, when means change fast, then rarely."""
+    is_early = (count < refresh_every) & (count & (count - 1) == 0)
+    return (count % refresh_every == 0) | is_early
+
+
+def refresh_sides(
+    is_due: jax.Array, matrices: Sequence[Sides], powers: Sequence[Any], floor: float
+) -> list[Sides]:
+    """Takes the powers of all running means anew by eigendecomposition, if that is due.
+
+    Args:
+      is_due: whether it is, shape (). Under ``vmap`` nothing is computed unless it is due for any.
+      matrices: the factors.
+      powers: the exponent of each matrix, > 0.
+      floor: added to the eigenvalues of a factor, in units of their mean.
+
+    Returns:
+      The factors. What did not converge, or is zero, keeps the powers that it had.
+    """
+    pairs = [(sides, jnp.asarray(power, jnp.float32)) for sides, power in zip(matrices, powers, strict=True)]
+    fresh = _when(is_due, functools.partial(_refreshed, floor), pairs)
+    return [sides for sides, _ in fresh]
+
+
+def times_sides(sides: Sides, vector: jax.Array, inverse: bool = False) -> jax.Array:
+    """Returns ``L^power V R^power`` for a tensor V, or the product with the inverse, in its dtype."""
+    x = vector.reshape(matrix_shape(vector.shape)).astype(jnp.float32)
+    left, right = (side.inverse if inverse else side.power for side in sides)
+    return _times_blocks(right, _times_blocks(left, x).T).T.reshape(vector.shape).astype(vector.dtype)
+
+
+def _refreshed(floor: float, pairs: list[tuple[Sides, jax.Array]]) -> list[tuple[Sides, jax.Array]]:
+    fresh, done = [], jnp.zeros(())
+    for sides, power in pairs:
+        left, done = _with_powers(sides[0], power, floor, done)
+        right, done = _with_powers(sides[1], power, floor, done)
+        fresh.append(((left, right), power))
+    return fresh
+
+
+def _with_powers(side: Side, power: jax.Array, floor: float, before: jax.Array) -> tuple[Side, jax.Array]:
+    # Each decomposition waits for the one before: on CPUs, several at once in a loop may all wait for the
+    # same thread, and never end.
+    factor = side.factor + 0.0 * before
+    mean = jnp.mean(jnp.trace(factor, axis1=1, axis2=2)) / factor.shape[1]
+    eigenvalues, vectors = jnp.linalg.eigh(factor / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
+    values = (jnp.maximum(eigenvalues, 0.0) + floor) ** power
+    values = values / jnp.mean(values)
+    product = lambda scale: jnp.einsum("bij,bj,bkj->bik", vectors, scale, vectors)
+    fresh = product(values), product(1.0 / values)
+    is_sound = (mean > 0) & trees.is_finite(fresh)
+    power_of, inverse = trees.select(is_sound, fresh, (side.power, side.inverse))
+    return Side(side.factor, power_of, inverse), jnp.ravel(power_of)[0]
+
+
+def _blocked(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Cuts the rows of x into blocks (blocks, size, columns), with zeros at the end."""
+    blocks, size, _ = like.shape
+    return jnp.pad(x, ((0, blocks * size - x.shape[0]), (0, 0))).reshape(blocks, size, x.shape[1])
+
+
+def _times_blocks(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    """Product of a block-diagonal matrix (blocks, size, size) and x (rows, columns)."""
+    if matrix.shape[0] == 1:
+        return matrix[0] @ x
+    product = jnp.einsum("bij,bjk->bik", matrix, _blocked(x, matrix))
+    return product.reshape(-1, x.shape[1])[: x.shape[0]]
+
+
+def _when(is_due: jax.Array, function: Callable[[Any], Any], tree: Any) -> Any:
+    """Returns ``function(tree)`` if it is due, else the tree; under ``vmap`` computes only if any is."""
+
+    @jax.custom_batching.custom_vmap
+    def run(is_due, tree):
+        return jax.lax.cond(is_due, function, lambda t: t, tree)
+
+    @run.def_vmap
+    def batched(axis_size, in_batched, is_due, tree):
+        # A batched condition would turn the branch into a selection, and decompose at every step.
+        due_is_batched, tree_is_batched = in_batched
+        due = is_due if due_is_batched else jnp.broadcast_to(is_due, (axis_size,))
+        spread = lambda leaf, is_batched: (
+            leaf if is_batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
+        )
+        tree = jax.tree.map(spread, tree, tree_is_batched)
+
+        def some(inputs):
+            due, tree = inputs
+            pick = lambda new, old: jnp.where(due.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
+            return due, jax.tree.map(pick, jax.vmap(function)(tree), tree)
+
+        # Again by this function, so that a vmap around this one finds a condition that it may keep, too.
+        return _when(jnp.any(due), some, (due, tree))[1], jax.tree.map(lambda _: True, tree)
+
+    return run(is_due, tree)

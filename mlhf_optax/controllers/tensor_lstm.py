@@ -1,0 +1,468 @@
+"""A learned controller for any network: one small LSTM for every tensor, its weights shared by all.
+
+The system of a step is ``(G + S) d = m``, where m is a running mean of gradients and
+``S = damping * unit * M``. M is the metric of the tensor, between Adam's diagonal and Kronecker factors, and
+the unit ``rms(g) / rms(w0)`` has the dimension of curvature. The network sees statistics of every tensor that
+have no scale: multiplying the loss, or measuring all parameters in another unit, changes none of them. It
+says by how much the numbers of the step differ from those of the best constant, :data:`CONSTANTS`. Its
+output weights start at zero, so before meta-training it *is* that constant.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from mlhf_optax import trees
+from mlhf_optax.controllers.kronecker_factors import (
+    average_sides,
+    init_sides,
+    is_refresh_due,
+    matrix_shape,
+    refresh_sides,
+    times_sides,
+)
+from mlhf_optax.controllers.protocol import (
+    Control,
+    Controller,
+    Observed,
+    Operators,
+    Outcome,
+    Product,
+    View,
+    accept,
+)
+
+
+class Constants(NamedTuple):
+    """What the outputs are when the output weights are zero, and what is never learned.
+
+    Attributes:
+      damping: of every tensor, in the unit ``rms(g) / rms(w0)``.
+      power: exponent of the Kronecker factors.
+      diagonal: share of Adam's diagonal ``v^(1/2)`` in the metric of matrices, as an exponent.
+      rate: factor on the direction.
+      memory: steps over which the gradient is averaged.
+      warm: CG starts from so much of the previous direction.
+      floor: added to the eigenvalues of a factor, in units of their mean.
+      factor_decay: of the running means in the factors.
+      square_decay: of the running mean of squared gradients.
+      block: longest side of a factor.
+      refresh_every: steps between two eigendecompositions.
+      max_rate: largest factor on the direction.
+      update_ratio: the network is told when an update exceeds so much of the norm of the parameters.
+    """
+
+    damping: float = 10.0
+    power: float = 0.7
+    diagonal: float = 0.05
+    rate: float = 1.0
+    memory: float = 7.0
+    warm: float = 0.95
+    floor: float = 5e-2
+    factor_decay: float = 0.95
+    square_decay: float = 0.98
+    block: int = 128
+    refresh_every: int = 10
+    max_rate: float = 1.5
+    update_ratio: float = 0.25
+
+
+CONSTANTS = Constants()
+
+TENSOR_FEATURES, SHARED_FEATURES = 12, 10
+FEATURES = TENSOR_FEATURES + SHARED_FEATURES
+OUTPUTS = 7
+_TINY = 1e-30
+_SMALLEST = 1e-15  # gradient that damping is measured by, so that damping is never zero
+
+
+class TensorLSTM(NamedTuple):
+    """Meta-parameters, for any network; float32.
+
+    Attributes:
+      kernel: shape (features + units, 4 * units), of the gates i, f, g, o of the LSTM.
+      bias: shape (4 * units,).
+      readout: shape (units, outputs), from half of the LSTM's hidden state to the outputs.
+      linear: shape (features, outputs), past the LSTM.
+      offset: shape (outputs,).
+    """
+
+    kernel: jax.Array
+    bias: jax.Array
+    readout: jax.Array
+    linear: jax.Array
+    offset: jax.Array
+
+
+def init_tensor_lstm(key: chex.PRNGKey, units: int = 8) -> TensorLSTM:
+    """Returns a random LSTM with output weights of zero, so that it is the constant controller.
+
+    Args:
+      key: random key.
+      units: units of the LSTM.
+
+    Raises:
+      ValueError: if ``units`` is below one.
+
+    Example:
+      >>> sum(leaf.size for leaf in init_tensor_lstm(jax.random.key(0)))
+      1209
+    """
+    if units < 1:
+        raise ValueError(f"`units` must be at least 1, got {units}")
+    fan_in = FEATURES + units
+    # Gates that remember at the start learn long time scales sooner.
+    bias = jnp.zeros((4, units)).at[1].set(1.0).reshape(-1)
+    return TensorLSTM(
+        jax.random.normal(key, (fan_in, 4 * units)) * fan_in**-0.5,
+        bias,
+        jnp.zeros((units, OUTPUTS)),
+        jnp.zeros((FEATURES, OUTPUTS)),
+        jnp.zeros(OUTPUTS),
+    )
+
+
+class Said(NamedTuple):
+    """What the network says; the first four have shape (tensors,), the others are scalars.
+
+    Attributes:
+      damping: in the unit of damping.
+      trust: the preconditioner is ``trust * S^-1``, so a tensor's share of a CG step grows with it.
+      power: exponent of the Kronecker factors.
+      diagonal: exponent share of Adam's diagonal.
+      rate: factor on the direction.
+      memory: steps over which the gradient is averaged.
+      warm: share of the previous direction from which CG starts.
+    """
+
+    damping: jax.Array
+    trust: jax.Array
+    power: jax.Array
+    diagonal: jax.Array
+    rate: jax.Array
+    memory: jax.Array
+    warm: jax.Array
+
+
+class TensorLSTMState(NamedTuple):
+    """State of :func:`tensor_lstm` for n tensors, all of at least float32.
+
+    Attributes:
+      count: steps so far.
+      mean: running mean of gradients, shaped like the parameters.
+      mean_weight: sum of the weights in it, a scalar.
+      square: running mean of squared gradients, shaped like the parameters.
+      square_weight: sum of the weights in it.
+      factors: one entry per tensor, the Kronecker factors of a matrix or None.
+      losses: shape (4,): log of the loss, its running means over 10 and 100 steps, and its first value.
+      residual: shape (n,), norm of the residual over that of the right-hand side in the last solve.
+      damped_share: shape (n,), share of damping in the curvature along the last direction.
+      rate: the last one.
+      power: shape (n,), the last exponents.
+      hidden: shape (n, units), of the LSTM.
+      cell: likewise.
+    """
+
+    count: jax.Array  # shape=(), dtype=int32
+    mean: chex.ArrayTree
+    mean_weight: jax.Array
+    square: chex.ArrayTree
+    square_weight: jax.Array
+    factors: tuple[Any, ...]
+    losses: jax.Array
+    residual: jax.Array
+    damped_share: jax.Array
+    rate: jax.Array
+    power: jax.Array
+    hidden: jax.Array
+    cell: jax.Array
+
+
+class _Signal(NamedTuple):
+    """What operators are made of."""
+
+    said: Said
+    state: TensorLSTMState
+
+
+def tensor_lstm(meta_params: TensorLSTM, constants: Constants = CONSTANTS) -> Controller:
+    """Returns the learned controller for any network.
+
+    Args:
+      meta_params: what was learned.
+      constants: what the outputs are bounded around. Meta-parameters belong to the constants that they were
+        trained with.
+
+    Returns:
+      The controller. Its state is two floats per parameter, and for a matrix side of n rows about
+      ``3 * n * min(n, 128)`` more.
+
+    Example:
+      >>> controller = tensor_lstm(init_tensor_lstm(jax.random.key(0)))
+      >>> controller.init({"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}).hidden.shape
+      (2, 8)
+    """
+    units = meta_params.bias.shape[0] // 4
+    return Controller(
+        init=functools.partial(_init, units, constants),
+        control=functools.partial(_control, meta_params, constants),
+        operators=functools.partial(_operators, constants),
+        observe=_observe,
+    )
+
+
+def _init(units: int, constants: Constants, params: chex.ArrayTree) -> TensorLSTMState:
+    zeros = lambda: jax.tree.map(lambda p: trees.at_least_f32(jnp.zeros_like(p)), params)
+    scalar = lambda value=0.0: jnp.full((), value, jnp.float32)
+    leaves = jax.tree.leaves(params)
+    each = lambda value: jnp.full(len(leaves), value, jnp.float32)
+    return TensorLSTMState(
+        count=jnp.zeros((), jnp.int32),
+        mean=zeros(),
+        mean_weight=scalar(),
+        square=zeros(),
+        square_weight=scalar(),
+        factors=tuple(init_sides(leaf.shape, constants.block) for leaf in leaves),
+        losses=jnp.zeros(4),
+        residual=each(1.0),
+        damped_share=each(1.0),
+        rate=scalar(constants.rate),
+        power=each(constants.power),
+        hidden=jnp.zeros((len(leaves), units)),
+        cell=jnp.zeros((len(leaves), units)),
+    )
+
+
+def _control(meta_params: TensorLSTM, constants: Constants, view: View, state: TensorLSTMState) -> Control:
+    decay = constants.square_decay
+    mix = lambda v, g: decay * v + (1 - decay) * jnp.square(trees.at_least_f32(g))
+    state = state._replace(
+        losses=_averaged_losses(state, view.loss),
+        square=jax.tree.map(mix, state.square, view.gradient),
+        square_weight=decay * state.square_weight + (1 - decay),
+    )
+    outputs, hidden, cell = _network(meta_params, _features(view, state, constants), state)
+    said = say(outputs, constants)
+    share = 1 / said.memory
+    count = jnp.asarray(optax.safe_increment(state.count))
+    state = state._replace(
+        count=count,
+        mean=jax.tree.map(
+            lambda m, g: (1 - share) * m + share * g.astype(m.dtype), state.mean, view.gradient
+        ),
+        mean_weight=(1 - share) * state.mean_weight + share,
+        factors=_new_factors(view, state, count, constants),
+        rate=said.rate,
+        power=said.power,
+        hidden=hidden,
+        cell=cell,
+    )
+    return Control(_Signal(said, state), state)
+
+
+def _new_factors(view: View, state: TensorLSTMState, count: jax.Array, constants: Constants) -> tuple:
+    """Returns the factors with this gradient, their powers taken anew if that is due."""
+    decay = constants.factor_decay
+    matrices = [i for i, sides in enumerate(state.factors) if sides is not None]
+    gradients = jax.tree.leaves(view.gradient)
+    averaged = [average_sides(state.factors[i], gradients[i], decay) for i in matrices]
+    # The exponents of the step before: those of this one would have the network wait for the factors.
+    powers = [state.power[i] for i in matrices]
+    is_due = is_refresh_due(count, constants.refresh_every)
+    fresh = dict(zip(matrices, refresh_sides(is_due, averaged, powers, constants.floor), strict=True))
+    return tuple(fresh.get(i) for i in range(len(state.factors)))
+
+
+def _operators(constants: Constants, view: View, signal: _Signal) -> Operators:
+    said, state = signal
+    treedef = jax.tree.structure(view.gradient)
+    running = jnp.sqrt(_mean_square(state.square) / state.square_weight)
+    # A training that is nearly done has steps with a tiny gradient; with damping as small they jump away.
+    size = jnp.maximum(trees.root_mean_square(view.gradient), running)
+    size = jnp.maximum(size, _SMALLEST) / _initial_rms(view)
+    damping = treedef.unflatten(list(size * said.damping))
+    trust = treedef.unflatten(list(said.trust))
+    entries = zip(jax.tree.leaves(state.square), state.factors, said.diagonal, strict=True)
+    diagonals = [_diagonal(v, sides, share) for v, sides, share in entries]
+
+    def times(vector, scales, inverse=False):
+        leaves = jax.tree.leaves(vector)
+        products = [
+            _times_metric(x, h, sides, inverse)
+            for x, h, sides in zip(leaves, diagonals, state.factors, strict=True)
+        ]
+        return _scaled(scales, treedef.unflatten(products))
+
+    inverted = jax.tree.map(lambda t, s: t / s, trust, damping)
+    return Operators(
+        Product(damping, lambda v: times(v, damping)),
+        Product(inverted, lambda v: times(v, inverted, inverse=True)),
+        right_hand_side=jax.tree.map(
+            lambda m, g: (m / state.mean_weight).astype(g.dtype), state.mean, view.gradient
+        ),
+        start=jax.tree.map(lambda d: (said.warm * d).astype(d.dtype), view.direction),
+        step_scale=said.rate,
+        damping_after_preconditioner=lambda r: _scaled(trust, r),
+    )
+
+
+def _observe(view: View, outcome: Outcome, state: TensorLSTMState) -> Observed:
+    d, r, b, s_d = map(
+        jax.tree.leaves, (outcome.direction, outcome.residual, outcome.right_hand_side, outcome.damped)
+    )
+    curvature = _dots(d, b) - _dots(d, r)  # <d, (G + S) d>
+    share = jnp.clip(_dots(d, s_d) / jnp.where(curvature > 0, curvature, 1e30), 0.0, 1.0)
+    residual = jnp.sqrt(_dots(r, r) / (_dots(b, b) + _TINY))
+    keep = lambda new, old: jnp.where(outcome.is_sound, new, old)
+    state = state._replace(
+        residual=keep(residual, state.residual), damped_share=keep(share, state.damped_share)
+    )
+    return accept(view, outcome, state)
+
+
+def _initial_rms(view: View) -> jax.Array:
+    # Parameters that all start at zero have no size to measure by.
+    return jnp.where(view.initial_rms > 0, view.initial_rms, 1.0)
+
+
+# The metric of one tensor.
+
+
+def _diagonal(square: jax.Array, sides: Any, share: jax.Array) -> jax.Array:
+    """Returns Adam's part of a metric, ``v^(1/2)`` for vectors and ``v^(share / 2)`` for matrices, mean 1."""
+    exponent = 0.5 if sides is None else 0.5 * share
+    h = (square / (jnp.mean(square) + _TINY) + 1e-6) ** exponent
+    return h / jnp.mean(h)
+
+
+def _times_metric(x: jax.Array, diagonal: jax.Array, sides: Any, inverse: bool) -> jax.Array:
+    """Returns M x or its inverse; ``M = h^(1/2) (L^p (h^(1/2) .) R^p)`` for matrices, h for vectors."""
+    if sides is None:
+        return (x / diagonal if inverse else x * diagonal).astype(x.dtype)
+    half = lax.rsqrt(diagonal) if inverse else jnp.sqrt(diagonal)
+    return (half * times_sides(sides, half * x, inverse)).astype(x.dtype)
+
+
+# What the network sees.
+
+
+def _features(view: View, state: TensorLSTMState, constants: Constants) -> jax.Array:
+    """Returns statistics without scale within [-1, 1], shape (tensors, FEATURES)."""
+    params, g, d, old_mean, square = map(
+        jax.tree.leaves, (view.params, view.gradient, view.direction, state.mean, state.square)
+    )
+    sizes = jnp.array([leaf.size for leaf in g], jnp.float32)
+    means = [
+        0.9 * m / jnp.maximum(state.mean_weight, 1e-3) + 0.1 * x for m, x in zip(old_mean, g, strict=True)
+    ]
+    rms = lambda xs: jnp.sqrt(_dots(xs, xs) / sizes + _TINY)
+    total = lambda each: jnp.sqrt(jnp.sum(sizes * jnp.square(each)) / jnp.sum(sizes) + _TINY)
+    cosine = lambda xs, ys: _dots(xs, ys) / (jnp.sqrt(_dots(xs, xs) * _dots(ys, ys)) + _TINY)
+    rms_w, rms_d, rms_m, rms_g = map(rms, (params, d, means, g))
+    rms_v = jnp.sqrt(jnp.stack([jnp.mean(v) for v in square]) / state.square_weight + _TINY)
+    all_w, all_d, all_m, all_v = map(total, (rms_w, rms_d, rms_m, rms_v))
+    is_started = (state.count > 0).astype(jnp.float32)
+    is_vector = jnp.array([1.0 if matrix_shape(leaf.shape) is None else -1.0 for leaf in g])
+    of_tensors = [
+        _bounded(_log(rms_m / all_m), 3.0),
+        _bounded(_log(rms_v / all_v), 3.0),
+        _bounded(_log(rms_m / rms_v) + 1, 1.0),
+        _bounded(_log(rms_w / all_w), 3.0),
+        is_started * _bounded(_log(rms_d / (rms_w + 0.1 * all_w)) + 4, 3.0),
+        is_started * _bounded(_log(rms_d / all_d), 3.0),
+        cosine(g, d),
+        cosine(g, old_mean),
+        cosine(means, d),
+        is_started * _bounded(_log(state.residual), 2.0),
+        is_started * (2 * state.damped_share - 1),
+        is_vector,
+    ]
+    age = state.count.astype(jnp.float32)
+    now, fast, slow, first = state.losses
+    ratio = state.rate * all_d / jnp.maximum(all_w, _TINY)
+    of_all = [
+        2 * age / (age + 10) - 1,
+        2 * age / (age + 100) - 1,
+        2 * age / (age + 1000) - 1,
+        _bounded(first - fast, 2.0),
+        _bounded(fast - slow, 0.3),
+        _bounded(now - fast, 0.5),
+        _bounded(_log(total(rms_g) / all_v), 0.5),
+        _bounded(_log(all_m / all_v) + 1, 1.0),
+        _bounded(_log(all_w / _initial_rms(view)), 1.0),
+        _bounded(_log(jnp.minimum(1.0, constants.update_ratio / jnp.maximum(ratio, _TINY))), 1.0),
+    ]
+    shared = jnp.broadcast_to(jnp.stack(of_all), (len(g), SHARED_FEATURES))
+    return jnp.concatenate([jnp.stack(of_tensors, 1), shared], 1).astype(jnp.float32)
+
+
+def _averaged_losses(state: TensorLSTMState, loss: jax.Array) -> jax.Array:
+    now = jnp.nan_to_num(jnp.log(jnp.maximum(loss.astype(jnp.float32), _TINY)), nan=30.0)
+    keep = jnp.array([0.0, 0.9, 0.99, 1.0])
+    return jnp.where(state.count == 0, now, keep * state.losses + (1 - keep) * now)
+
+
+def _bounded(x: jax.Array, scale: float) -> jax.Array:
+    """Features are bounded, so that the network meets nothing far beyond what it was trained on."""
+    return jnp.tanh(jnp.nan_to_num(x) / scale)
+
+
+def _log(x: jax.Array) -> jax.Array:
+    return jnp.log(x + _TINY)
+
+
+# What the network says.
+
+
+def _network(
+    meta_params: TensorLSTM, features: jax.Array, state: TensorLSTMState
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Takes one step of every LSTM; returns outputs (tensors, OUTPUTS), hidden states and cells."""
+    gates = jnp.concatenate([features, state.hidden], 1) @ meta_params.kernel + meta_params.bias
+    i, f, g, o = jnp.split(gates, 4, axis=1)
+    cell = jax.nn.sigmoid(f) * state.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+    hidden = jax.nn.sigmoid(o) * jnp.tanh(cell)
+    # Twice, so that equal noise on all meta-parameters moves the outputs about as much by each.
+    outputs = 2 * hidden @ meta_params.readout + features @ meta_params.linear + meta_params.offset
+    return outputs, hidden, cell
+
+
+def say(outputs: jax.Array, constants: Constants = CONSTANTS) -> Said:
+    """Turns outputs of the network, shape (tensors, OUTPUTS), into bounded controls around the constants.
+
+    Example:
+      >>> said = say(jnp.zeros((3, OUTPUTS)))
+      >>> said.damping, said.rate
+      (Array([10., 10., 10.], dtype=float32), Array(1., dtype=float32))
+    """
+    within = lambda x, factor: jnp.exp(math.log(factor) * jnp.tanh(x / math.log(factor)))
+    share = lambda x, at: jax.nn.sigmoid(x + math.log(at / (1 - at)))
+    each, shared = outputs.T, jnp.mean(outputs, axis=0)
+    return Said(
+        damping=constants.damping * within(2 * each[0], 30.0),
+        trust=within(-each[1], 10.0),
+        power=share(each[2], constants.power),
+        diagonal=share(each[3], constants.diagonal),
+        rate=constants.max_rate * share(shared[4], constants.rate / constants.max_rate),
+        memory=jnp.maximum(constants.memory * within(shared[5], 10.0), 1.0),
+        warm=share(shared[6], constants.warm),
+    )
+
+
+def _dots(xs: list, ys: list) -> jax.Array:
+    """Returns the inner products of tensors, shape (tensors,)."""
+    return jnp.stack([trees.vdot(x, y).astype(jnp.float32) for x, y in zip(xs, ys, strict=True)])
+
+
+def _mean_square(tree: chex.ArrayTree) -> Any:
+    return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(tree)) / trees.size(tree)
+
+
+def _scaled(scales: chex.ArrayTree, tree: chex.ArrayTree) -> chex.ArrayTree:
+    return jax.tree.map(lambda s, x: (s * x).astype(x.dtype), scales, tree)

@@ -1,0 +1,143 @@
+"""MLHF for any network on the shelf of learned optimizers: one small LSTM for every tensor."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mlhf_optax.controllers.tensor_lstm import TensorLSTM, init_tensor_lstm
+from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn, check_curvature_batch
+from mlhf_optax.learned.registry import LearnedFamily
+from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, unrolled_optimizer
+from mlhf_optax.mlhf import mlhf
+
+_MAX_UNITS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class MLHFGeneralOptions:
+    """How it is meta-trained.
+
+    Raises:
+      ValueError: for a value out of range.
+    """
+
+    units: int = 8
+    """Units of the LSTM."""
+    num_cg_steps: int = 2
+    """CG steps per step."""
+    curvature_batch_size: int | float | None = 0.25
+    """Examples of the batch for curvature, or a share of it; None for all of it. Tasks may have their own."""
+
+    def __post_init__(self):
+        if not 1 <= self.units <= _MAX_UNITS:
+            raise ValueError(f"`units` must lie between 1 and {_MAX_UNITS}, got {self.units}")
+        check_curvature_batch(self.curvature_batch_size)
+
+
+def _learned(options: MLHFGeneralOptions, start: Any = None) -> LearnedOptimizer:
+    def init(key, task) -> TensorLSTM:
+        del task
+        return init_tensor_lstm(key, options.units) if start is None else start.meta_params
+
+    def build(meta_params, task):
+        own = getattr(task, "curvature_batch_size", None)
+        return _optimizer(
+            meta_params,
+            task.predict_fn,
+            task.loss_fn,
+            num_cg_steps=options.num_cg_steps,
+            curvature_batch_size=options.curvature_batch_size if own is None else own,
+        )
+
+    # For those who want back-propagation; over long horizons only `build` is used.
+    meta_loss = lambda trajectory: jnp.mean(jnp.log(trajectory.losses[1:] + 1e-6))
+    return unrolled_optimizer(build, meta_loss, init=init)
+
+
+def _resolve(options: MLHFGeneralOptions, start: Any) -> MLHFGeneralOptions:
+    units = options.units if start is None else start.meta_params.bias.shape[0] // 4
+    return dataclasses.replace(options, units=units)
+
+
+def _optimizer(
+    meta_params: TensorLSTM,
+    predict_fn: PredictFn,
+    loss_fn: LossFn,
+    *,
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    num_cg_steps: int = 2,
+    curvature_batch_size: CurvatureBatch = None,
+    per_example: PerExample = None,
+    max_update_ratio: float | None = 0.25,
+    momentum: float | None = None,
+    weight_decay: float = 0.0,
+    unroll: bool | int = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns :func:`mlhf_optax.mlhf`, whose arguments these are."""
+    return mlhf(
+        learning_rate,
+        meta_params,
+        predict_fn,
+        loss_fn,
+        num_cg_steps=num_cg_steps,
+        curvature_batch_size=curvature_batch_size,
+        per_example=per_example,
+        max_update_ratio=max_update_ratio,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        unroll=unroll,
+    )
+
+
+def _record(options: MLHFGeneralOptions) -> dict[str, Any]:
+    return {
+        "learning_rate": 1.0,
+        "num_cg_steps": options.num_cg_steps,
+        "curvature_batch_size": options.curvature_batch_size,
+    }
+
+
+def _check_record(record: Mapping[str, Any]) -> str | None:
+    for name, kind in (("learning_rate", float), ("num_cg_steps", int)):
+        value = record.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, kind | int) or not 0 < value < math.inf:
+            return f"'{name}' must be a positive number, got {value!r}"
+    try:
+        check_curvature_batch(record.get("curvature_batch_size"))
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _structure(meta_params: TensorLSTM) -> dict[str, Any]:
+    if not isinstance(meta_params, TensorLSTM):
+        raise TypeError(f"`meta_params` must be a TensorLSTM, got {type(meta_params).__name__}")
+    return {"units": meta_params.bias.shape[0] // 4}
+
+
+def _template(structure: Mapping[str, Any]) -> TensorLSTM:
+    units = structure["units"]
+    if not isinstance(units, int) or not 1 <= units <= _MAX_UNITS:
+        raise ValueError(f"'units' must lie between 1 and {_MAX_UNITS}, got {units!r}")
+    return jax.eval_shape(lambda: init_tensor_lstm(jax.random.key(0), units))
+
+
+MLHF_GENERAL = LearnedFamily(
+    name="mlhf_general",
+    label="MLHF general",
+    description="one small LSTM for every tensor of any network chooses damping, metric and rate",
+    options=MLHFGeneralOptions,
+    learned=_learned,
+    optimizer=_optimizer,
+    arguments=("learning_rate", "num_cg_steps", "curvature_batch_size"),
+    record=_record,
+    structure=_structure,
+    resolve=_resolve,
+    template=_template,
+    check_record=_check_record,
+)

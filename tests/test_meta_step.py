@@ -11,7 +11,6 @@ import problems
 import pytest
 
 from mlhf_optax import Settings, init_meta_params, layer_types
-from mlhf_optax.controllers import lstm
 from mlhf_optax.meta_training import (
     LearnedOptimizer,
     MetaGradient,
@@ -87,40 +86,6 @@ def test_step_sizes_are_learned():
     assert int(state.counts["dropped_gradients"]) == 0
 
 
-def lstm_optimizer(weights, task):
-    """Gradients through a coordinate-wise LSTM, whose output is the update (Andrychowicz et al. 2016)."""
-    del task
-
-    def init(params):
-        return lstm.init_carry(params, (4,))
-
-    def update(grads, state, params=None, **extra_args):
-        del params, extra_args
-        leaves, treedef = jax.tree.flatten(grads)
-        cells, hiddens = (treedef.flatten_up_to(tree) for tree in state[0])
-        outputs, carries = [], []
-        for leaf, cell, hidden in zip(leaves, cells, hiddens, strict=True):
-            output, carry = lstm.apply(weights, (lstm.LayerCarry(cell, hidden),), 5.0 * leaf[None])
-            outputs.append(output)
-            carries.append(carry[0])
-        cells, hiddens = (treedef.unflatten(column) for column in zip(*carries, strict=True))
-        return treedef.unflatten(outputs), (lstm.LayerCarry(cells, hiddens),)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def test_an_lstm_that_emits_the_update_is_learned():
-    weights = lstm.init_weights(jax.random.key(0), num_inputs=1, units=(4,))
-    learned = unrolled_optimizer(lstm_optimizer, mean_loss)
-    series, state = meta_train(
-        learned, weights, 60, task=KERNEL_TASK, meta_learning_rate=0.03, max_age=2 * LENGTH
-    )
-    assert np.mean(series["meta_loss"][-10:]) < 0.75 * np.mean(series["meta_loss"][:10])
-    # States are carried from one unroll to the next: half of the trainings are in their second one.
-    assert np.mean(series["age"][-10:]) > 0.3 * LENGTH
-    assert float(jnp.max(jnp.abs(jax.tree.leaves(state.trainings.opt_state)[0]))) > 0
-
-
 @pytest.mark.parametrize("second_derivatives", [False, True])
 def test_back_propagation_through_the_unroll_by_hand(x64, second_derivatives):
     """Two steps of gradient descent w <- w - rate * a * w on a parabola of curvature a."""
@@ -135,9 +100,8 @@ def test_back_propagation_through_the_unroll_by_hand(x64, second_derivatives):
     results = []
     for remat in (False, True):
         learned = unrolled_optimizer(build, meta_loss, second_derivatives=second_derivatives, remat=remat)
-        results.append(
-            learned.meta_gradient(jnp.asarray(rate), task, jnp.asarray(w0), (), jnp.asarray(a), None)
-        )
+        run = jax.jit(lambda *arguments: learned.meta_gradient(arguments[0], task, *arguments[1:], None))  # noqa: B023
+        results.append(run(rate, w0, (), a))
     w1 = w0 * (1 - rate * a[0])
     w2 = w1 * (1 - rate * a[1])
     slope_1 = -a[0] * w0

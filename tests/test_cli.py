@@ -161,24 +161,15 @@ def test_a_task_that_recommends_another_optimizer_gets_any_shipped_set(monkeypat
         (["digits-convnet", "--hidden", "4"], "the task 'digits-convnet' has no option 'hidden'"),
         (["--activation", "swish"], "`activation` must be one of"),
         (["--batch-size", "9999"], "`batch_size` must lie between 1 and the number of training examples"),
-        (
-            ["--curvature-batch-size", "2.0"],
-            "`curvature_batch_size` as a fraction must lie in (0, 1], got",
-        ),
+        (["--curvature-batch-size", "2.0"], "`curvature_batch_size` as a fraction must lie in (0, 1], got"),
         (["--curvature-batch-size", "0"], "`curvature_batch_size` must be at least 1 example, got 0"),
         (["--cg-steps", "0"], "`num_cg_steps` must be at least 1"),
-        (
-            ["--optimizers", "adam", "--cg-steps", "2"],
-            "`num_cg_steps` is an argument of no",
-        ),
+        (["--optimizers", "adam", "--cg-steps", "2"], "`num_cg_steps` is an argument of no"),
         (["--meta-params", "nowhere/x"], "there is no such file"),
         (["--optimizers", "adam", "--meta-params", "digits"], "digits holds meta-parameters of 'mlhf', but"),
         (["--meta-params", "adam_rates=digits"], "of 'mlhf', but they are asked for adam_rates"),
         (["--meta-params", "digits,digits_convnet"], "two sets for 'mlhf', digits and digits_convnet"),
-        (
-            ["--optimizers", "adam_rates"],
-            "no meta-parameters of 'adam_rates' come with the package",
-        ),
+        (["--optimizers", "adam_rates"], "no meta-parameters of 'adam_rates' come with the package"),
         (["--json", "nowhere/out.json"], "the folder of nowhere/out.json does not exist"),
         (["--figure", "nowhere/out.png"], "the folder of nowhere/out.png does not exist"),
         (["--figure", "out.txt"], "`figure` must end in one of"),
@@ -214,10 +205,7 @@ def test_a_curvature_batch_beyond_the_batch_is_explained(capsys, meta_params):
         (["--channels", "x"], "must be whole numbers separated by commas"),
         (["--optimizers", "mlhf,lion"], "must be among mlhf,adam_rates,sgd,rmsprop,adam,muon, separated by"),
         (["--optimizers", ""], "must be among mlhf,"),
-        (
-            ["--curvature-batch-size", "half"],
-            "no type matching INT|FLOAT",
-        ),
+        (["--curvature-batch-size", "half"], "no type matching INT|FLOAT"),
     ],
 )
 def test_wrong_options_of_train_are_refused(arguments, message, capsys):
@@ -329,10 +317,7 @@ def test_options_of_image_tasks_reach_them():
         (["cifar10-convnet", "--data-dir", "nowhere"], "no prepared dataset 'cifar10' in nowhere"),
         (["--batch-size", "1000000"], "must lie between 1 and the number of meta-training examples"),
         (["--start", "nowhere"], "there is no such file"),
-        (
-            ["--start", "digits", "--settings", "relative", "--initial-damping", "3"],
-            "leave out initial_",
-        ),
+        (["--start", "digits", "--settings", "relative", "--initial-damping", "3"], "leave out initial_"),
         (["--start", "digits", "--optimizer", "adam_rates"], "holds meta-parameters of 'mlhf', not of"),
         (["--keep-probability", "2"], "`keep_probability` must be in [0, 1], got 2.0"),
         (["--stop-after", "0"], "`stop_after` must be at least 1, got 0"),

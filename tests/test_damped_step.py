@@ -86,10 +86,7 @@ def spoil(what, batch, grads, params):
         "infinite gradient": {"grads": change(grads, jnp.inf)},
         # Finite, but <g, g> is not: without this guard the old direction would be applied again.
         "huge gradient": {"grads": jax.tree.map(lambda g: jnp.full_like(g, 1e30), grads)},
-        "loss": {
-            "batch": with_image(jnp.inf),
-            "grads": gradient(params, with_image(jnp.inf)),
-        },
+        "loss": {"batch": with_image(jnp.inf), "grads": gradient(params, with_image(jnp.inf))},
         "GGN product": {"batch": with_image(jnp.inf)},
         "parameters": {"params": change(params, jnp.nan)},
     }[what]

@@ -229,10 +229,6 @@ def test_meta_parameters_that_do_not_know_a_layer_type_are_an_error():
     ],
 )
 def test_an_argument_of_a_wrong_type_or_range_is_an_error_that_names_it(wrong, error, message):
-    arguments = {
-        "meta_params": META_PARAMS,
-        "predict_fn": problems.mlp,
-        "loss_fn": problems.LOSS,
-    }
+    arguments = {"meta_params": META_PARAMS, "predict_fn": problems.mlp, "loss_fn": problems.LOSS}
     with pytest.raises(error, match=message):
         mlhf(1.0, **arguments | wrong)

@@ -152,10 +152,7 @@ def test_five_steps_and_both_losses_agree_with_numpy(unroll):
     close(result.priority, result.meta_losses["l_s"])
     close(result.inner_losses, [*(step.loss for step in unroll.steps), last.loss_next])
     close(problems.flat(result.params), last.w_next)
-    close(
-        result.gradient_norm,
-        np.linalg.norm(unroll.case.model.gradient(last.w_next, unroll.batches[-1])),
-    )
+    close(result.gradient_norm, np.linalg.norm(unroll.case.model.gradient(last.w_next, unroll.batches[-1])))
     own = result.opt_state[0]
     assert (int(own.count), int(own.info.skipped_steps)) == (5, 0)
     close(problems.flat(own.direction), last.direction)

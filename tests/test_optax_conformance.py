@@ -72,10 +72,7 @@ OPTIMIZERS = {
         by_parameter=((3, 2),) * 3,
     ),
     "hessian_free": Entry(
-        hessian_free,
-        {"damping": 0.1, "num_cg_steps": 2},
-        injected=("damping",),
-        smooth={"early_exit": False},
+        hessian_free, {"damping": 0.1, "num_cg_steps": 2}, injected=("damping",), smooth={"early_exit": False}
     ),
     # A rule that changes the damping makes jumps; within its band it does not.
     "hessian_free LM": Entry(

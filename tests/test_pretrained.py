@@ -316,10 +316,7 @@ def test_absent_and_surplus_arrays_are_refused_by_name(saved):
         ('{"loss": NaN}', "its record is not JSON.*NaN is not a finite number"),
         ('{"loss": 1e999}', "its record is not JSON.*1e999 is not a finite number"),
         ("{}", "its record cannot be used: it lacks .*'optimizer'"),
-        (
-            json.dumps({**RECORD, "optimizer": "l2l"}),
-            "its record .*no learned optimizer 'l2l'",
-        ),
+        (json.dumps({**RECORD, "optimizer": "l2l"}), "its record .*no learned optimizer 'l2l'"),
         (json.dumps({**RECORD, "learning_rate": "fast"}), ".*'learning_rate' must be a positive number"),
         (json.dumps({**RECORD, "optimizer": "adam_rates"}), "its structure asks for arrays that are absent"),
     ],

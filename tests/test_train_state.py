@@ -16,10 +16,7 @@ from mlhf_optax import SoftmaxCrossEntropy, TrainState, init_meta_params, mlhf
 
 LOSS = SoftmaxCrossEntropy()
 META_PARAMS = init_meta_params(jax.random.key(0), units=(2,))
-BATCH = {
-    "image": np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32),
-    "label": np.arange(8) % 2,
-}
+BATCH = {"image": np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32), "label": np.arange(8) % 2}
 
 
 class Dense(nn.Module):

@@ -99,8 +99,8 @@ def training_steps(tx, params, batches, loss_fn=linear_loss):
 def rescaled_direction(build, scale):
     """The first direction of `build(predict_fn)`, in units of the plain network, on one whose parameters
     are `scale` times smaller and multiplied by as much before they are used."""
-    params, data = mlp_params(dtype=float), batch()
-    predict_fn = lambda p, b: mlp(jax.tree.map(lambda x: x * scale, p), b)
+    params, data = linear_params(dtype=float), batch()
+    predict_fn = lambda p, b: linear(jax.tree.map(lambda x: x * scale, p), b)
     scaled = jax.tree.map(lambda x: x / scale, params)
     tx = build(predict_fn)
 

@@ -22,7 +22,7 @@ def make(metric="identity", damping=2.0, predict_fn=problems.linear, loss_fn=pro
     return gauss_newton(0.7, predict_fn, loss_fn, damping=damping, metric=metric, **arguments)
 
 
-@pytest.mark.parametrize(("metric", "num_cg_steps"), [("identity", 3), ("diagonal", 3), ("diagonal", None)])
+@pytest.mark.parametrize(("metric", "num_cg_steps"), [("identity", 3), ("diagonal", None)])
 def test_steps_agree_with_dense_matrices_in_numpy(x64, metric, num_cg_steps):
     params, batches = problems.mlp_params(), problems.batches(5)
     expected = references.naive_gauss_newton(
@@ -69,13 +69,13 @@ def test_the_unit_of_the_parameters_changes_nothing(x64, metric):
 
 
 def test_with_the_diagonal_metric_and_large_damping_steps_have_the_direction_of_adam(x64):
-    params, batches = problems.mlp_params(), problems.batches(3)
-    ours = make(diagonal(0.9, floor=0.0), 1e6, problems.mlp, num_cg_steps=4)
+    params, batches = problems.linear_params(), problems.batches(3)
+    ours, gradient = make(diagonal(0.9, floor=0.0), 1e6), jax.jit(jax.grad(problems.linear_loss))
     adam = optax.scale_by_adam(b1=0.0, b2=0.9, eps=1e-12)
     adam_state = adam.init(params)
-    steps = problems.training_steps(ours, params, batches, problems.mlp_loss)
+    steps = problems.training_steps(ours, params, batches)
     for batch, (after, _, _) in zip(batches, steps, strict=True):
-        want, adam_state = adam.update(jax.grad(problems.mlp_loss)(params, batch), adam_state)
+        want, adam_state = adam.update(gradient(params, batch), adam_state)
         got, want = problems.flat(params) - problems.flat(after), problems.flat(want)
         np.testing.assert_allclose(got @ want / np.linalg.norm(got) / np.linalg.norm(want), 1.0, atol=1e-5)
         params = after

@@ -198,8 +198,7 @@ def test_the_layer_types_may_be_given():
 def test_damping_of_the_dimension_of_curvature_does_not_depend_on_the_scale_of_the_parameters(x64):
     # Untrained LSTMs see nothing, so all that is left is the unit of s and P.
     settings = Settings(unit=Unit(parameter_power=1.0), initial_damping=4.0)
-    kinds = ("dense_bias", "dense_kernel")
-    meta_params = init_meta_params(jax.random.key(0), settings, layer_types=kinds, units=(2,))
+    meta_params = init_meta_params(jax.random.key(0), settings, layer_types=["dense_kernel"], units=(2,))
     build = lambda predict_fn: scale_by_mlhf(meta_params, predict_fn, problems.LOSS, unroll=1)
     one, tenth = (problems.rescaled_direction(build, scale) for scale in (1.0, 0.1))
     np.testing.assert_allclose(tenth, one, rtol=1e-9)

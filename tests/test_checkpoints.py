@@ -131,12 +131,6 @@ def test_new_checkpoints_are_kept_where_damaged_ones_have_higher_numbers(tmp_pat
     assert len(list(tmp_path.glob("*.damaged"))) == 3
 
 
-def test_nothing_of_higher_number_is_deleted_by_a_save(tmp_path):
-    saved(tmp_path, 7, 8, 9)
-    saved(tmp_path, 2)
-    assert names(tmp_path) == [name(9), name(8), name(7), name(2)]
-
-
 def test_if_all_are_damaged_nothing_starts_anew_on_top_of_them(tmp_path):
     saved(tmp_path, 1, 2)
     for path in list_checkpoints(tmp_path):

@@ -69,13 +69,6 @@ def test_the_health_of_a_training(losses, details, expected):
     assert health(losses, **details) == expected
 
 
-def test_only_a_training_that_is_healthy_and_got_somewhere_is_worth_storing():
-    flags = jnp.array([HEALTHY, DIVERGED, IDLE, STUCK])
-    found = Health(*flags.T)
-    np.testing.assert_array_equal(found.healthy, [True, False, True, False])
-    np.testing.assert_array_equal(found.worth_storing, [True, False, False, False])
-
-
 def test_the_first_loss_and_gradient_are_remembered():
     training = fresh_training(jax.random.key(0), lambda key: jnp.ones(2), lambda params: 0 * params)
     assert np.isnan(training.first_loss)
@@ -185,20 +178,6 @@ def test_a_replayed_training_goes_on_at_its_age_with_a_new_optimizer_state_unles
     np.testing.assert_array_equal(after.first_loss, 2 * after.params)
     np.testing.assert_array_equal(after.opt_state, 7.0 if keeps_state else 0.0)
     assert len(np.unique(after.params)) > COUNT / 2
-
-
-def test_rank_based_replay_prefers_what_has_a_high_meta_loss():
-    drawn = {}
-    for sampling in ("uniform", "rank"):
-        after, _, _ = replace(
-            all_healthy(),
-            keep_probability=0.0,
-            fresh_probability=0.0,
-            store_probability=1.0,
-            replay_sampling=sampling,
-        )
-        drawn[sampling] = float(jnp.mean(after.params > 0.99 * COUNT))
-    assert drawn["uniform"] < 0.05 < 0.3 < drawn["rank"]
 
 
 def test_old_trainings_are_replaced_although_healthy():

@@ -155,17 +155,10 @@ def test_other_settings_are_refused_by_name(tmp_path):
         load_last_checkpoint(tmp_path, TEMPLATE, other)
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        {**TEMPLATE, "count": jnp.zeros(())},
-        {**TEMPLATE, "low": jnp.zeros(4, jnp.bfloat16)},
-        {**TEMPLATE, "more": jnp.zeros(())},
-        {name: leaf for name, leaf in TEMPLATE.items() if name != "mask"},
-    ],
-    ids=["dtype", "shape", "a leaf more", "a leaf less"],
-)
-def test_a_state_of_another_make_is_refused(tmp_path, template):
+def test_a_state_of_another_make_is_refused(tmp_path):
     saved(tmp_path, 1)
-    with pytest.raises(ValueError, match=r"does not fit this run .* use another output folder"):
-        load_last_checkpoint(tmp_path, template, ABOUT)
+    changes = ({"count": jnp.zeros(())}, {"low": jnp.zeros(4, jnp.bfloat16)}, {"more": jnp.zeros(())})
+    less = {name: leaf for name, leaf in TEMPLATE.items() if name != "mask"}
+    for template in (*({**TEMPLATE, **change} for change in changes), less):
+        with pytest.raises(ValueError, match=r"does not fit this run .* use another output folder"):
+            load_last_checkpoint(tmp_path, template, ABOUT)

@@ -74,8 +74,8 @@ def test_the_preconditioner_may_be_any_function_and_the_exact_one_needs_one_step
 @pytest.mark.parametrize("unroll", [False, 2])
 def test_the_loop_may_be_rolled(unroll):
     matrix, b, x0, preconditioner = system()
-    want = solve(matrix, b, x0, preconditioner, num_steps=5)
-    got = solve(matrix, b, x0, preconditioner, num_steps=5, kwargs=(("unroll", unroll),))
+    want = solve(matrix, b, x0, preconditioner, num_steps=4)
+    got = solve(matrix, b, x0, preconditioner, num_steps=4, kwargs=(("unroll", unroll),))
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-9), got, want)
 
 
@@ -98,14 +98,11 @@ def test_a_zero_right_hand_side_needs_no_step_from_zero_and_returns_to_zero_from
     np.testing.assert_allclose(solve(matrix, np.zeros(N), x0, num_steps=N)[0], np.zeros(N), atol=1e-9)
 
 
-def test_a_start_at_the_solution_stays_there():
+def test_a_start_at_the_solution_stays_there_and_a_singular_but_consistent_system_is_solved():
     matrix = np.diag([1.0, 2.0, 4.0])
-    x, _, info = solve(matrix, matrix @ np.ones(3), np.ones(3), num_steps=4)
+    x, _, info = solve(matrix, matrix @ np.ones(3), np.ones(3), num_steps=10)
     np.testing.assert_array_equal(x, np.ones(3))
     assert int(info.steps) == 0
-
-
-def test_a_singular_but_consistent_system_is_solved():
     matrix = np.diag([1.0, 3.0, 0.0])
     x, residual, _ = solve(matrix, np.array([2.0, 3.0, 0.0]), num_steps=10)
     np.testing.assert_allclose(x, [2.0, 1.0, 0.0], atol=1e-12)
@@ -250,15 +247,13 @@ def all_gradients(*arguments):
     return jax.grad(outcome, argnums=(0, 1, 2, 3))(*arguments)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("start", ["zero", "elsewhere", "solution"])
-@pytest.mark.parametrize("right_hand_side", ["zero", "ones"])
-def test_no_gradient_is_nan_where_a_division_would_be_zero_by_zero(dtype, start, right_hand_side):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_gradient_is_nan_where_a_division_would_be_zero_by_zero(dtype):
     diagonal = np.arange(1.0, 4.0)
-    b = np.zeros(3) if right_hand_side == "zero" else np.ones(3)
-    x0 = {"zero": np.zeros(3), "elsewhere": np.arange(3.0), "solution": b / diagonal}[start]
-    gradients = all_gradients(*(jnp.asarray(x, dtype) for x in (np.diag(diagonal), b, x0, np.ones(3))))
-    assert all(np.isfinite(g).all() for g in gradients)
+    for b in (np.zeros(3), np.ones(3)):
+        for x0 in (np.zeros(3), np.arange(3.0), b / diagonal):
+            gradients = all_gradients(*(x.astype(dtype) for x in (np.diag(diagonal), b, x0, np.ones(3))))
+            assert all(np.isfinite(g).all() for g in gradients)
 
 
 def test_gradients_of_tiny_right_hand_sides_do_not_underflow_into_nan():
@@ -317,12 +312,9 @@ def test_bfloat16_vectors_stay_bfloat16_and_their_scalars_do_not():
 # Errors.
 
 
-@pytest.mark.parametrize("num_steps", [2.0, "2", None, True, np.array(2)])
-def test_a_number_of_steps_that_is_no_int_is_an_error(num_steps):
-    with pytest.raises(TypeError, match=r"`num_steps` must be a Python int, got .*`static_args`"):
-        pcg(lambda v: v, jnp.ones(2), num_steps=num_steps)
-
-
-def test_a_negative_number_of_steps_is_an_error():
+def test_a_number_of_steps_that_is_negative_or_no_int_is_an_error():
+    for num_steps in (2.0, "2", None, True, np.array(2)):
+        with pytest.raises(TypeError, match=r"`num_steps` must be a Python int, got .*`static_args`"):
+            pcg(lambda v: v, jnp.ones(2), num_steps=num_steps)
     with pytest.raises(ValueError, match="`num_steps` must be at least 0, got -1"):
         pcg(lambda v: v, jnp.ones(2), num_steps=-1)

@@ -65,7 +65,7 @@ def test_dtypes_are_kept_and_norms_do_not_overflow_in_them(dtype):
 # Momentum.
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.999])
 def test_the_average_is_the_weighted_mean_of_all_updates(x64, momentum):
     updates = np.random.default_rng(0).normal(size=(6, 4))
     found, _ = run(average_updates(momentum), list(jnp.asarray(updates)))
@@ -136,17 +136,16 @@ def test_numbers_that_are_injected_do_not_change_the_structure_of_the_state():
 # Errors.
 
 
-@pytest.mark.parametrize("ratio", [0, -0.5, float("nan")])
-@pytest.mark.parametrize("make", [limit_update_ratio, lambda r: after_solve(1.0, max_update_ratio=r)])
-def test_a_ratio_that_is_not_positive_is_an_error(make, ratio):
-    with pytest.raises(ValueError, match="`max_update_ratio` must be positive, or None for no bound, got"):
-        make(ratio)
-
-
-@pytest.mark.parametrize("momentum", [-0.1, 1.0, float("nan")])
-def test_a_momentum_out_of_range_is_an_error(momentum):
-    with pytest.raises(ValueError, match=r"`momentum` must be in \[0, 1\), or None for none, got"):
-        average_updates(momentum)
+def test_a_ratio_that_is_not_positive_and_a_momentum_out_of_range_are_errors():
+    for make in (limit_update_ratio, lambda r: after_solve(1.0, max_update_ratio=r)):
+        for ratio in (0, -0.5, float("nan")):
+            with pytest.raises(
+                ValueError, match="`max_update_ratio` must be positive, or None for no bound, "
+            ):
+                make(ratio)
+    for momentum in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"`momentum` must be in \[0, 1\), or None for none, got"):
+            average_updates(momentum)
 
 
 def test_missing_parameters_are_an_error():

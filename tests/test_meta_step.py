@@ -10,7 +10,7 @@ import optax
 import problems
 import pytest
 
-from mlhf_optax import Settings, init_meta_params, layer_types
+from mlhf_optax import Settings, init_meta_params
 from mlhf_optax.meta_training import (
     LearnedOptimizer,
     MetaGradient,
@@ -24,66 +24,13 @@ from mlhf_optax.meta_training import (
 NUM_TASKS, LENGTH = 4, 3
 
 
-def init_fn(key):
-    return {"kernel": 0.5 * jax.random.normal(key, (3, 2)), "bias": jnp.zeros(2)}
-
-
-def predict_fn(params, batch):
-    return batch["image"] @ params["kernel"] + params["bias"]
-
-
-TASK = SimpleNamespace(init_fn=init_fn, predict_fn=predict_fn, loss_fn=problems.LOSS)
-KERNEL_TASK = SimpleNamespace(
-    init_fn=lambda key: {"kernel": 0.5 * jax.random.normal(key, (3, 2))},
-    predict_fn=problems.linear,
-    loss_fn=problems.LOSS,
-)
-
-
 def meta_batches(number, num_tasks=NUM_TASKS):
     """Mini-batches of an unroll of every task, leaves (num_tasks, LENGTH + 1, 8, ...)."""
     batches = problems.stack(problems.batches(num_tasks * (LENGTH + 1), seed=number))
     return jax.tree.map(lambda x: x.reshape(num_tasks, LENGTH + 1, *x.shape[1:]), batches)
 
 
-def meta_train(learned, meta_params, num_iterations, task=TASK, **config):
-    """Metrics of every iteration, and the last state."""
-    config = MetaTrainingConfig(num_tasks=NUM_TASKS, unroll_length=LENGTH, **config)
-    init, meta_step = make_meta_step(task, learned, config)
-    state, series = init(jax.random.key(0), meta_params), []
-    for number in range(num_iterations):
-        state, metrics = meta_step(state, meta_batches(number))
-        series.append(metrics)
-    return jax.tree.map(lambda *x: np.array(x), *series), state
-
-
 # Learned optimizers of other kinds come onto the same harness.
-
-
-def step_sizes(log_rates, task):
-    """Gradient descent with a step size a layer type: the smallest learned optimizer."""
-    del task
-
-    def update(grads, state, params=None, **extra_args):
-        del extra_args
-        types = layer_types(params)
-        return jax.tree.map(lambda g, name: -jnp.exp(log_rates[name]) * g, grads, types), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-
-
-def mean_loss(trajectory):
-    return jnp.mean(trajectory.losses[1:])
-
-
-def test_step_sizes_are_learned():
-    start = {"dense_kernel": jnp.log(1e-3), "dense_bias": jnp.log(1e-3)}
-    series, state = meta_train(
-        unrolled_optimizer(step_sizes, mean_loss), start, 60, meta_learning_rate=0.2, keep_probability=0.0
-    )
-    assert np.mean(series["meta_loss"][-10:]) < 0.8 * np.mean(series["meta_loss"][:10])
-    assert float(state.meta_params["dense_kernel"]) > np.log(0.1)
-    assert int(state.counts["dropped_gradients"]) == 0
 
 
 @pytest.mark.parametrize("second_derivatives", [False, True])
@@ -123,7 +70,10 @@ class CountedTask:
     """A task that counts how often its model is traced."""
 
     def __init__(self):
-        self.init_fn, self.loss_fn, self.traces = KERNEL_TASK.init_fn, problems.LOSS, 0
+        self.loss_fn, self.traces = problems.LOSS, 0
+
+    def init_fn(self, key):
+        return {"kernel": 0.5 * jax.random.normal(key, (3, 2))}
 
     def predict_fn(self, params, batch):
         self.traces += 1

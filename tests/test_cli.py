@@ -74,24 +74,6 @@ def unframed(text):
 # Training ----------------------------------------------------------------------------------------
 
 
-def test_train_prints_a_table_and_writes_results_and_figure(capsys, folder, meta_params):
-    files = ("--json", "out.json", "--figure", "out.png")
-    assert run("train", *TINY, "--optimizers", "sgd, mlhf", "--meta-params", meta_params, *files) == 0
-    out = capsys.readouterr().out
-    assert "64-4-10" in out
-    assert "MLHF lr=0.5" in out
-    assert "best of the other 9 there" in out
-    assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
-    result = comparison.Comparison.load("out.json")
-    assert result.record["task"] == "digits-mlp-4"
-    assert result.record["command"].startswith("mlhf-optax train --seeds 2 --steps 3")
-    learned, *others = result.curves()
-    assert (learned.optimizer, learned.seeds, learned.steps) == ("mlhf", 2, [1, 2, 3])
-    expected = {"learning_rate": 0.5, "num_cg_steps": 1, "max_update_ratio": 0.1, "meta_params": meta_params}
-    assert expected.items() <= learned.setting.items()
-    assert [curve.family for curve in others] == 9 * ["sgd"]
-
-
 @pytest.fixture(scope="module")
 def meta_trained(one_compilation, tmp_path_factory):
     """The folder of a small meta-training from the command line."""
@@ -100,16 +82,27 @@ def meta_trained(one_compilation, tmp_path_factory):
     return output
 
 
-def test_any_learned_optimizer_is_meta_trained_and_compared(meta_trained, capsys, folder):
+def test_any_learned_optimizer_is_meta_trained_and_compared_in_table_file_and_figure(
+    meta_trained, capsys, folder
+):
     file = str(meta_trained / "meta_params.safetensors")
     found = load_pretrained(file).record
     assert (found["optimizer"], found["meta_training"]["initial_rate"]) == ("adam_rates", 0.03)
-    options = ("--optimizers", "adam_rates,adam", "--meta-params", file, "--activation", "tanh")
-    assert run("train", "--seeds", "1", "--steps", "1", "--hidden", "4", *options) == 0
+    options = ("--optimizers", "sgd, adam_rates", "--meta-params", file, "--activation", "tanh")
+    assert run("train", *TINY, *options, "--json", "out.json") == 0
     out = capsys.readouterr().out
+    assert "64-4-10" in out
+    assert "best of the other 9 there" in out
     assert "Adam, learned rates / that best" in out
-    assert f"Adam, learned rates (meta-parameters {file}) and 27 settings" in out
-    assert (folder / "mlhf-optax-digits-mlp-4-tanh.png").exists()
+    assert f"Adam, learned rates (meta-parameters {file}) and 9 settings" in out
+    assert (folder / "mlhf-optax-digits-mlp-4-tanh.png").read_bytes().startswith(b"\x89PNG")
+    result = comparison.Comparison.load("out.json")
+    assert result.record["task"] == "digits-mlp-4-tanh"
+    assert result.record["command"].startswith("mlhf-optax train --seeds 2 --steps 3")
+    learned, *others = result.curves()
+    assert (learned.optimizer, learned.seeds, learned.steps) == ("adam_rates", 2, [1, 2, 3])
+    assert learned.setting["meta_params"] == file
+    assert [curve.family for curve in others] == 9 * ["sgd"]
 
 
 def contenders(*arguments):

@@ -1,7 +1,5 @@
 """Gauss-Newton with one constant against dense solves, what it does not depend on, and transformations."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,17 +103,6 @@ def train(metric, damping, params, batches):
 
 
 @both_metrics
-def test_a_training_in_a_scan_under_vmap_is_that_of_single_steps(metric):
-    batches, starts = problems.batches(3), [problems.linear_params(seed, jnp.float32) for seed in range(2)]
-    run = jax.jit(jax.vmap(functools.partial(train, metric), in_axes=(None, 0, None)))
-    (found, state) = run(2.0, problems.stack(starts), problems.stack(batches))
-    assert state[0].count.tolist() == [3, 3]
-    for number, start in enumerate(starts):
-        *_, (params, _, _) = problems.training_steps(make(metric), start, batches)
-        np.testing.assert_allclose(found["kernel"][number], params["kernel"], rtol=1e-5, atol=1e-6)
-
-
-@both_metrics
 def test_the_derivative_by_the_damping_agrees_with_finite_differences(x64, metric):
     batches, params = problems.stack(problems.batches(3)), problems.linear_params(dtype=float)
 
@@ -127,21 +114,6 @@ def test_the_derivative_by_the_damping_agrees_with_finite_differences(x64, metri
     want = (last_loss(2.01)[0] - last_loss(1.99)[0]) / 0.02
     assert abs(want) > 1e-4
     np.testing.assert_allclose(last_loss(2.0)[1], want, rtol=1e-2)
-
-
-def test_training_bfloat16_parameters_is_about_that_of_float32():
-    batch, losses = problems.batch(), {}
-    for dtype in (jnp.bfloat16, jnp.float32):
-        steps = problems.training_steps(make("diagonal"), problems.linear_params(dtype=dtype), [batch] * 5)
-        losses[dtype] = [loss for _, _, loss in steps]
-    np.testing.assert_allclose(losses[jnp.bfloat16], losses[jnp.float32], rtol=0.05)
-    assert losses[jnp.bfloat16][-1] < 0.85 * losses[jnp.bfloat16][0]
-
-
-def test_the_state_holds_two_vectors_and_those_of_the_metric():
-    params = problems.linear_params(dtype=jnp.float32)
-    vectors = lambda metric: sum(leaf.size == 6 for leaf in jax.tree.leaves(make(metric).init(params)))
-    assert [vectors(metric) for metric in METRICS] == [2, 3]
 
 
 def test_bound_momentum_and_decay_are_those_of_the_other_optimizers():

@@ -90,29 +90,6 @@ def test_ten_steps_agree_with_algorithm_1_in_numpy(x64, name):
     assert int(state[0].count) == 10
 
 
-def test_the_meta_losses_of_the_reference_meet_their_definitions():
-    """Solved exactly, l_p is minus the mean of |g| in the norm of the inverse of H: its least value."""
-    batches = problems.batches(4)
-    w = problems.flat(problems.mlp_params())
-    run = functools.partial(
-        references.naive_mlhf,
-        problems.random_meta_params(),
-        references.Model(),
-        w,
-        batches,
-        learning_rate=0.5,
-    )
-    steps = run(num_cg_steps=20, num_steps=3)
-    norms = [np.sqrt(s.gradient @ np.linalg.solve(s.matrix, s.gradient)) for s in steps]
-    np.testing.assert_allclose(references.preconditioner_loss(steps), -np.mean(norms), rtol=1e-6)
-    assert references.preconditioner_loss(run(num_cg_steps=1, num_steps=3)) > -np.mean(norms)
-    terms = references.damping_losses(steps)
-    model, first = references.Model(), steps[0]
-    before, after = model.loss(first.w, batches[0]), model.loss(first.w_next, batches[0])
-    np.testing.assert_allclose(terms[0], model.loss(first.w_next, batches[1]) + after - 2 * before)
-    assert terms.mean() < references.damping_loss(steps) < terms.max()
-
-
 # Options.
 
 

@@ -298,8 +298,7 @@ def test_bfloat16_vectors_stay_bfloat16_and_their_scalars_do_not():
     matvec = lambda v: (jnp.asarray(matrix, jnp.float32) @ v.astype(jnp.float32)).astype(v.dtype)
     for early_exit in (False, True):
         options = {"num_steps": 4, "tolerance": 1e-3, "early_exit": early_exit}
-        run = jax.jit(lambda b, x0, values: pcg(matvec, b, x0, preconditioner=Quotient(values), **options))  # noqa: B023
-        x, residual, info = run(*low)
+        x, residual, info = pcg(matvec, *low[:2], preconditioner=Quotient(low[2]), **options)
         assert (x.dtype, residual.dtype, info.residual_norm.dtype) == (
             jnp.bfloat16,
             jnp.bfloat16,

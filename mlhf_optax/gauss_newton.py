@@ -75,7 +75,8 @@ def gauss_newton(
       >>> batch = {"x": jnp.diag(jnp.array([1.0, 10.0])), "label": jnp.ones(2)}
       >>> params = jnp.full(2, 0.5)
       >>> tx = gauss_newton(1.0, predict_fn, SquaredError(), damping=0.1)
-      >>> updates, state = tx.update(jax.grad(loss)(params), tx.init(params), params, batch=batch)
+      >>> grads = jax.grad(loss)(params)
+      >>> updates, state = jax.jit(tx.update)(grads, tx.init(params), params, batch=batch)
       >>> bool(loss(optax.apply_updates(params, updates)) < loss(params))
       True
     """

@@ -72,7 +72,7 @@ def scale_by_hessian_free(
       >>> tx = scale_by_hessian_free(predict_fn, SquaredError(), damping=0.0)
       >>> params = jnp.zeros(2)
       >>> grads = jax.grad(lambda w: SquaredError()(predict_fn(w, batch), batch))(params)
-      >>> direction, state = tx.update(grads, tx.init(params), params, batch=batch)
+      >>> direction, state = jax.jit(tx.update)(grads, tx.init(params), params, batch=batch)
       >>> direction.round(3)  # minus the way to the minimum of this quadratic
       Array([-0.5, -1. ], dtype=float32)
 
@@ -135,7 +135,7 @@ def hessian_free(
       >>> tx = hessian_free(1.0, predict_fn, SquaredError(), damping=LevenbergMarquardt(0.1))
       >>> params = jnp.zeros(2)
       >>> grads = jax.grad(lambda w: SquaredError()(predict_fn(w, batch), batch))(params)
-      >>> updates, state = tx.update(grads, tx.init(params), params, batch=batch)
+      >>> updates, state = jax.jit(tx.update)(grads, tx.init(params), params, batch=batch)
       >>> state[0].controller["damping"]  # the model could be trusted
       Array(0.06666667, dtype=float32)
     """

@@ -66,9 +66,10 @@ def scale_by_mlhf(
       >>> loss_fn = SquaredError(targets="y")
       >>> batch = {"x": jnp.eye(3), "y": jnp.ones((3, 1))}
       >>> params = {"kernel": jnp.zeros((3, 1))}
-      >>> tx = scale_by_mlhf(init_meta_params(jax.random.key(0)), predict_fn, loss_fn)
+      >>> meta_params = init_meta_params(jax.random.key(0), layer_types=["dense_kernel"])
+      >>> tx = scale_by_mlhf(meta_params, predict_fn, loss_fn, num_cg_steps=2)
       >>> grads = jax.grad(lambda p: loss_fn(predict_fn(p, batch), batch))(params)
-      >>> direction, state = tx.update(grads, tx.init(params), params, batch=batch)
+      >>> direction, state = jax.jit(tx.update)(grads, tx.init(params), params, batch=batch)
       >>> bool(optax.tree.vdot(direction, grads) > 0)
       True
 
@@ -145,9 +146,10 @@ def mlhf(
       >>> loss_fn = SquaredError(targets="y")
       >>> batch = {"x": jnp.eye(3), "y": jnp.ones((3, 1))}
       >>> params = {"kernel": jnp.full((3, 1), 0.5)}
-      >>> tx = mlhf(1.0, init_meta_params(jax.random.key(0)), predict_fn, loss_fn)
+      >>> meta_params = init_meta_params(jax.random.key(0), layer_types=["dense_kernel"])
+      >>> tx = mlhf(1.0, meta_params, predict_fn, loss_fn, num_cg_steps=2)
       >>> grads = jax.grad(lambda p: loss_fn(predict_fn(p, batch), batch))(params)
-      >>> updates, state = tx.update(grads, tx.init(params), params, batch=batch)
+      >>> updates, state = jax.jit(tx.update)(grads, tx.init(params), params, batch=batch)
       >>> new = optax.apply_updates(params, updates)
       >>> bool(loss_fn(predict_fn(new, batch), batch) < loss_fn(predict_fn(params, batch), batch))
       True

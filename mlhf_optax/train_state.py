@@ -30,10 +30,11 @@ class TrainState(train_state.TrainState):
       >>> predict_fn = lambda params, batch: model.apply({"params": params}, batch["image"])
       >>> batch = {"image": jnp.ones((4, 2)), "label": jnp.array([0, 1, 2, 2])}
       >>> params = model.init(jax.random.key(0), batch["image"])["params"]
-      >>> tx = mlhf(1.0, init_meta_params(jax.random.key(1)), predict_fn, loss_fn)
+      >>> tx = mlhf(1.0, init_meta_params(jax.random.key(1)), predict_fn, loss_fn, num_cg_steps=2)
       >>> state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
       >>> loss = lambda params: loss_fn(predict_fn(params, batch), batch)
-      >>> state = state.apply_gradients(grads=jax.grad(loss)(state.params), batch=batch)
+      >>> step = jax.jit(lambda state, grads: state.apply_gradients(grads=grads, batch=batch))
+      >>> state = step(state, jax.grad(loss)(state.params))
       >>> int(state.step), bool(loss(state.params) < loss(params))
       (1, True)
     """

@@ -1,7 +1,27 @@
-"""Fixtures that the tests share."""
+"""Fixtures that the tests share, and one folder for what they compile."""
+
+import os
+import tempfile
 
 import jax
 import pytest
+
+CACHE = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+
+
+def pytest_configure(config):
+    """All processes of a run, and files one after the other, share what they compile: it is most of the time.
+
+    Set `JAX_COMPILATION_CACHE_DIR` to keep it from one run to the next, which then takes a third of the time.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="compiled-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name  # of workers and other processes to come
+        jax.config.update("jax_compilation_cache_dir", folder.name)
+    for name, value in CACHE.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 
 @pytest.fixture
@@ -20,6 +40,6 @@ def strict_ranks():
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_programs_of_other_files():
-    """Compiled programs of a file are of no use to the next, and all of them would take gigabytes."""
+    """All compiled programs in memory would take gigabytes; what a file needs again comes from the folder."""
     yield
     jax.clear_caches()

@@ -61,9 +61,11 @@ def random_meta_params(settings=PAPER_SETTINGS, seed=0, units=(4, 4), scale=0.3)
     meta_params = init_meta_params(jax.random.key(seed), settings, units=units)
     leaves, treedef = jax.tree.flatten(meta_params)
     rng = np.random.default_rng(seed)
-    return treedef.unflatten(
-        [leaf + jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
-    )
+    # The sums are NumPy's, which compiles nothing.
+    moved = [
+        np.asarray(leaf) + np.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves
+    ]
+    return treedef.unflatten(map(jnp.asarray, moved))
 
 
 def flat(tree):
@@ -74,7 +76,8 @@ def flat(tree):
 def stack(trees):
     """One tree with a leading axis from a list of trees, as arrays of the default types."""
     return jax.tree.map(
-        lambda *leaves: jnp.stack([jnp.asarray(x, jnp.result_type(x)) for x in leaves]), *trees
+        lambda *leaves: jnp.asarray(np.stack([np.asarray(x) for x in leaves]), jnp.result_type(leaves[0])),
+        *trees,
     )
 
 
@@ -96,10 +99,15 @@ def training_steps(tx, params, batches, loss_fn=linear_loss):
 def rescaled_direction(build, scale):
     """The first direction of `build(predict_fn)`, in units of the plain network, on one whose parameters
     are `scale` times smaller and multiplied by as much before they are used."""
-    params, data = mlp_params(dtype=float), batch()
-    predict_fn = lambda p, b: mlp(jax.tree.map(lambda x: x * scale, p), b)
+    params, data = linear_params(dtype=float), batch()
+    predict_fn = lambda p, b: linear(jax.tree.map(lambda x: x * scale, p), b)
     scaled = jax.tree.map(lambda x: x / scale, params)
     tx = build(predict_fn)
-    grads = jax.grad(lambda p: LOSS(predict_fn(p, data), data))(scaled)
-    found = jax.jit(lambda: tx.update(grads, tx.init(scaled), scaled, batch=data)[0])()
+
+    @jax.jit
+    def update(scaled):
+        grads = jax.grad(lambda p: LOSS(predict_fn(p, data), data))(scaled)
+        return tx.update(grads, tx.init(scaled), scaled, batch=data)[0]
+
+    found = update(scaled)
     return flat(jax.tree.map(lambda x: x * scale, found))

@@ -131,12 +131,6 @@ def test_new_checkpoints_are_kept_where_damaged_ones_have_higher_numbers(tmp_pat
     assert len(list(tmp_path.glob("*.damaged"))) == 3
 
 
-def test_nothing_of_higher_number_is_deleted_by_a_save(tmp_path):
-    saved(tmp_path, 7, 8, 9)
-    saved(tmp_path, 2)
-    assert names(tmp_path) == [name(9), name(8), name(7), name(2)]
-
-
 def test_if_all_are_damaged_nothing_starts_anew_on_top_of_them(tmp_path):
     saved(tmp_path, 1, 2)
     for path in list_checkpoints(tmp_path):
@@ -161,17 +155,10 @@ def test_other_settings_are_refused_by_name(tmp_path):
         load_last_checkpoint(tmp_path, TEMPLATE, other)
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        {**TEMPLATE, "count": jnp.zeros(())},
-        {**TEMPLATE, "low": jnp.zeros(4, jnp.bfloat16)},
-        {**TEMPLATE, "more": jnp.zeros(())},
-        {name: leaf for name, leaf in TEMPLATE.items() if name != "mask"},
-    ],
-    ids=["dtype", "shape", "a leaf more", "a leaf less"],
-)
-def test_a_state_of_another_make_is_refused(tmp_path, template):
+def test_a_state_of_another_make_is_refused(tmp_path):
     saved(tmp_path, 1)
-    with pytest.raises(ValueError, match=r"does not fit this run .* use another output folder"):
-        load_last_checkpoint(tmp_path, template, ABOUT)
+    changes = ({"count": jnp.zeros(())}, {"low": jnp.zeros(4, jnp.bfloat16)}, {"more": jnp.zeros(())})
+    less = {name: leaf for name, leaf in TEMPLATE.items() if name != "mask"}
+    for template in (*({**TEMPLATE, **change} for change in changes), less):
+        with pytest.raises(ValueError, match=r"does not fit this run .* use another output folder"):
+            load_last_checkpoint(tmp_path, template, ABOUT)

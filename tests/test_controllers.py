@@ -67,20 +67,6 @@ def after(metric, gradients):
     return metric.values(state, gradients[-1])
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.9])
-@pytest.mark.parametrize("floor", [0.0, 0.5])
-def test_the_diagonal_is_the_root_of_the_mean_square_over_its_mean(decay, floor):
-    rng = np.random.default_rng(0)
-    history = [{"kernel": rng.normal(size=(2, 3)), "bias": rng.normal(size=3)} for _ in range(4)]
-    weights = decay ** np.arange(3, -1, -1.0)
-    mean_square = np.average([problems.flat(g) ** 2 for g in history], axis=0, weights=weights)
-    want = np.sqrt(mean_square) / np.sqrt(mean_square).mean()
-    arrays = [jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), g) for g in history]
-    got = problems.flat(after(metrics.diagonal(decay, floor), arrays))
-    np.testing.assert_allclose(got, want + floor, rtol=1e-4)
-    assert got.mean() == pytest.approx(1 + floor, rel=1e-5)
-
-
 @pytest.mark.parametrize("make", [metrics.identity, metrics.diagonal])
 def test_a_metric_is_positive_and_differentiable_where_gradients_have_always_been_zero(make):
     metric = make()
@@ -100,15 +86,3 @@ def test_a_metric_of_low_precision_gradients_is_in_float32():
     state = metrics.diagonal().update({"w": jnp.full(2, 1e-3, jnp.bfloat16)}, state)
     assert state.mean_square["w"].dtype == jnp.float32
     np.testing.assert_allclose(state.mean_square["w"], 0.02 * 1e-6, rtol=1e-2)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"decay": 1.0}, r"`decay` must be in \[0, 1\), got 1.0"),
-        ({"floor": -1.0}, "`floor` must be a number"),
-    ],
-)
-def test_a_metric_out_of_range_is_an_error(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        metrics.diagonal(**wrong)

@@ -37,8 +37,11 @@ def make(name, rate=1.0, scale=1.0, loss_fn=problems.LOSS, predict_fn=problems.l
     return gauss_newton(rate, damping=2.0 * scale, metric=name, unroll=1, **arguments)
 
 
-WARM = ("mlhf", "identity", "diagonal")  # the last two are the metrics of `gauss_newton`
+WARM = ("mlhf", "diagonal")  # the second is a metric of `gauss_newton`
 ALL = (*WARM, "fixed", "adapted")
+
+
+gradient = jax.jit(jax.grad(problems.linear_loss))
 
 
 class Trained:
@@ -51,7 +54,7 @@ class Trained:
         self.params, batch = problems.linear_params(dtype=jnp.float32), problems.batch()
         # Inputs of this size make the problem so stiff that two steps are far from a solution.
         self.batch = {**batch, "image": 30 * batch["image"]}
-        self.grads = jax.grad(problems.linear_loss)(self.params, self.batch)
+        self.grads = gradient(self.params, self.batch)
         self.jitted = jax.jit(self.tx.update)
         self.updates, self.state = self.update(self.tx.init(self.params))
 
@@ -83,10 +86,7 @@ def spoil(what, batch, grads, params):
         "infinite gradient": {"grads": change(grads, jnp.inf)},
         # Finite, but <g, g> is not: without this guard the old direction would be applied again.
         "huge gradient": {"grads": jax.tree.map(lambda g: jnp.full_like(g, 1e30), grads)},
-        "loss": {
-            "batch": with_image(jnp.inf),
-            "grads": jax.grad(problems.linear_loss)(params, with_image(jnp.inf)),
-        },
+        "loss": {"batch": with_image(jnp.inf), "grads": gradient(params, with_image(jnp.inf))},
         "GGN product": {"batch": with_image(jnp.inf)},
         "parameters": {"params": change(params, jnp.nan)},
     }[what]
@@ -166,51 +166,31 @@ def test_a_controller_state_that_is_not_finite_is_not_kept():
 def test_derivatives_through_a_training_are_those_without_its_skipped_step(name):
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
-    def run(scale, batches):
+    def run(scale, batches, is_taken):
         """The loss after a training and its derivative by a factor on learning rate and damping."""
         tx = make(name, 0.2 * scale, scale)
 
-        def step(carry, batch):
-            params, state = carry
+        def step(carry, given):
+            params, (batch, is_taken) = carry[0], given
             grads = jax.lax.stop_gradient(jax.grad(problems.linear_loss)(params, batch))
-            updates, state = tx.update(grads, state, params, batch=batch)
-            return (optax.apply_updates(params, updates), state), state[0].info.skipped_steps
+            updates, state = tx.update(grads, carry[1], params, batch=batch)
+            after = optax.apply_updates(params, updates), state
+            keep = lambda new, old: jnp.where(is_taken, new, old)
+            return jax.tree.map(keep, after, carry), state[0].info.skipped_steps
 
         params = problems.linear_params(dtype=jnp.float32)
-        (params, _), skipped = jax.lax.scan(step, (params, tx.init(params)), batches)
+        (params, _), skipped = jax.lax.scan(step, (params, tx.init(params)), (batches, is_taken))
         return problems.linear_loss(params, problems.batch(9)), skipped[-1]
 
     batches = problems.batches(4)
-    (want, _), slope = run(1.0, problems.stack([*batches[:1], *batches[2:]]))
+    all_taken = np.ones(4, bool)
+    (want, _), slope = run(1.0, problems.stack(batches), all_taken & (np.arange(4) != 1))
     assert abs(float(slope)) > 1e-4
     for value in (np.nan, np.inf, 1e30):  # with the last the gradient is finite, and its square is not
         batches[1]["image"][:, 0] = value
-        (got, skipped), got_slope = run(1.0, problems.stack(batches))
+        (got, skipped), got_slope = run(1.0, problems.stack(batches), all_taken)
         assert int(skipped) == 1
         np.testing.assert_allclose([got, got_slope], [want, slope], rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", WARM)
-def test_one_huge_gradient_does_not_carry_a_training_with_momentum_away(name):
-    batch = problems.batch()
-    batch["label"] = jax.nn.one_hot(batch["label"], 2)  # squared errors grow wherever the parameters run to
-    loss_fn = SquaredError()
-    loss = lambda params: loss_fn(problems.linear(params, batch), batch)
-    tx = make(name, 0.5, loss_fn=loss_fn, momentum=0.9)
-
-    def step(carry, factor):
-        params, state = carry
-        grads = jax.tree.map(lambda g: factor * g, jax.grad(loss)(params))
-        updates, state = tx.update(grads, state, params, batch=batch)
-        return (optax.apply_updates(params, updates), state), loss(params)
-
-    params = problems.linear_params(dtype=jnp.float32)
-    factors = jnp.ones(60).at[20].set(1e10)
-    (_, state), losses = jax.lax.scan(step, (params, tx.init(params)), factors)
-    assert float(state[0].info.skipped_steps) < 10
-    assert losses[20] < 0.5 * losses[0]
-    assert max(losses[21:]) < losses[0]
-    assert losses[-1] < 1.1 * losses[20]
 
 
 # Info.
@@ -245,7 +225,7 @@ def test_a_training_that_blows_up_finitely_shows_it(name):
     assert int(info.skipped_steps) == 0
     assert info.smoothed_loss > 1e9 * info.best_loss
     # A loss that is not a number is shown, and is no part of the mean.
-    _, state = tx.update(jnp.full(4, jnp.nan), state, params, batch=batch)
+    _, state = jax.jit(tx.update)(jnp.full(4, jnp.nan), state, params, batch=batch)
     assert np.isnan(state[0].info.loss)
     assert_same(state[0].info[1:3], info[1:3])
 
@@ -253,7 +233,7 @@ def test_a_training_that_blows_up_finitely_shows_it(name):
 def test_the_loss_of_the_info_is_that_of_the_curvature_batch():
     params, batch = problems.linear_params(dtype=jnp.float32), problems.batch()
     tx = make("identity", curvature_batch_size=3)
-    _, state = tx.update(jax.grad(problems.linear_loss)(params, batch), tx.init(params), params, batch=batch)
+    _, state = jax.jit(tx.update)(gradient(params, batch), tx.init(params), params, batch=batch)
     part = jax.tree.map(lambda x: x[:3], batch)
     np.testing.assert_allclose(state[0].info.loss, problems.linear_loss(params, part), rtol=1e-6)
 
@@ -283,7 +263,7 @@ def test_a_controller_of_a_users_own_takes_the_steps_it_asks_for(x64):
         g = model.gradient(w, batch)
         damping = 5.0 * np.abs(g) + 0.1
         want = np.linalg.solve(model.ggn(w, batch) + np.diag(damping), g)
-        grads = jax.grad(problems.mlp_loss)(params, batch)
+        grads = jax.jit(jax.grad(problems.mlp_loss))(params, batch)
         direction, state = update(grads, state, params, batch=batch)
         np.testing.assert_allclose(problems.flat(direction), want, rtol=1e-7, atol=1e-10)
         assert (int(state.controller), int(state.count), int(state.info.skipped_steps)) == (number, number, 0)
@@ -294,14 +274,3 @@ def test_a_controller_of_a_users_own_takes_the_steps_it_asks_for(x64):
         )
         params = jax.tree.map(lambda p, d: p - d, params, direction)
     assert jax.tree.leaves((state.direction, state.residual)) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "called"), [("mlhf", "mlhf"), ("identity", "gauss_newton"), ("fixed", "hessian_free")]
-)
-def test_the_error_for_a_missing_argument_names_the_optimizer(name, called):
-    params, tx = problems.linear_params(dtype=jnp.float32), make(name)
-    with pytest.raises(TypeError, match=f"`{called}` needs the batch"):
-        tx.update(params, tx.init(params), params)
-    with pytest.raises(ValueError, match=f"`{called}` needs the current parameters"):
-        tx.update(params, tx.init(params), batch=problems.batch())

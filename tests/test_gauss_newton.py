@@ -1,7 +1,5 @@
 """Gauss-Newton with one constant against dense solves, what it does not depend on, and transformations."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +20,7 @@ def make(metric="identity", damping=2.0, predict_fn=problems.linear, loss_fn=pro
     return gauss_newton(0.7, predict_fn, loss_fn, damping=damping, metric=metric, **arguments)
 
 
-@pytest.mark.parametrize("num_cg_steps", [3, None], ids=["three CG steps", "exact"])
-@both_metrics
+@pytest.mark.parametrize(("metric", "num_cg_steps"), [("identity", 3), ("diagonal", None)])
 def test_steps_agree_with_dense_matrices_in_numpy(x64, metric, num_cg_steps):
     params, batches = problems.mlp_params(), problems.batches(5)
     expected = references.naive_gauss_newton(
@@ -45,8 +42,12 @@ def test_steps_agree_with_dense_matrices_in_numpy(x64, metric, num_cg_steps):
 
 
 def first_update(tx, loss_fn, params, batch, factor=1.0):
-    grads = jax.grad(lambda p: factor * loss_fn(p, batch))(params)
-    return problems.flat(jax.jit(tx.update)(grads, tx.init(params), params, batch=batch)[0])
+    @jax.jit
+    def update(params):
+        grads = jax.grad(lambda p: factor * loss_fn(p, batch))(params)
+        return tx.update(grads, tx.init(params), params, batch=batch)[0]
+
+    return problems.flat(update(params))
 
 
 @both_metrics
@@ -65,23 +66,14 @@ def test_the_unit_of_the_parameters_changes_nothing(x64, metric):
     np.testing.assert_allclose(tenth, one, rtol=1e-5)
 
 
-def test_the_unit_of_the_inputs_changes_nothing(x64):
-    params, batch = problems.linear_params(dtype=float), problems.batch()
-    one = first_update(make(), problems.linear_loss, params, batch)
-    batch, params = {**batch, "image": 100 * batch["image"]}, {"kernel": params["kernel"] / 100}
-    np.testing.assert_allclose(
-        100 * first_update(make(), problems.linear_loss, params, batch), one, rtol=1e-5
-    )
-
-
 def test_with_the_diagonal_metric_and_large_damping_steps_have_the_direction_of_adam(x64):
-    params, batches = problems.mlp_params(), problems.batches(3)
-    ours = make(diagonal(0.9, floor=0.0), 1e6, problems.mlp, num_cg_steps=4)
+    params, batches = problems.linear_params(), problems.batches(3)
+    ours, gradient = make(diagonal(0.9, floor=0.0), 1e6), jax.jit(jax.grad(problems.linear_loss))
     adam = optax.scale_by_adam(b1=0.0, b2=0.9, eps=1e-12)
     adam_state = adam.init(params)
-    steps = problems.training_steps(ours, params, batches, problems.mlp_loss)
+    steps = problems.training_steps(ours, params, batches)
     for batch, (after, _, _) in zip(batches, steps, strict=True):
-        want, adam_state = adam.update(jax.grad(problems.mlp_loss)(params, batch), adam_state)
+        want, adam_state = adam.update(gradient(params, batch), adam_state)
         got, want = problems.flat(params) - problems.flat(after), problems.flat(want)
         np.testing.assert_allclose(got @ want / np.linalg.norm(got) / np.linalg.norm(want), 1.0, atol=1e-5)
         params = after
@@ -90,8 +82,6 @@ def test_with_the_diagonal_metric_and_large_damping_steps_have_the_direction_of_
 def test_any_metric_may_be_given(x64):
     params, batch = problems.linear_params(dtype=float), problems.batch()
     named = first_update(make("diagonal"), problems.linear_loss, params, batch)
-    given = first_update(make(diagonal()), problems.linear_loss, params, batch)
-    np.testing.assert_array_equal(given, named)
     other = first_update(make(diagonal(floor=10.0)), problems.linear_loss, params, batch)
     assert not np.allclose(other, named, rtol=0.01)
 
@@ -113,50 +103,17 @@ def train(metric, damping, params, batches):
 
 
 @both_metrics
-def test_a_training_in_a_scan_under_vmap_is_that_of_single_steps(metric):
-    batches, starts = problems.batches(3), [problems.linear_params(seed, jnp.float32) for seed in range(2)]
-    run = jax.jit(jax.vmap(functools.partial(train, metric), in_axes=(None, 0, None)))
-    (found, state) = run(2.0, problems.stack(starts), problems.stack(batches))
-    assert state[0].count.tolist() == [3, 3]
-    for number, start in enumerate(starts):
-        *_, (params, _, _) = problems.training_steps(make(metric), start, batches)
-        np.testing.assert_allclose(found["kernel"][number], params["kernel"], rtol=1e-5, atol=1e-6)
-
-
-@both_metrics
 def test_the_derivative_by_the_damping_agrees_with_finite_differences(x64, metric):
     batches, params = problems.stack(problems.batches(3)), problems.linear_params(dtype=float)
 
     @jax.jit
+    @jax.value_and_grad
     def last_loss(damping):
         return problems.linear_loss(train(metric, damping, params, batches)[0], problems.batch(9))
 
-    want = (last_loss(2.01) - last_loss(1.99)) / 0.02
+    want = (last_loss(2.01)[0] - last_loss(1.99)[0]) / 0.02
     assert abs(want) > 1e-4
-    np.testing.assert_allclose(jax.grad(last_loss)(2.0), want, rtol=1e-2)
-
-
-@both_metrics
-def test_bfloat16_parameters_stay_what_they_are_and_learn(metric):
-    kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    params, batch = problems.linear_params(dtype=jnp.bfloat16), problems.batch()
-    tx, losses = make(metric), []
-    before = kind((params, tx.init(params)))
-    for after, state, loss in problems.training_steps(tx, params, [batch] * 5):
-        assert kind((after, state)) == before
-        losses.append(loss)
-    assert params["kernel"].dtype == state[0].direction["kernel"].dtype == jnp.bfloat16
-    assert losses[-1] < 0.85 * losses[0]
-    *_, (_, _, exact) = problems.training_steps(
-        make(metric), problems.linear_params(dtype=float), [batch] * 5
-    )
-    np.testing.assert_allclose(losses[-1], exact, rtol=0.05)
-
-
-def test_the_state_holds_two_vectors_and_those_of_the_metric():
-    params = problems.linear_params(dtype=jnp.float32)
-    vectors = lambda metric: sum(leaf.size == 6 for leaf in jax.tree.leaves(make(metric).init(params)))
-    assert [vectors(metric) for metric in METRICS] == [2, 3]
+    np.testing.assert_allclose(last_loss(2.0)[1], want, rtol=1e-2)
 
 
 def test_bound_momentum_and_decay_are_those_of_the_other_optimizers():

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("x64", "strict_ranks")
 
 
 def direction_of(tx, params, batch):
-    grads = jax.grad(problems.mlp_loss)(params, batch)
+    grads = jax.jit(jax.grad(problems.mlp_loss))(params, batch)
     direction, state = jax.jit(tx.update)(grads, tx.init(params), params, batch=batch)
     return problems.flat(direction), state, problems.flat(grads)
 
@@ -61,18 +61,6 @@ def test_curvature_may_be_taken_on_part_of_the_batch():
     part = jax.tree.map(lambda x: np.asarray(x)[:2], batch)
     matrix = references.Model().ggn(problems.flat(params), part) + 0.25 * np.eye(gradient.size)
     np.testing.assert_allclose(direction, np.linalg.solve(matrix, gradient), rtol=1e-7, atol=1e-10)
-
-
-def test_damping_may_follow_a_schedule():
-    schedule = optax.piecewise_constant_schedule(0.5, {1: 0.1})
-    params, batch = jnp.ones(2), {"label": jnp.zeros(2)}
-    tx = scale_by_hessian_free(lambda p, batch: p, SquaredError(), damping=schedule)
-    state, values = tx.init(params), []
-    for _ in range(3):
-        direction, state = tx.update(params / 2, state, params, batch=batch)  # G = I / 2, g = w / 2
-        values.append(float(state.info.damping_mean))
-        np.testing.assert_allclose(direction, 0.5 / (0.5 + values[-1]), rtol=1e-6)
-    np.testing.assert_allclose(values, [0.5, 0.05, 0.05], rtol=1e-6)
 
 
 # Levenberg-Marquardt.
@@ -173,12 +161,10 @@ def test_a_model_that_promises_nothing_is_no_guide():
 def test_damping_shrinks_above_three_quarters_and_grows_below_one_quarter(ratio, want):
     rule = LevenbergMarquardt(initial_damping=0.1, decay=0.5)
     np.testing.assert_allclose(rule.adapt(jnp.asarray(0.1), jnp.asarray(ratio)), want, rtol=1e-6)
-
-
-def test_damping_stays_between_its_bounds():
+    # Within its bounds.
     rule = LevenbergMarquardt(initial_damping=0.1, decay=0.5, min_damping=0.08, max_damping=0.15)
-    np.testing.assert_allclose(rule.adapt(jnp.asarray(0.1), jnp.asarray(1.0)), 0.08, rtol=1e-6)
-    np.testing.assert_allclose(rule.adapt(jnp.asarray(0.1), jnp.asarray(0.0)), 0.15, rtol=1e-6)
+    bounded = np.clip(want, 0.08, 0.15)
+    np.testing.assert_allclose(rule.adapt(jnp.asarray(0.1), jnp.asarray(ratio)), bounded, rtol=1e-6)
 
 
 def test_a_step_to_a_loss_that_is_not_finite_is_not_taken_and_damping_grows_until_one_can_be():

@@ -22,8 +22,8 @@ from mlhf_optax import Settings, init_meta_params
 from mlhf_optax.meta_training import MetaTrainingConfig, Schedule, Validation, meta_train, mlhf_optimizer
 from mlhf_optax.meta_training.checkpoints import list_checkpoints
 
-ITERATIONS = 400
-KILL_AFTER = (70, 250)
+ITERATIONS = 200
+KILL_AFTER = (50, 130)
 
 
 def kill_soon_after(iteration):

@@ -86,11 +86,6 @@ def test_halving_a_loss_is_worth_the_same_early_and_late_but_for_equation_4():
     np.testing.assert_allclose(gain(1e-3, "difference"), 1e-3 * gain(1.0, "difference"), rtol=1e-5)
 
 
-def test_below_epsilon_there_is_nothing_left_to_gain():
-    tiny = StepLosses(*(1e-9 * x for x in LOSSES))
-    assert all(abs(float(step_gain(tiny, scale, 1e-3)[0])) < 1e-5 for scale in ("relative", "log"))
-
-
 def test_a_growing_loss_counts_in_proportion_or_as_its_logarithm():
     grown = functools.partial(step_gain, StepLosses(*map(jnp.float32, (1.0, 1.0, 100.0, 100.0))))
     assert float(grown("relative")[0]) > 190 > 20 > float(grown("log")[0]) > 0

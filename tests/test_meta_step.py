@@ -10,8 +10,7 @@ import optax
 import problems
 import pytest
 
-from mlhf_optax import Settings, init_meta_params, layer_types
-from mlhf_optax.controllers import lstm
+from mlhf_optax import Settings, init_meta_params
 from mlhf_optax.meta_training import (
     LearnedOptimizer,
     MetaGradient,
@@ -25,100 +24,13 @@ from mlhf_optax.meta_training import (
 NUM_TASKS, LENGTH = 4, 3
 
 
-def init_fn(key):
-    return {"kernel": 0.5 * jax.random.normal(key, (3, 2)), "bias": jnp.zeros(2)}
-
-
-def predict_fn(params, batch):
-    return batch["image"] @ params["kernel"] + params["bias"]
-
-
-TASK = SimpleNamespace(init_fn=init_fn, predict_fn=predict_fn, loss_fn=problems.LOSS)
-KERNEL_TASK = SimpleNamespace(
-    init_fn=lambda key: {"kernel": 0.5 * jax.random.normal(key, (3, 2))},
-    predict_fn=problems.linear,
-    loss_fn=problems.LOSS,
-)
-
-
 def meta_batches(number, num_tasks=NUM_TASKS):
     """Mini-batches of an unroll of every task, leaves (num_tasks, LENGTH + 1, 8, ...)."""
     batches = problems.stack(problems.batches(num_tasks * (LENGTH + 1), seed=number))
     return jax.tree.map(lambda x: x.reshape(num_tasks, LENGTH + 1, *x.shape[1:]), batches)
 
 
-def meta_train(learned, meta_params, num_iterations, task=TASK, **config):
-    """Metrics of every iteration, and the last state."""
-    config = MetaTrainingConfig(num_tasks=NUM_TASKS, unroll_length=LENGTH, **config)
-    init, meta_step = make_meta_step(task, learned, config)
-    state, series = init(jax.random.key(0), meta_params), []
-    for number in range(num_iterations):
-        state, metrics = meta_step(state, meta_batches(number))
-        series.append(metrics)
-    return jax.tree.map(lambda *x: np.array(x), *series), state
-
-
 # Learned optimizers of other kinds come onto the same harness.
-
-
-def step_sizes(log_rates, task):
-    """Gradient descent with a step size a layer type: the smallest learned optimizer."""
-    del task
-
-    def update(grads, state, params=None, **extra_args):
-        del extra_args
-        types = layer_types(params)
-        return jax.tree.map(lambda g, name: -jnp.exp(log_rates[name]) * g, grads, types), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-
-
-def mean_loss(trajectory):
-    return jnp.mean(trajectory.losses[1:])
-
-
-def test_step_sizes_are_learned():
-    start = {"dense_kernel": jnp.log(1e-3), "dense_bias": jnp.log(1e-3)}
-    series, state = meta_train(
-        unrolled_optimizer(step_sizes, mean_loss), start, 60, meta_learning_rate=0.2, keep_probability=0.0
-    )
-    assert np.mean(series["meta_loss"][-10:]) < 0.8 * np.mean(series["meta_loss"][:10])
-    assert float(state.meta_params["dense_kernel"]) > np.log(0.1)
-    assert int(state.counts["dropped_gradients"]) == 0
-
-
-def lstm_optimizer(weights, task):
-    """Gradients through a coordinate-wise LSTM, whose output is the update (Andrychowicz et al. 2016)."""
-    del task
-
-    def init(params):
-        return lstm.init_carry(params, (4,))
-
-    def update(grads, state, params=None, **extra_args):
-        del params, extra_args
-        leaves, treedef = jax.tree.flatten(grads)
-        cells, hiddens = (treedef.flatten_up_to(tree) for tree in state[0])
-        outputs, carries = [], []
-        for leaf, cell, hidden in zip(leaves, cells, hiddens, strict=True):
-            output, carry = lstm.apply(weights, (lstm.LayerCarry(cell, hidden),), 5.0 * leaf[None])
-            outputs.append(output)
-            carries.append(carry[0])
-        cells, hiddens = (treedef.unflatten(column) for column in zip(*carries, strict=True))
-        return treedef.unflatten(outputs), (lstm.LayerCarry(cells, hiddens),)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def test_an_lstm_that_emits_the_update_is_learned():
-    weights = lstm.init_weights(jax.random.key(0), num_inputs=1, units=(4,))
-    learned = unrolled_optimizer(lstm_optimizer, mean_loss)
-    series, state = meta_train(
-        learned, weights, 60, task=KERNEL_TASK, meta_learning_rate=0.03, max_age=2 * LENGTH
-    )
-    assert np.mean(series["meta_loss"][-10:]) < 0.75 * np.mean(series["meta_loss"][:10])
-    # States are carried from one unroll to the next: half of the trainings are in their second one.
-    assert np.mean(series["age"][-10:]) > 0.3 * LENGTH
-    assert float(jnp.max(jnp.abs(jax.tree.leaves(state.trainings.opt_state)[0]))) > 0
 
 
 @pytest.mark.parametrize("second_derivatives", [False, True])
@@ -135,9 +47,8 @@ def test_back_propagation_through_the_unroll_by_hand(x64, second_derivatives):
     results = []
     for remat in (False, True):
         learned = unrolled_optimizer(build, meta_loss, second_derivatives=second_derivatives, remat=remat)
-        results.append(
-            learned.meta_gradient(jnp.asarray(rate), task, jnp.asarray(w0), (), jnp.asarray(a), None)
-        )
+        run = jax.jit(lambda *arguments: learned.meta_gradient(arguments[0], task, *arguments[1:], None))  # noqa: B023
+        results.append(run(rate, w0, (), a))
     w1 = w0 * (1 - rate * a[0])
     w2 = w1 * (1 - rate * a[1])
     slope_1 = -a[0] * w0
@@ -159,7 +70,10 @@ class CountedTask:
     """A task that counts how often its model is traced."""
 
     def __init__(self):
-        self.init_fn, self.loss_fn, self.traces = KERNEL_TASK.init_fn, problems.LOSS, 0
+        self.loss_fn, self.traces = problems.LOSS, 0
+
+    def init_fn(self, key):
+        return {"kernel": 0.5 * jax.random.normal(key, (3, 2))}
 
     def predict_fn(self, params, batch):
         self.traces += 1

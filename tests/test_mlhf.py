@@ -11,7 +11,6 @@ import pytest
 import references
 
 from mlhf_optax import (
-    AUTHORS_SETTINGS,
     PAPER_SETTINGS,
     Settings,
     SquaredError,
@@ -29,15 +28,14 @@ from mlhf_optax.controllers.lstm_settings import (
     Unit,
 )
 
-# Together they cover every kind of every setting.
+# With those of test_mlhf_gradient.py they cover every kind of every setting.
 SETTINGS = {
     "paper": PAPER_SETTINGS,
-    "authors": AUTHORS_SETTINGS,
-    "log": Settings(features=LogFeatures(has_shared=False), damping_floor=1e-2, output=Exponential(2.0)),
     "shared-multiply": Settings(
         features=LogFeatures(log_range=7.0),
         preconditioner=Multiply(),
         initial_preconditioner=0.1,
+        damping_floor=1e-2,
         unit=Unit(gradient_power=0.5, parameter_power=0.7),
     ),
     "tanh-current": Settings(
@@ -50,9 +48,10 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("name", "max_update_ratio"), [*((n, None) for n in SETTINGS), ("paper", 0.05)])
-def test_ten_steps_agree_with_algorithm_1_in_numpy(x64, name, max_update_ratio):
-    meta_params = problems.random_meta_params(SETTINGS[name])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_ten_steps_agree_with_algorithm_1_in_numpy(x64, name):
+    max_update_ratio = 0.05 if name == "paper" else None
+    meta_params = problems.random_meta_params(SETTINGS[name], units=(3, 2) if name == "paper" else (2,))
     meta_params = jax.tree.map(lambda x: x.astype(jnp.float64), meta_params)
     params, batches = problems.mlp_params(), problems.batches(10)
     expected = references.naive_mlhf(
@@ -70,7 +69,7 @@ def test_ten_steps_agree_with_algorithm_1_in_numpy(x64, name, max_update_ratio):
         problems.LOSS,
         max_update_ratio=max_update_ratio,
         carry_dtype=jnp.float64,
-        unroll=name == "paper" or 1,
+        unroll=1,
     )
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-9)
     near = functools.partial(np.testing.assert_allclose, rtol=1e-5)  # the statistics are float32
@@ -91,36 +90,14 @@ def test_ten_steps_agree_with_algorithm_1_in_numpy(x64, name, max_update_ratio):
     assert int(state[0].count) == 10
 
 
-def test_the_meta_losses_of_the_reference_meet_their_definitions():
-    """Solved exactly, l_p is minus the mean of |g| in the norm of the inverse of H: its least value."""
-    batches = problems.batches(4)
-    w = problems.flat(problems.mlp_params())
-    run = functools.partial(
-        references.naive_mlhf,
-        problems.random_meta_params(),
-        references.Model(),
-        w,
-        batches,
-        learning_rate=0.5,
-    )
-    steps = run(num_cg_steps=20, num_steps=3)
-    norms = [np.sqrt(s.gradient @ np.linalg.solve(s.matrix, s.gradient)) for s in steps]
-    np.testing.assert_allclose(references.preconditioner_loss(steps), -np.mean(norms), rtol=1e-6)
-    assert references.preconditioner_loss(run(num_cg_steps=1, num_steps=3)) > -np.mean(norms)
-    terms = references.damping_losses(steps)
-    model, first = references.Model(), steps[0]
-    before, after = model.loss(first.w, batches[0]), model.loss(first.w_next, batches[0])
-    np.testing.assert_allclose(terms[0], model.loss(first.w_next, batches[1]) + after - 2 * before)
-    assert terms.mean() < references.damping_loss(steps) < terms.max()
-
-
 # Options.
 
 
+META_PARAMS = problems.random_meta_params(units=(2,))
+
+
 def make(learning_rate=1.0, **kwargs):
-    return mlhf(
-        learning_rate, problems.random_meta_params(), problems.linear, problems.LOSS, unroll=1, **kwargs
-    )
+    return mlhf(learning_rate, META_PARAMS, problems.linear, problems.LOSS, unroll=1, **kwargs)
 
 
 def run(tx, num_steps=6, batch=None):
@@ -135,7 +112,7 @@ def test_curvature_on_part_of_the_batch_is_that_of_the_part():
     batch = problems.batch()
     doubled = jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)  # same gradient, same curvature
     whole, _, _ = run(make(), 3, batch)
-    for part in (0.5, 8, lambda b: jax.tree.map(lambda x: x[8:], b)):
+    for part in (0.5, lambda b: jax.tree.map(lambda x: x[8:], b)):
         half, _, _ = run(make(curvature_batch_size=part), 3, doubled)
         np.testing.assert_allclose(half, whole, rtol=1e-3)
     other, _, _ = run(make(curvature_batch_size=2), 3, doubled)
@@ -146,13 +123,6 @@ def test_low_precision_carries_change_the_state_and_hardly_the_training():
     _, state, losses = run(make(carry_dtype=jnp.bfloat16))
     assert {leaf.dtype for leaf in jax.tree.leaves(state[0].controller)} == {jnp.dtype(jnp.bfloat16)}
     np.testing.assert_allclose(losses, run(make())[2], rtol=0.05)
-
-
-def test_the_learning_rate_may_be_a_schedule():
-    constant, _, _ = run(make(optax.constant_schedule(0.5)), 3)
-    np.testing.assert_array_equal(constant, run(make(0.5), 3)[0])
-    stopped, _, _ = run(make(optax.piecewise_constant_schedule(0.5, {1: 0.0})), 3)
-    np.testing.assert_array_equal(stopped, run(make(0.5), 1)[0])
 
 
 def test_weight_decay_is_added_to_the_direction():
@@ -166,7 +136,8 @@ def test_a_training_on_one_stiff_batch_is_not_stuck_after_a_skipped_step():
     features = rng.normal(size=(30, 20)) * np.geomspace(1.0, 100.0, 20)
     batch = {"x": jnp.asarray(features), "label": jnp.asarray(features @ rng.normal(size=(20, 1)))}
     predict_fn, loss_fn = lambda p, b: b["x"] @ p["kernel"], SquaredError()
-    tx = mlhf(1.0, problems.random_meta_params(seed=1), predict_fn, loss_fn, max_update_ratio=None)
+    meta_params = problems.random_meta_params(seed=1)
+    tx = mlhf(1.0, meta_params, predict_fn, loss_fn, max_update_ratio=None, unroll=1)
 
     def step(carry, _):
         params, state = carry
@@ -182,30 +153,29 @@ def test_a_training_on_one_stiff_batch_is_not_stuck_after_a_skipped_step():
 
 
 def test_more_cg_steps_leave_less_of_the_residual():
-    norms = [float(run(make(num_cg_steps=k), 1)[1][0].info.cg_residual_norm) for k in (1, 2, 4)]
-    assert norms[0] > 2 * norms[1] > 4 * norms[2]
+    norms = [float(run(make(num_cg_steps=k), 1)[1][0].info.cg_residual_norm) for k in (1, 4)]
+    assert norms[0] > 4 * norms[1]
 
 
 def test_the_layer_types_may_be_given():
     params = {"table": jnp.full((3, 2), 0.1)}
     predict_fn = lambda p, batch: batch["image"] @ p["table"]
-    meta_params, batch = problems.random_meta_params(), problems.batch()
+    batch = problems.batch()
     with pytest.raises(ValueError, match=r"parameter 'table' of shape \(3, 2\).*`layer_types_fn="):
-        scale_by_mlhf(meta_params, predict_fn, problems.LOSS).init(params)
+        scale_by_mlhf(META_PARAMS, predict_fn, problems.LOSS).init(params)
     rules = functools.partial(layer_types, rules={"table": "dense_kernel"})
-    tx = scale_by_mlhf(meta_params, predict_fn, problems.LOSS, layer_types_fn=rules)
-    named = scale_by_mlhf(meta_params, problems.linear, problems.LOSS)
-    grads = jax.grad(lambda p: problems.LOSS(predict_fn(p, batch), batch))(params)
-    direction, _ = tx.update(grads, tx.init(params), params, batch=batch)
-    renamed = lambda tree: {"kernel": tree["table"]}
-    want, _ = named.update(renamed(grads), named.init(renamed(params)), renamed(params), batch=batch)
+    tx = scale_by_mlhf(META_PARAMS, predict_fn, problems.LOSS, layer_types_fn=rules, unroll=1)
+    named = scale_by_mlhf(META_PARAMS, problems.linear, problems.LOSS, unroll=1)
+    update = lambda tx, params: jax.jit(tx.update)(params, tx.init(params), params, batch=batch)
+    direction, _ = update(tx, params)
+    want, _ = update(named, {"kernel": params["table"]})
     np.testing.assert_allclose(direction["table"], want["kernel"], rtol=1e-5)
 
 
 def test_damping_of_the_dimension_of_curvature_does_not_depend_on_the_scale_of_the_parameters(x64):
     # Untrained LSTMs see nothing, so all that is left is the unit of s and P.
     settings = Settings(unit=Unit(parameter_power=1.0), initial_damping=4.0)
-    meta_params = init_meta_params(jax.random.key(0), settings)
+    meta_params = init_meta_params(jax.random.key(0), settings, layer_types=["dense_kernel"], units=(2,))
     build = lambda predict_fn: scale_by_mlhf(meta_params, predict_fn, problems.LOSS, unroll=1)
     one, tenth = (problems.rescaled_direction(build, scale) for scale in (1.0, 0.1))
     np.testing.assert_allclose(tenth, one, rtol=1e-9)
@@ -235,10 +205,6 @@ def test_meta_parameters_that_do_not_know_a_layer_type_are_an_error():
     ],
 )
 def test_an_argument_of_a_wrong_type_or_range_is_an_error_that_names_it(wrong, error, message):
-    arguments = {
-        "meta_params": problems.random_meta_params(),
-        "predict_fn": problems.mlp,
-        "loss_fn": problems.LOSS,
-    }
+    arguments = {"meta_params": META_PARAMS, "predict_fn": problems.mlp, "loss_fn": problems.LOSS}
     with pytest.raises(error, match=message):
         mlhf(1.0, **arguments | wrong)

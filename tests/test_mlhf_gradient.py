@@ -1,4 +1,4 @@
-"""The meta-gradient of MLHF against NumPy, finite differences, and a loop with explicit cuts."""
+"""The meta-gradient of MLHF against NumPy and finite differences."""
 
 import dataclasses
 import functools
@@ -11,14 +11,10 @@ import numpy as np
 import problems
 import pytest
 import references
-from jax import lax
 
 from mlhf_optax import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings
-from mlhf_optax.controllers import coordinate_lstm
 from mlhf_optax.controllers.lstm_settings import LogFeatures, Multiply, Unit
-from mlhf_optax.damped_step import Solver, damped_step, look
 from mlhf_optax.meta_training import mlhf_optimizer
-from mlhf_optax.meta_training.losses import preconditioner_loss
 
 LEARNING_RATE = 0.7
 
@@ -37,7 +33,7 @@ def start(learned, meta_params, problem, params):
     return own._replace(controller=to_double(own.controller)), after
 
 
-# Ten steps against NumPy. Together the cases cover every value of every setting and option; the bound
+# Five steps against NumPy. Together the cases cover every value of every setting and option; the bound
 # on the update holds in some steps of the last two.
 
 
@@ -65,7 +61,7 @@ CASES = {
         AUTHORS_SETTINGS,
         references.LinearModel(),
         (2, 2),
-        {"step_loss": "difference", "max_update_ratio": 0.3},
+        {"step_loss": "difference", "max_update_ratio": 0.3, "same_batch_weight": 0.0},
     ),
     "log": Case(
         Settings(
@@ -79,13 +75,12 @@ CASES = {
         (3,),
         {"step_loss": "log", "step_loss_epsilon": 1e-2, "max_update_ratio": 0.5, "same_batch_weight": 0.3},
     ),
-    "next batch": Case(Settings(), references.LinearModel(), (2,), {"same_batch_weight": 0.0}),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Unroll:
-    """An unroll of ten steps and the same by the reference."""
+    """An unroll of five steps and the same by the reference."""
 
     case: Case
     meta_params: Any
@@ -120,7 +115,7 @@ class Unroll:
 def unroll(request):
     case = CASES[request.param]
     # Inputs of this size make the problem so stiff that two CG steps are far from a solution.
-    batches = [{**batch, "image": 4 * batch["image"]} for batch in problems.batches(11)]
+    batches = [{**batch, "image": 4 * batch["image"]} for batch in problems.batches(6)]
     with jax.enable_x64(True):
         meta_params = to_double(problems.random_meta_params(case.settings, units=case.units))
         params = problems.linear_params() if case.is_linear else problems.mlp_params()
@@ -144,12 +139,12 @@ def unroll(request):
         learning_rate=LEARNING_RATE,
         num_cg_steps=2,
         max_update_ratio=case.options.get("max_update_ratio", 0.25),
-        num_steps=10,
+        num_steps=5,
     )
     return Unroll(case, jax.device_get(meta_params), result, steps, batches)
 
 
-def test_ten_steps_and_both_losses_agree_with_numpy(unroll):
+def test_five_steps_and_both_losses_agree_with_numpy(unroll):
     result, last = unroll.result, unroll.steps[-1]
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-9)
     close(result.meta_losses["l_p"], references.preconditioner_loss(unroll.steps))
@@ -157,12 +152,9 @@ def test_ten_steps_and_both_losses_agree_with_numpy(unroll):
     close(result.priority, result.meta_losses["l_s"])
     close(result.inner_losses, [*(step.loss for step in unroll.steps), last.loss_next])
     close(problems.flat(result.params), last.w_next)
-    close(
-        result.gradient_norm,
-        np.linalg.norm(unroll.case.model.gradient(last.w_next, unroll.batches[-1])),
-    )
+    close(result.gradient_norm, np.linalg.norm(unroll.case.model.gradient(last.w_next, unroll.batches[-1])))
     own = result.opt_state[0]
-    assert (int(own.count), int(own.info.skipped_steps)) == (10, 0)
+    assert (int(own.count), int(own.info.skipped_steps)) == (5, 0)
     close(problems.flat(own.direction), last.direction)
     close(problems.flat(own.residual), last.residual)
     assert_carries_close(own.controller.damping_carry, last.damping_carry, close)
@@ -225,54 +217,3 @@ def test_the_states_of_the_lstms_do_carry_gradient_through_time(unroll, name):
     kernel(direction)[...] = kernel(gradient)  # the steepest one: how long the gradient is
     cut = scale * slope(unroll, name, NETWORKS[name], direction, cut_carries=True)
     assert abs(cut / np.sum(kernel(gradient) ** 2) - 1) > 0.01
-
-
-def test_the_gradient_is_that_of_a_loop_with_cuts_at_w_g_d0_r0_and_the_softmax_weights(x64):
-    batches, cut = problems.stack(problems.batches(3)), lax.stop_gradient
-    params, problem = problems.linear_params(), task(problems.linear)
-    meta_params = to_double(problems.random_meta_params(Settings(), units=(2,)))
-    learned = mlhf_optimizer(
-        LEARNING_RATE,
-        num_cg_steps=2,
-        update_noise=0.0,
-        max_update_ratio=None,
-        step_loss="difference",
-        unroll=1,
-    )
-    opt_state = start(learned, meta_params, problem, params)
-
-    def losses(meta_params):
-        controller, solver = coordinate_lstm(meta_params), Solver(2, unroll=1)
-        w, state, l_p, l_s = params, opt_state[0], [], []
-        for t in range(2):
-            batch, next_batch = (jax.tree.map(lambda x: x[i], batches) for i in (t, t + 1))  # noqa: B023
-            w = cut(w)
-            g = cut(jax.grad(problems.linear_loss)(w, batch))
-            state = state._replace(direction=cut(state.direction), residual=cut(state.residual))
-            view = look(controller, state, (problems.linear, problems.LOSS), w, g, batch)
-            step = damped_step(controller, solver, view, state)
-            state = step.state
-            l_p.append(preconditioner_loss(step.direction, state.residual, g))
-            before = cut(problems.linear_loss(w, batch))
-            w = jax.tree.map(lambda x, d: x - LEARNING_RATE * d, w, step.direction)
-            l_s.append(problems.linear_loss(w, next_batch) + problems.linear_loss(w, batch) - 2 * before)
-        l_s = jnp.stack(l_s)
-        return {"l_p": jnp.mean(jnp.stack(l_p)), "l_s": jnp.sum(cut(jax.nn.softmax(l_s)) * l_s)}
-
-    @jax.jit
-    def both(meta_params):
-        value, pull_back = jax.vjp(losses, meta_params)
-        one, zero = jnp.ones(()), jnp.zeros(())
-        by_l_p, by_l_s = (pull_back({"l_p": p, "l_s": s})[0] for p, s in ((one, zero), (zero, one)))
-        got = learned.meta_gradient(meta_params, problem, params, opt_state, batches, jax.random.key(0))
-        return (got.meta_losses, got.gradient), (value, by_l_p, by_l_s)
-
-    (meta_losses, gradient), (value, by_l_p, by_l_s) = both(meta_params)
-    close = functools.partial(
-        jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-13)
-    )
-    close(meta_losses, value)
-    close(gradient.preconditioner, by_l_p.preconditioner)
-    close(gradient.damping, jax.tree.map(lambda x: 10.0 * x, by_l_s.damping))
-    # Each loss also depends on the other network; that gradient is not used.
-    assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(by_l_p.damping)) > 1e-6

@@ -26,6 +26,12 @@ TABLE = SimpleNamespace(
 )
 
 
+@jax.jit
+@jax.grad
+def gradient(params, batch):
+    return TABLE.loss_fn(TABLE.predict_fn(params, batch), batch)
+
+
 class Small:
     """An unroll on a model whose layer types are given, and all that it needs."""
 
@@ -48,8 +54,7 @@ class Small:
         )
 
     def _take_step(self, params, opt_state, batch):
-        grads = jax.grad(lambda p: TABLE.loss_fn(TABLE.predict_fn(p, batch), batch))(params)
-        updates, opt_state = self.optimizer.update(grads, opt_state, params, batch=batch)
+        updates, opt_state = self.optimizer.update(gradient(params, batch), opt_state, params, batch=batch)
         return optax.apply_updates(params, updates), opt_state
 
     def used(self, batches, opt_state):
@@ -138,9 +143,8 @@ def test_an_unroll_of_skipped_steps_changes_and_teaches_nothing(small):
 
 
 def test_after_a_step_that_was_not_one_of_descent_cg_starts_from_zero(small):
-    gradient = jax.grad(lambda p: TABLE.loss_fn(TABLE.predict_fn(p, first), first))
     first = jax.tree.map(lambda x: x[0], small.batches)
-    far = jax.tree.map(lambda g: -1e6 * g, gradient(small.params))
+    far = jax.tree.map(lambda g: -1e6 * g, gradient(small.params, first))
     opt_state = (small.opt_state[0]._replace(direction=far), *small.opt_state[1:])
     result = small.run(opt_state=opt_state)
     assert_same_training(result, small.used(small.batches, opt_state))

@@ -43,7 +43,7 @@ def test_n_steps_solve_a_system_of_n_unknowns(seed):
         assert int(info.steps) == N
 
 
-@pytest.mark.parametrize("num_steps", range(N))
+@pytest.mark.parametrize("num_steps", [0, 1, 4])
 def test_every_step_is_that_of_the_textbook(num_steps):
     matrix, b, x0, preconditioner = system()
     ones = np.ones(N)
@@ -65,24 +65,17 @@ def test_every_step_is_that_of_the_textbook(num_steps):
 
 def test_the_preconditioner_may_be_any_function_and_the_exact_one_needs_one_step():
     matrix, b, x0, _ = system()
-    x, _, info = pcg(
-        lambda v: matrix @ v, b, x0, num_steps=4, preconditioner=lambda r: jnp.linalg.solve(matrix, r)
-    )
+    exact = lambda r: jnp.linalg.solve(matrix, r)
+    x, _, info = jax.jit(lambda: pcg(lambda v: matrix @ v, b, x0, num_steps=4, preconditioner=exact))()
     np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=1e-9)
     assert int(info.steps) <= 2  # the second one corrects rounding, if anything
-
-
-def test_the_exact_preconditioner_of_a_diagonal_matrix_needs_one_step():
-    diagonal = np.geomspace(1e-4, 1e4, N)
-    x, _, _ = solve(np.diag(diagonal), np.ones(N), np.zeros(N), diagonal, num_steps=1)
-    np.testing.assert_allclose(x, 1 / diagonal, rtol=1e-12)
 
 
 @pytest.mark.parametrize("unroll", [False, 2])
 def test_the_loop_may_be_rolled(unroll):
     matrix, b, x0, preconditioner = system()
-    want = solve(matrix, b, x0, preconditioner, num_steps=5)
-    got = solve(matrix, b, x0, preconditioner, num_steps=5, kwargs=(("unroll", unroll),))
+    want = solve(matrix, b, x0, preconditioner, num_steps=4)
+    got = solve(matrix, b, x0, preconditioner, num_steps=4, kwargs=(("unroll", unroll),))
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-9), got, want)
 
 
@@ -105,14 +98,11 @@ def test_a_zero_right_hand_side_needs_no_step_from_zero_and_returns_to_zero_from
     np.testing.assert_allclose(solve(matrix, np.zeros(N), x0, num_steps=N)[0], np.zeros(N), atol=1e-9)
 
 
-def test_a_start_at_the_solution_stays_there():
+def test_a_start_at_the_solution_stays_there_and_a_singular_but_consistent_system_is_solved():
     matrix = np.diag([1.0, 2.0, 4.0])
-    x, _, info = solve(matrix, matrix @ np.ones(3), np.ones(3), num_steps=4)
+    x, _, info = solve(matrix, matrix @ np.ones(3), np.ones(3), num_steps=10)
     np.testing.assert_array_equal(x, np.ones(3))
     assert int(info.steps) == 0
-
-
-def test_a_singular_but_consistent_system_is_solved():
     matrix = np.diag([1.0, 3.0, 0.0])
     x, residual, _ = solve(matrix, np.array([2.0, 3.0, 0.0]), num_steps=10)
     np.testing.assert_allclose(x, [2.0, 1.0, 0.0], atol=1e-12)
@@ -212,28 +202,24 @@ def finite_difference(function, x, direction, step=1e-5):
     return (function(x + step * direction) - function(x - step * direction)) / (2 * step)
 
 
-@pytest.mark.parametrize("num_steps", [1, 3, N, N + 1, 20])
-@pytest.mark.parametrize("operator", [Quotient, Scale])
+@pytest.mark.parametrize(
+    ("num_steps", "operator"), [(1, Scale), (3, Quotient), (N, Scale), (N + 1, Quotient), (20, Quotient)]
+)
 def test_gradients_below_at_and_past_convergence(num_steps, operator):
     arguments = system(1, condition=20.0)
     rng = np.random.default_rng(5)
     weights = rng.normal(size=(2, N))
 
-    def outcome(matrix, b, x0, preconditioner):
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2, 3))
+    def outcome(*arguments):
         # Rolled where it is long, which compiles faster.
-        x, residual, _ = solve(
-            matrix,
-            b,
-            x0,
-            preconditioner,
-            num_steps=num_steps,
-            operator=operator,
-            kwargs=(("unroll", num_steps < 10),),
-        )
+        options = {"num_steps": num_steps, "operator": operator, "kwargs": (("unroll", num_steps == 3),)}
+        x, residual, _ = solve(*arguments, **options)
         return jnp.sum(weights[0] * x) + jnp.sum(weights[1] * residual)
 
-    value = jax.jit(outcome)
-    gradients = jax.jit(jax.grad(outcome, argnums=(0, 1, 2, 3)))(*arguments)
+    value = lambda *moved: outcome(*moved)[0]
+    _, gradients = outcome(*arguments)
     for i, gradient in enumerate(gradients):
         assert np.isfinite(gradient).all()
         direction = rng.normal(size=np.shape(gradient))
@@ -247,7 +233,7 @@ def test_gradients_below_at_and_past_convergence(num_steps, operator):
 def test_the_gradient_is_that_of_the_steps_taken_not_of_the_solution():
     """The implicit derivative of a converged solver is another number after two steps."""
     matrix, b, _, _ = system(1)
-    gradient = jax.grad(lambda b: jnp.sum(solve(matrix, b, num_steps=2)[0]))(b)
+    gradient = jax.jit(jax.grad(lambda b: jnp.sum(solve(matrix, b, num_steps=2)[0])))(b)
     implicit = np.linalg.solve(matrix, np.ones(N))
     assert np.abs(gradient - implicit).max() > 0.01
 
@@ -261,31 +247,30 @@ def all_gradients(*arguments):
     return jax.grad(outcome, argnums=(0, 1, 2, 3))(*arguments)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("start", ["zero", "elsewhere", "solution"])
-@pytest.mark.parametrize("right_hand_side", ["zero", "ones"])
-def test_no_gradient_is_nan_where_a_division_would_be_zero_by_zero(dtype, start, right_hand_side):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_gradient_is_nan_where_a_division_would_be_zero_by_zero(dtype):
     diagonal = np.arange(1.0, 4.0)
-    b = np.zeros(3) if right_hand_side == "zero" else np.ones(3)
-    x0 = {"zero": np.zeros(3), "elsewhere": np.arange(3.0), "solution": b / diagonal}[start]
-    gradients = all_gradients(*(jnp.asarray(x, dtype) for x in (np.diag(diagonal), b, x0, np.ones(3))))
-    assert all(np.isfinite(g).all() for g in gradients)
+    for b in (np.zeros(3), np.ones(3)):
+        for x0 in (np.zeros(3), np.arange(3.0), b / diagonal):
+            gradients = all_gradients(*(x.astype(dtype) for x in (np.diag(diagonal), b, x0, np.ones(3))))
+            assert all(np.isfinite(g).all() for g in gradients)
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1e-12, 1e-25])
-def test_gradients_of_tiny_right_hand_sides_do_not_underflow_into_nan(scale):
+def test_gradients_of_tiny_right_hand_sides_do_not_underflow_into_nan():
     """The solution is linear in b, so its derivative with respect to P scales with b."""
-    matrix, b, x0, preconditioner = (jnp.asarray(x, jnp.float32) for x in system())
+    matrix, b, x0, preconditioner = (np.asarray(x, np.float32) for x in system())
 
     @jax.jit
     @jax.grad
     def gradient(preconditioner, b, x0):
         return jnp.sum(solve(matrix, b, x0, preconditioner, num_steps=3)[0])
 
-    want, got = gradient(preconditioner, b, x0), gradient(preconditioner, scale * b, scale * x0)
-    if scale < 1e-20:  # the squares in the inner products are below float32
-        want = jnp.zeros(N)
-    np.testing.assert_allclose(got / scale, want, rtol=1e-2, atol=1e-4)
+    want = gradient(preconditioner, b, x0)
+    for scale in np.float32([1e-8, 1e-12, 1e-25]):
+        got = gradient(preconditioner, scale * b, scale * x0)
+        if scale < 1e-20:  # the squares in the inner products are below float32
+            want = np.zeros(N)
+        np.testing.assert_allclose(got / scale, want, rtol=1e-2, atol=1e-4)
 
 
 def test_gradients_flow_through_a_scan_of_solves_with_warm_starts():
@@ -299,8 +284,9 @@ def test_gradients_flow_through_a_scan_of_solves_with_warm_starts():
         x, losses = jax.lax.scan(body, x0, None, length=3)
         return jnp.sum(losses) + jnp.sum(x)
 
-    outcome = jax.jit(outcome)
-    np.testing.assert_allclose(jax.grad(outcome)(1.3), finite_difference(outcome, 1.3, 1.0), rtol=1e-6)
+    outcome = jax.jit(jax.value_and_grad(outcome))
+    want = finite_difference(lambda scale: outcome(scale)[0], 1.3, 1.0)
+    np.testing.assert_allclose(outcome(1.3)[1], want, rtol=1e-6)
 
 
 # Low precision.
@@ -311,14 +297,8 @@ def test_bfloat16_vectors_stay_bfloat16_and_their_scalars_do_not():
     low = [jnp.asarray(x, jnp.bfloat16) for x in (b, x0, preconditioner)]
     matvec = lambda v: (jnp.asarray(matrix, jnp.float32) @ v.astype(jnp.float32)).astype(v.dtype)
     for early_exit in (False, True):
-        x, residual, info = pcg(
-            matvec,
-            *low[:2],
-            num_steps=4,
-            preconditioner=Quotient(low[2]),
-            tolerance=1e-3,
-            early_exit=early_exit,
-        )
+        options = {"num_steps": 4, "tolerance": 1e-3, "early_exit": early_exit}
+        x, residual, info = pcg(matvec, *low[:2], preconditioner=Quotient(low[2]), **options)
         assert (x.dtype, residual.dtype, info.residual_norm.dtype) == (
             jnp.bfloat16,
             jnp.bfloat16,
@@ -331,12 +311,9 @@ def test_bfloat16_vectors_stay_bfloat16_and_their_scalars_do_not():
 # Errors.
 
 
-@pytest.mark.parametrize("num_steps", [2.0, "2", None, True, np.array(2)])
-def test_a_number_of_steps_that_is_no_int_is_an_error(num_steps):
-    with pytest.raises(TypeError, match=r"`num_steps` must be a Python int, got .*`static_args`"):
-        pcg(lambda v: v, jnp.ones(2), num_steps=num_steps)
-
-
-def test_a_negative_number_of_steps_is_an_error():
+def test_a_number_of_steps_that_is_negative_or_no_int_is_an_error():
+    for num_steps in (2.0, "2", None, True, np.array(2)):
+        with pytest.raises(TypeError, match=r"`num_steps` must be a Python int, got .*`static_args`"):
+            pcg(lambda v: v, jnp.ones(2), num_steps=num_steps)
     with pytest.raises(ValueError, match="`num_steps` must be at least 0, got -1"):
         pcg(lambda v: v, jnp.ones(2), num_steps=-1)

@@ -12,20 +12,16 @@ from flax import nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state as flax_train_state
 
-from mlhf_optax import SoftmaxCrossEntropy, TrainState, hessian_free, init_meta_params, mlhf
+from mlhf_optax import SoftmaxCrossEntropy, TrainState, gauss_newton
 
 LOSS = SoftmaxCrossEntropy()
-META_PARAMS = init_meta_params(jax.random.key(0))
-BATCH = {
-    "image": np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32),
-    "label": np.arange(8) % 2,
-}
+BATCH = {"image": np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32), "label": np.arange(8) % 2}
 
 
 class Dense(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(2)(nn.tanh(nn.Dense(4)(x)))
+        return nn.Dense(2)(nn.tanh(x))
 
 
 class Normed(nn.Module):
@@ -42,16 +38,17 @@ def dense_state(make_optimizer):
     return predict_fn, TrainState.create(apply_fn=model.apply, params=params, tx=make_optimizer(predict_fn))
 
 
+def ours(predict_fn):
+    """An optimizer that needs the batch, the one that compiles fastest."""
+    return gauss_newton(1.0, predict_fn, LOSS, damping=0.1, num_cg_steps=2, unroll=1)
+
+
 OPTIMIZERS = {
-    "mlhf": lambda predict_fn: mlhf(1.0, META_PARAMS, predict_fn, LOSS),
-    "hessian_free": lambda predict_fn: hessian_free(1.0, predict_fn, LOSS, damping=0.1),
+    "ours": ours,
     "adam": lambda predict_fn: optax.adam(0.05),
-    "clipped mlhf": lambda predict_fn: optax.chain(
-        mlhf(1.0, META_PARAMS, predict_fn, LOSS), optax.clip_by_global_norm(1.0)
-    ),
-    "mlhf in MultiSteps": lambda predict_fn: optax.MultiSteps(mlhf(1.0, META_PARAMS, predict_fn, LOSS), 2),
-    "mlhf in a MultiSteps transformation": lambda predict_fn: optax.MultiSteps(
-        mlhf(1.0, META_PARAMS, predict_fn, LOSS), 2
+    "ours in MultiSteps": lambda predict_fn: optax.MultiSteps(ours(predict_fn), 2),
+    "ours in a MultiSteps transformation": lambda predict_fn: optax.MultiSteps(
+        ours(predict_fn), 2
     ).gradient_transformation(),
     "adam in MultiSteps": lambda predict_fn: optax.MultiSteps(optax.adam(0.1), 2),
     "without extra arguments": lambda predict_fn: optax.GradientTransformation(
@@ -77,18 +74,20 @@ def test_a_linen_training_with_any_optimizer_compiles_once_and_learns(name):
         losses.append(float(loss))
     assert len(compilations) == 1
     assert int(state.step) == 6
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "mlhf" in name])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "ours" in name])
 def test_the_steps_are_those_of_calling_the_optimizer_by_hand(name):
-    predict_fn, state = dense_state(OPTIMIZERS[name])
-    grads = jax.grad(lambda p: LOSS(predict_fn(p, BATCH), BATCH))(state.params)
+    _, state = dense_state(OPTIMIZERS[name])
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    by_hand = jax.jit(lambda *arguments: state.tx.update(grads, *arguments, batch=BATCH))
+    by_state = jax.jit(lambda state: state.apply_gradients(grads=grads, batch=BATCH))
     params, opt_state, got = state.params, state.opt_state, state
     for _ in range(2):
-        updates, opt_state = state.tx.update(grads, opt_state, params, batch=BATCH)
+        updates, opt_state = by_hand(opt_state, params)
         params = optax.apply_updates(params, updates)
-        got = got.apply_gradients(grads=grads, batch=BATCH)
+        got = by_state(got)
     jax.tree.map(np.testing.assert_array_equal, (got.params, got.opt_state), (params, opt_state))
     assert got.tx is state.tx
     assert got.apply_fn is state.apply_fn
@@ -101,7 +100,7 @@ def test_without_a_batch_it_is_the_state_of_flax():
     flax_state = flax_train_state.TrainState.create(**fields).apply_gradients(grads=grads)
     jax.tree.map(np.testing.assert_array_equal, state.apply_gradients(grads=grads).params, flax_state.params)
     with pytest.raises(TypeError, match=r"needs the batch.*`apply_gradients\(grads=grads, batch=batch\)`"):
-        dense_state(OPTIMIZERS["mlhf"])[1].apply_gradients(grads=grads)
+        dense_state(OPTIMIZERS["ours"])[1].apply_gradients(grads=grads)
 
 
 class NormedState(TrainState):
@@ -117,7 +116,7 @@ def test_batch_statistics_ride_in_the_batch_and_are_replaced_as_in_flax():
         variables = {"params": params, **batch["model_state"]}
         return model.apply(variables, batch["image"], mutable=["batch_stats"])
 
-    tx = mlhf(1.0, META_PARAMS, lambda params, batch: forward(params, batch)[0], LOSS)
+    tx = ours(lambda params, batch: forward(params, batch)[0])
     state = NormedState.create(
         apply_fn=model.apply, params=variables["params"], tx=tx, batch_stats=variables["batch_stats"]
     )
@@ -156,15 +155,15 @@ def test_a_replaced_optimizer_stays_replaced():
 
 
 def test_parameters_that_are_overwritten_by_their_gradient_stay_out_of_the_optimizer():
-    predict_fn, state = dense_state(OPTIMIZERS["mlhf"])
+    _, state = dense_state(OPTIMIZERS["ours"])
     params = {"params": state.params, OVERWRITE_WITH_GRADIENT: {"scale": jnp.ones(2)}}
-    grads = jax.grad(lambda p: LOSS(predict_fn(p, BATCH), BATCH))(state.params)
+    grads = jax.tree.map(jnp.ones_like, state.params)
     whole = TrainState.create(apply_fn=state.apply_fn, params=params, tx=state.tx)
-    new = whole.apply_gradients(
-        grads={"params": grads, OVERWRITE_WITH_GRADIENT: {"scale": jnp.full(2, 7.0)}}, batch=BATCH
-    )
+    whole_grads = {"params": grads, OVERWRITE_WITH_GRADIENT: {"scale": jnp.full(2, 7.0)}}
+    apply = jax.jit(lambda state, grads: state.apply_gradients(grads=grads, batch=BATCH))
+    new = apply(whole, whole_grads)
     np.testing.assert_array_equal(new.params[OVERWRITE_WITH_GRADIENT]["scale"], [7.0, 7.0])
-    want = state.apply_gradients(grads=grads, batch=BATCH).params
+    want = apply(state, grads).params
     jax.tree.map(np.testing.assert_array_equal, new.params["params"], want)
 
 
@@ -190,7 +189,7 @@ def test_the_nnx_optimizer_takes_the_batch_as_it_is(norm):
     def predict_fn(params, batch):
         return nnx.merge(graphdef, params, batch["model_state"])(batch["image"])
 
-    optimizer = nnx.Optimizer(model, mlhf(1.0, META_PARAMS, predict_fn, LOSS), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, ours(predict_fn), wrt=nnx.Param)
     compilations = []
 
     @nnx.jit

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from mlhf_optax import limit_update_ratio
-from mlhf_optax.transforms import after_solve, average_updates, decay_weights, require_batch, require_params
+from mlhf_optax.transforms import after_solve, average_updates, decay_weights, require_params
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 
@@ -34,11 +34,6 @@ def test_a_long_update_keeps_its_direction_and_gets_the_allowed_norm():
     got = bound(updates, params, 0.5)  # norms 5 and 10 over the whole tree
     np.testing.assert_allclose(got["a"], [0.0, 1.5], rtol=1e-6)
     np.testing.assert_allclose(got["b"], 2.0, rtol=1e-6)
-
-
-def test_a_short_update_is_left_alone():
-    updates = jnp.array([0.1, -0.2])
-    np.testing.assert_array_equal(bound(updates, jnp.array([3.0, 4.0])), updates)
 
 
 def test_parameters_at_zero_count_as_small_ones():
@@ -70,7 +65,7 @@ def test_dtypes_are_kept_and_norms_do_not_overflow_in_them(dtype):
 # Momentum.
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.999])
 def test_the_average_is_the_weighted_mean_of_all_updates(x64, momentum):
     updates = np.random.default_rng(0).normal(size=(6, 4))
     found, _ = run(average_updates(momentum), list(jnp.asarray(updates)))
@@ -87,18 +82,6 @@ def test_zero_updates_change_no_average_and_are_passed_on():
     for got, want in zip(with_skips, [zero, without[0], zero, zero, without[1]], strict=True):
         np.testing.assert_array_equal(got["a"], want["a"])
     jax.tree.map(np.testing.assert_array_equal, state, expected)
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_the_average_keeps_dtypes(dtype):
-    found, state = run(average_updates(0.9), [jnp.ones(3, dtype)] * 3)
-    assert found[-1].dtype == state.average.dtype == dtype
-    np.testing.assert_allclose(found[-1].astype(float), np.ones(3), rtol=2e-2)
-
-
-def test_a_traced_momentum_is_the_same():
-    average = lambda m: run(average_updates(m), [jnp.ones(2), jnp.array([3.0, 1.0])])[0]
-    np.testing.assert_allclose(jax.jit(average)(0.9)[1], average(0.9)[1], rtol=1e-6)
 
 
 # All together.
@@ -153,17 +136,16 @@ def test_numbers_that_are_injected_do_not_change_the_structure_of_the_state():
 # Errors.
 
 
-@pytest.mark.parametrize("ratio", [0, -0.5, float("nan")])
-@pytest.mark.parametrize("make", [limit_update_ratio, lambda r: after_solve(1.0, max_update_ratio=r)])
-def test_a_ratio_that_is_not_positive_is_an_error(make, ratio):
-    with pytest.raises(ValueError, match="`max_update_ratio` must be positive, or None for no bound, got"):
-        make(ratio)
-
-
-@pytest.mark.parametrize("momentum", [-0.1, 1.0, float("nan")])
-def test_a_momentum_out_of_range_is_an_error(momentum):
-    with pytest.raises(ValueError, match=r"`momentum` must be in \[0, 1\), or None for none, got"):
-        average_updates(momentum)
+def test_a_ratio_that_is_not_positive_and_a_momentum_out_of_range_are_errors():
+    for make in (limit_update_ratio, lambda r: after_solve(1.0, max_update_ratio=r)):
+        for ratio in (0, -0.5, float("nan")):
+            with pytest.raises(
+                ValueError, match="`max_update_ratio` must be positive, or None for no bound, "
+            ):
+                make(ratio)
+    for momentum in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"`momentum` must be in \[0, 1\), or None for none, got"):
+            average_updates(momentum)
 
 
 def test_missing_parameters_are_an_error():
@@ -171,11 +153,3 @@ def test_missing_parameters_are_an_error():
         with pytest.raises(ValueError, match=rf"`{name}` needs the current parameters.*not None"):
             tx.update(jnp.ones(2), tx.init(None), None)
     require_params({}, "name")
-
-
-def test_a_missing_batch_is_an_error_that_shows_the_call():
-    with pytest.raises(
-        TypeError, match=r"`mlhf` needs the batch.*`tx.update\(grads, state, params, batch=batch\)`"
-    ):
-        require_batch(None, "mlhf")
-    require_batch({}, "mlhf")

@@ -114,7 +114,7 @@ def make_meta_step(
       ...     predict_fn=lambda params, batch: batch["x"] @ params["kernel"],
       ...     loss_fn=SquaredError(targets="y"))
       >>> config = MetaTrainingConfig(num_tasks=2, unroll_length=2)
-      >>> init, meta_step = make_meta_step(task, mlhf_optimizer(), config)
+      >>> init, meta_step = make_meta_step(task, mlhf_optimizer(num_cg_steps=1), config)
       >>> state = init(jax.random.key(0), init_meta_params(jax.random.key(1), layer_types=["dense_kernel"]))
       >>> batches = {"x": jnp.ones((2, 3, 4, 3)), "y": jnp.zeros((2, 3, 4, 1))}
       >>> state, metrics = meta_step(state, batches)

@@ -72,7 +72,7 @@ def make_validation(
       ...     init_fn=lambda key: {"kernel": jax.random.normal(key, (2, 1))},
       ...     predict_fn=lambda params, batch: batch["x"] @ params["kernel"],
       ...     loss_fn=SquaredError(targets="y"))
-      >>> validate = make_validation(task, mlhf_optimizer(), steps=(1, 3))
+      >>> validate = make_validation(task, mlhf_optimizer(num_cg_steps=1), steps=(1, 3))
       >>> batches = {"x": jnp.ones((3, 4, 2)), "y": jnp.zeros((3, 4, 1))}
       >>> examples = {"x": jnp.ones((4, 2)), "y": jnp.zeros((4, 1))}
       >>> meta_params = init_meta_params(jax.random.key(0), layer_types=["dense_kernel"])

@@ -23,7 +23,7 @@ from mlhf_optax.comparison.run import (
     run_step,
 )
 from mlhf_optax.meta_training import runs_in_sequence
-from mlhf_optax.tasks import Examples, ExampleStream, Task, in_memory, num_examples, take
+from mlhf_optax.tasks import Examples, Stream, Task, in_memory, num_examples, take
 
 _EVALUATION_CHUNK = 2048  # examples per forward pass, to bound the memory of an evaluation
 
@@ -206,7 +206,7 @@ class RunGrid:
 class _StreamFeed:
     """Mini-batches of S seeds that are read while they are needed."""
 
-    def __init__(self, stream: ExampleStream, seeds: Sequence[int], batch_size: int):
+    def __init__(self, stream: Stream, seeds: Sequence[int], batch_size: int):
         self._open = lambda step: [stream.batches(seed, batch_size, step) for seed in seeds]
         self._iterators, self._next_step = self._open(0), 0
 

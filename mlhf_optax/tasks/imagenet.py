@@ -6,15 +6,14 @@ Crops of the training images are made by worker processes while the device compu
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from mlhf_optax.tasks.data import Dataset, Examples
+from mlhf_optax.tasks.data import Dataset, Examples, Source, Stream
 from mlhf_optax.tasks.prepared import cache_folder, data_folder, decode_parts, open_sources
 from mlhf_optax.tasks.resnet import Stem, resnet18
-from mlhf_optax.tasks.streaming import Source, Stream
-from mlhf_optax.tasks.task import Task, image_task
+from mlhf_optax.tasks.task import FileOptions, Task, file_task
 
 NUM_CLASSES = 1000
 _CROP_AREA = (0.08, 1.0)
@@ -106,11 +105,6 @@ def random_crop(example: Mapping[str, Any], rng: np.random.Generator, image_size
     The part has 8 % to 100 % of the area and sides in a ratio of 3:4 to 4:3; where ten attempts do not
     fit into the image, it is the largest square in the middle.
 
-    Args:
-      example: ``"image"``, uint8 of shape (height, width, 3), and ``"label"``.
-      rng: random numbers.
-      image_size: height and width of the result.
-
     Returns:
       ``"image"``, uint8 of shape (image_size, image_size, 3), and ``"label"``, int32.
     """
@@ -150,12 +144,9 @@ def imagenet_resnet18(
     channels: int = 64,
     stem: Stem = "imagenet",
     image_size: int = 224,
-    batch_size: int = 64,
-    meta_batch_size: int = 64,
-    augment: bool = True,
+    *,
     num_workers: int = 8,
-    data_dir: str | Path | None = None,
-    cache_dir: str | Path | None = None,
+    **options: Unpack[FileOptions],
 ) -> Task:
     """Returns the task that the paper's section 4.4 carries MLHF over to: ResNet-18 v2 on ImageNet.
 
@@ -165,12 +156,8 @@ def imagenet_resnet18(
       channels: channels of the first stage; they double three times.
       stem: see :class:`mlhf_optax.tasks.ResNet`.
       image_size: height and width of the images that the network sees.
-      batch_size: examples per mini-batch when networks are trained.
-      meta_batch_size: examples per mini-batch in meta-training.
-      augment: mirror training images at random.
       num_workers: processes that read and decode.
-      data_dir: where the data lie (:func:`load_imagenet`).
-      cache_dir: where decoded images are kept.
+      **options: see :class:`mlhf_optax.tasks.FileOptions`; all batches are of 64.
 
     Raises:
       ValueError: if a number is below one.
@@ -183,17 +170,13 @@ def imagenet_resnet18(
     name += "" if channels == 64 else f"-{channels}"
     name += "" if stem == "imagenet" else f"-{stem}-stem"
     name += "" if image_size == 224 else f"-{image_size}px"
-    return image_task(
+    return file_task(
         name,
         f"ImageNet ({image_size}x{image_size}, 1000 classes), ResNet-18 v2 from {channels} channels",
         resnet18(NUM_CLASSES, stem, channels),
         (image_size, image_size, 3),
-        load_data=functools.partial(
-            load_imagenet, data_dir, cache_dir, image_size=image_size, num_workers=num_workers
-        ),
+        functools.partial(load_imagenet, image_size=image_size, num_workers=num_workers),
+        {"batch_size": 64, "meta_batch_size": 64, **options},
         num_classes=NUM_CLASSES,
-        batch_size=batch_size,
-        meta_batch_size=meta_batch_size,
-        augment=augment,
         pretrained="cifar10_resnet",
     )

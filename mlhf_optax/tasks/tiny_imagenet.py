@@ -9,13 +9,14 @@ import io
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
 from mlhf_optax.tasks.data import Dataset, freeze
 from mlhf_optax.tasks.prepared import DAMAGE, cache_folder, cached_arrays, data_folder, read_arrays
 from mlhf_optax.tasks.resnet import Stem, resnet18
-from mlhf_optax.tasks.task import Task, image_task
+from mlhf_optax.tasks.task import FileOptions, Task, file_task
 
 IMAGE_SHAPE = (64, 64, 3)
 META_TRAIN_SHARE = 1 / 5
@@ -91,12 +92,8 @@ def _load(path: Path, cache_dir: Path) -> tuple[Dataset, int]:
         image=images[f"{split}_image"][rows], label=packed[f"y_{split}"][rows].astype(np.int32)
     )
     boundary = round(META_TRAIN_SHARE * len(packed["y_train"]))
-    data = Dataset(
-        meta_train=part("train", slice(None, boundary)),
-        train=part("train", slice(boundary, None)),
-        test=part("test", slice(None)),
-    )
-    return data, num_classes
+    parts = (part("train", slice(boundary)), part("train", slice(boundary, None)), part("test", slice(None)))
+    return Dataset(*parts), num_classes
 
 
 def _decode(path: Path, packed: dict[str, np.ndarray], split: str) -> np.ndarray:
@@ -172,14 +169,7 @@ def _pack(split: str, files: Sequence[tuple[Path, int]]) -> dict[str, np.ndarray
 
 
 def tiny_imagenet_resnet18(
-    channels: int = 64,
-    stem: Stem = "small",
-    num_classes: int = 100,
-    batch_size: int = 64,
-    meta_batch_size: int = 64,
-    augment: bool = True,
-    data_dir: str | Path | None = None,
-    cache_dir: str | Path | None = None,
+    channels: int = 64, stem: Stem = "small", num_classes: int = 100, **options: Unpack[FileOptions]
 ) -> Task:
     """Returns the stand-in for ``imagenet-resnet18``: ResNet-18 v2 on Tiny-ImageNet.
 
@@ -187,11 +177,7 @@ def tiny_imagenet_resnet18(
       channels: channels of the first stage; they double three times.
       stem: see :class:`mlhf_optax.tasks.ResNet`; ``"imagenet"`` costs a tenth and is less accurate.
       num_classes: classes in the file.
-      batch_size: examples per mini-batch when networks are trained.
-      meta_batch_size: examples per mini-batch in meta-training.
-      augment: crop and mirror training images at random.
-      data_dir: where the data lie (:func:`load_tiny_imagenet`).
-      cache_dir: where decoded images are kept.
+      **options: see :class:`mlhf_optax.tasks.FileOptions`; all batches are of 64.
 
     Raises:
       ValueError: if a number is below one.
@@ -203,16 +189,14 @@ def tiny_imagenet_resnet18(
     name = "tiny-imagenet-resnet18"
     name += "" if channels == 64 else f"-{channels}"
     name += "" if stem == "small" else f"-{stem}-stem"
-    return image_task(
+    return file_task(
         name,
         f"Tiny-ImageNet (64x64, {num_classes} classes), ResNet-18 v2 from {channels} channels",
         resnet18(num_classes, stem, channels),
         IMAGE_SHAPE,
-        load_data=functools.partial(load_tiny_imagenet, data_dir, cache_dir, num_classes),
+        functools.partial(load_tiny_imagenet, num_classes=num_classes),
+        {"batch_size": 64, "meta_batch_size": 64, **options},
         num_classes=num_classes,
-        batch_size=batch_size,
-        meta_batch_size=meta_batch_size,
-        augment=augment,
         pad=8,
         pretrained="cifar10_resnet",
     )

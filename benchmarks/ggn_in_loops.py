@@ -19,17 +19,16 @@ library does it for small images), and picking the pixels of a strided 1x1 convo
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from experiment import BenchmarkOptions, command_line, parse_options
 from flax import linen as nn
 from jax import lax
 
-from mlhf_optax.comparison.record import command_line, record, write_json
-from mlhf_optax.comparison.timing import BenchmarkOptions, interleaved, parse_options
+from mlhf_optax.comparison.timing import interleaved
 from mlhf_optax.convolution import convolve
 from mlhf_optax.curvature import PredictFn, ggn_matvec
 from mlhf_optax.losses import SquaredError
@@ -118,11 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             times = ", ".join(f"{place} {1e3 * row[place]:.3g} ms" for place in ("inside", "outside"))
             print(f"{name}, {row['loop']}: {times} per product, ratio {row['ratio']:.2f}", flush=True)
     print(verdict(rows))
-    if options.json:
-        content = {"target": TARGET, "repeats": options.repeats, "rows": rows}
-        write_json(options.json, record(command_line(__file__, arguments), **content))
-    if options.figure:
-        save_figure(rows, options.figure)
+    content = {"target": TARGET, "repeats": options.repeats, "rows": rows}
+    options.save(command_line(__file__, arguments), draw, **content)
 
 
 def measure(name: str, options: Options) -> list[dict[str, Any]]:
@@ -209,12 +205,11 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
     return f"Above the target of {TARGET}: {', '.join(above)}."
 
 
-def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(figure: Any, content: dict[str, Any]) -> None:
     """Draws the ratios as bars, a group per layer."""
-    from matplotlib.figure import Figure
-
+    rows = content["rows"]
     layers = list(dict.fromkeys(row["layer"] for row in rows))
-    figure = Figure(figsize=(7, 1.2 + 0.3 * len(layers)), layout="constrained")
+    figure.set_size_inches(7, 1.2 + 0.3 * len(layers))
     axes = figure.subplots()
     for number, loop in enumerate(LOOPS):
         ratios = [row["ratio"] for row in rows if row["loop"] == loop]
@@ -227,7 +222,6 @@ def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(layers)), layers)
     axes.invert_yaxis()
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from convnet import ConvnetOptions
+from experiment import ConvnetOptions, command_line, find_meta_params, parse_options, save_drawing
 from rich.progress import track
 
-from mlhf_optax.comparison.experiment import find_meta_params
-from mlhf_optax.comparison.record import command_line, record, write_json
+from mlhf_optax.comparison.record import record, write_json
 from mlhf_optax.comparison.run_grid import Program, RunGrid
-from mlhf_optax.comparison.timing import parse_options
+from mlhf_optax.files import locked_folder
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
 from mlhf_optax.tasks import Task, take
 
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(Options, __doc__, arguments)
     if options.quick:
         options = dataclasses.replace(options, steps=20, record_every=5, batch_size=32)
-    task = make_task(options)
+    task = options.make_task((256, 640, 256))
     source, learned = find_meta_params(task, options.meta_params)
     changes: dict[str, Any] = {"curvature_batch_size": options.curvature_share or None}
     if options.learning_rate is not None:
@@ -83,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     optimizer = learned.optimizer(task.predict_fn, task.loss_fn, **changes)
     runs = RunGrid(Program(task, lambda: optimizer), {}, [options.seed], options.steps)
-    records = train(task, runs, options, settings)
+    with locked_folder(options.output):
+        records = train(task, runs, options, settings)
     content = record(
         command_line(__file__, arguments),
         task=task.name,
@@ -93,13 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         records=records,
     )
     write_json(options.output / "results.json", content)
-    save_figure(content, options.output / "figure.png")
+    save_drawing(options.output / "figure.png", draw, content)
     print_table(content)
-
-
-def make_task(options: Options) -> Task:
-    """Returns the task that the options ask for."""
-    return options.make_task((256, 640, 256))
 
 
 def train(task: Task, runs: RunGrid, options: Options, settings: dict[str, Any]) -> dict[str, list[float]]:
@@ -134,12 +129,10 @@ def is_stable(records: dict[str, list[float]]) -> bool:
     return bool(np.isfinite(losses).all() and (losses <= losses[0]).all())
 
 
-def save_figure(content: dict[str, Any], path: Path) -> None:
+def draw(figure: Any, content: dict[str, Any]) -> None:
     """Draws loss and accuracy, damping, and preconditioner over the steps."""
-    from matplotlib.figure import Figure
-
+    figure.set_size_inches(13, 4)
     records = content["records"]
-    figure = Figure(figsize=(13, 4), layout="constrained")
     loss, damping, preconditioner = figure.subplots(1, 3)
     loss.plot(records["step"], records["train_loss"], label="training loss, nats")
     loss.plot(records["step"], records["test_accuracy"], label="test accuracy")
@@ -152,7 +145,6 @@ def save_figure(content: dict[str, Any], path: Path) -> None:
     share = content["curvature_share"] or 1
     about = f"batch {content['batch_size']}, curvature on {share:g} of it, rate {content['learning_rate']:g}"
     figure.suptitle(f"{content['task']}, {about}, {content['num_steps']} steps")
-    figure.savefig(path, dpi=150)
 
 
 def print_table(content: dict[str, Any]) -> None:

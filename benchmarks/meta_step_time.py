@@ -30,13 +30,12 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from experiment import BenchmarkOptions, command_line, parse_options
 from step_contenders import Runner, make_problem, training_step
 from step_time import check_names, judged, print_targets
 
 from mlhf_optax import init_meta_params
-from mlhf_optax.comparison.figures import require_matplotlib
-from mlhf_optax.comparison.record import command_line, record, write_json
-from mlhf_optax.comparison.timing import BenchmarkOptions, interleaved, parse_options
+from mlhf_optax.comparison.timing import interleaved
 from mlhf_optax.meta_training import MetaTrainingConfig, make_meta_step, mlhf_optimizer
 
 BATCH_SIZES = {"digits-mlp": 128, "cuda-convnet": 64}
@@ -166,12 +165,10 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         print(f"{row['task']}, {numbers:12s}{times}{shown}")
 
 
-def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(figure: Any, content: dict[str, Any]) -> None:
     """Draws the ratio to SGD and the memory of the compiled meta-step as each number grows."""
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure.set_size_inches(11, 6)
+    rows = content["rows"]
     all_axes = figure.subplots(2, len(GROWING), sharex="col", sharey="row", squeeze=False)
     for column, name in enumerate(GROWING):
         for task in dict.fromkeys(row["task"] for row in rows):
@@ -190,7 +187,6 @@ def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     all_axes[0][0].set_ylabel("inner step / step of SGD")
     all_axes[1][0].set_ylabel("MiB of temporaries")
     all_axes[0][0].legend(fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -211,10 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_table(rows)
     found = targets(rows)
     print_targets(found)
-    if options.json:
-        write_json(options.json, record(command_line(__file__, arguments), rows=rows, targets=found))
-    if options.figure:
-        save_figure(rows, options.figure)
+    options.save(command_line(__file__, arguments), draw, rows=rows, targets=found)
 
 
 if __name__ == "__main__":

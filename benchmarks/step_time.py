@@ -26,11 +26,11 @@ import dataclasses
 import gc
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from experiment import BenchmarkOptions, command_line, parse_options
 from step_contenders import (
     CURVATURE_BATCH_SIZES,
     NETWORKS,
@@ -41,9 +41,7 @@ from step_contenders import (
     step_contenders,
 )
 
-from mlhf_optax.comparison.figures import require_matplotlib
-from mlhf_optax.comparison.record import command_line, record, write_json
-from mlhf_optax.comparison.timing import BenchmarkOptions, Timing, interleaved, parse_options
+from mlhf_optax.comparison.timing import Timing, interleaved
 
 FIRST_CALL_LIMITS = {"digits-mlp": 5.0, "mlp-784-512x3-10": 5.0, "cuda-convnet": 10.0}
 
@@ -156,12 +154,10 @@ def print_measurements(rows: Sequence[dict[str, Any]], part: dict[str, Any]) -> 
     print(f"{', '.join(shown)}; mlhf / (gradient + products) {part['mlhf_over_parts']:.2f}", flush=True)
 
 
-def save_figure(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(figure: Any, content: dict[str, Any]) -> None:
     """Draws the ratio of every optimizer to SGD, and the parts of MLHF's step as shares of it."""
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    figure.set_size_inches(13, 4.8)
+    rows, parts = content["rows"], content["parts"]
     ratios, shares = figure.subplots(1, 2, width_ratios=(2, 1))
     labels = [f"{part['task']}\nbatch {part['batch']}" for part in parts]
     names = list(dict.fromkeys(row["optimizer"] for row in rows))
@@ -182,7 +178,6 @@ def save_figure(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]],
     for axes in (ratios, shares):
         axes.set_xticks(range(len(labels)), labels, fontsize=7)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -204,11 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_targets(found)
     notes = [] if any("somax" in row["optimizer"] for row in rows) else ["python-somax is not installed"]
     print(*notes)
-    if options.json:
-        content = {"rows": rows, "parts": parts, "targets": found, "notes": notes}
-        write_json(options.json, record(command_line(__file__, arguments), **content))
-    if options.figure:
-        save_figure(rows, parts, options.figure)
+    content = {"rows": rows, "parts": parts, "targets": found, "notes": notes}
+    options.save(command_line(__file__, arguments), draw, **content)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 from blobs import TASK
+from mlhf_optax.comparison.experiment import find_meta_params
 from optax import contrib
 
 from mlhf_optax import gauss_newton, load_pretrained
@@ -18,7 +19,6 @@ from mlhf_optax.comparison import (
     rates_per_decade,
 )
 from mlhf_optax.comparison.contenders import is_learned
-from mlhf_optax.comparison.experiment import find_meta_params
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.tasks import get_task
 

@@ -6,9 +6,9 @@ import json
 import jax
 import pytest
 from blobs import SGD, TASK
+from mlhf_optax.comparison.experiment import ExperimentOptions, learned_contenders, limit_data, run_experiment
 
 from mlhf_optax.comparison import engine, experiment, grid_contenders
-from mlhf_optax.comparison.experiment import ExperimentOptions, learned_contenders, limit_data, run_experiment
 from mlhf_optax.comparison.timing import parse_options
 from mlhf_optax.tasks import part_size
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from mlhf_optax import meta_training as mt
 from mlhf_optax.comparison.record import machine_info, versions
 from mlhf_optax.learned import LearnedFamily
-from mlhf_optax.pretrained import Pretrained, load_pretrained, save_meta_params
+from mlhf_optax.pretrained import load_pretrained, save_meta_params
 from mlhf_optax.tasks import Task, check_batch_size, epoch_indices, num_examples, sample_batches, take
 
 _VALIDATION_EXAMPLES = 4096  # on which the loss is taken; all at once, so their number is bounded
@@ -70,7 +70,10 @@ def meta_train_task(
       ``mlhf-optax meta-train digits-mlp --iterations 1000 --output runs/digits``
     """
     check_batch_size(task, "meta_train")
-    known = _load_start(family, start)
+    known = None if start is None else load_pretrained(start)
+    if known is not None and known.family.name != family.name:
+        own = known.family.name
+        raise ValueError(f"`start` {start!r} holds meta-parameters of {own!r}, not of {family.name!r}")
     options = family.resolve(options, known)
     learned = family.learned(options, known)
     assert learned.init is not None  # every family has one
@@ -94,18 +97,12 @@ def meta_train_task(
         progress=on_progress,
     )
     made |= {"stopped_after": schedule.last, "seed": seed, "config": dataclasses.asdict(config)}
-    record = make_record(task, family, options, output, done, made, command)
+    record = _record(task, family, options, output, done, made, command)
     return save_meta_params(output / "meta_params", done.best_meta_params, record)
 
 
 def draw_batches(task: Task, examples: Any, shape: tuple[int, ...], key: chex.PRNGKey) -> Any:
-    """Returns random mini-batches, augmented as those that networks are trained on.
-
-    Args:
-      task: the task.
-      examples: a part of its data, on the device.
-      shape: leading shape of the result, such as (num_tasks, T + 1, B).
-      key: random key.
+    """Returns random mini-batches of a part, augmented, with leading axes such as (num_tasks, T + 1, B).
 
     Example:
       >>> from mlhf_optax.tasks import get_task
@@ -117,7 +114,7 @@ def draw_batches(task: Task, examples: Any, shape: tuple[int, ...], key: chex.PR
     return task.augment_fn(augment_key, sample_batches(examples, draw_key, shape))
 
 
-def make_record(
+def _record(
     task: Task,
     family: LearnedFamily,
     options: Any,
@@ -161,16 +158,6 @@ def shown_losses(metrics: Mapping[str, float]) -> dict[str, float]:
     hidden = _HEALTH | {"iteration", "log_inner_loss", "inner_loss", "age"}
     losses = {name: value for name, value in metrics.items() if name not in hidden}
     return losses | {"inner_loss": metrics["inner_loss"]}
-
-
-def _load_start(family: LearnedFamily, start: str | None) -> Pretrained | None:
-    if start is None:
-        return None
-    known = load_pretrained(start)
-    if known.family.name != family.name:
-        own = known.family.name
-        raise ValueError(f"`start` {start!r} holds meta-parameters of {own!r}, not of {family.name!r}")
-    return known
 
 
 def _validator(task: Task, learned: mt.LearnedOptimizer, examples: Any, steps: tuple[int, ...]) -> Callable:

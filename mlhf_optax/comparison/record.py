@@ -4,9 +4,7 @@ import datetime
 import json
 import os
 import platform
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def machine_info() -> dict[str, str | int]:
-    """Describes the machine that this process runs on.
-
-    Returns:
-      ``cpu`` (model), ``cores`` (that this process may use), ``backend`` and ``device`` of jax,
-      ``num_devices`` and ``platform`` (operating system).
+    """Describes the machine: model of the processor, cores that this process may use, devices of jax.
 
     Example:
       >>> sorted(machine_info())
@@ -54,30 +48,8 @@ def versions() -> dict[str, str]:
     return own | {package: metadata.version(package) for package in _PACKAGES}
 
 
-def command_line(script: str, arguments: Sequence[str] | None = None) -> str:
-    """Returns the shell command that runs a script of ``benchmarks/``.
-
-    Args:
-      script: path or name of the file.
-      arguments: its arguments; those of this process if None.
-
-    Example:
-      >>> command_line("step_time.py", ["--quick"])
-      'python benchmarks/step_time.py --quick'
-    """
-    given = sys.argv[1:] if arguments is None else arguments
-    return shlex.join(["python", f"benchmarks/{Path(script).name}", *given])
-
-
 def record(command: str, **content: Any) -> dict[str, Any]:
     """Returns content with what is needed to judge and repeat it, as plain JSON values.
-
-    Args:
-      command: the command line that measured.
-      **content: what was measured.
-
-    Returns:
-      A dict with ``machine``, ``versions``, ``command``, ``date`` and the content.
 
     Example:
       >>> sorted(record("python benchmarks/step_time.py", rows=[]))
@@ -93,10 +65,7 @@ def record(command: str, **content: Any) -> dict[str, Any]:
 
 
 def origin(record: Mapping[str, Any]) -> str:
-    """Says in a line by which command, where and when something was measured.
-
-    Args:
-      record: what :func:`record` made.
+    """Says in a line by which command, where and when what :func:`record` made was measured.
 
     Example:
       >>> origin(record("mlhf-optax train")).startswith("`mlhf-optax train`; ")
@@ -110,15 +79,7 @@ def origin(record: Mapping[str, Any]) -> str:
 
 
 def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
-    """Writes plain JSON values; missing folders are made, so that no measurement is lost for one.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     write_json(f"{folder}/new/rows.json", {"rows": []})
-      ...     print(Path(f"{folder}/new/rows.json").read_text().split())
-      ['{', '"rows":', '[]', '}']
-    """
+    """Writes plain JSON values; missing folders are made, so that no measurement is lost for one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
@@ -126,8 +87,6 @@ def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
 
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
+    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(found, platform.processor() or platform.machine())

@@ -15,12 +15,7 @@ Hyperparameters = Mapping[str, Any]
 
 
 class RunState(NamedTuple):
-    """What a run carries from step to step.
-
-    Attributes:
-      params: parameters of the network.
-      opt_state: state of the optimizer.
-    """
+    """What a run carries from step to step."""
 
     params: Any
     opt_state: Any
@@ -35,10 +30,7 @@ def init_run(
 
 
 def draw_order(task: Task, key: chex.PRNGKey, num_steps: int) -> jax.Array:
-    """Returns the mini-batches of a run as example numbers, shape (num_steps, B).
-
-    They are numbers of the part that is in memory; a stream has an order of its own.
-    """
+    """Returns the mini-batches of a run as numbers of the examples in memory, shape (num_steps, B)."""
     size = num_examples(in_memory(task.data.train))
     return epoch_indices(jax.random.fold_in(key, 1), size, task.batch_size, num_steps)
 

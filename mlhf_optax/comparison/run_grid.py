@@ -5,7 +5,7 @@ whatever the optimizer, so differences between curves are differences between op
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,6 @@ from mlhf_optax.meta_training import runs_in_sequence
 from mlhf_optax.tasks import Examples, Stream, Task, in_memory, num_examples, take
 
 _EVALUATION_CHUNK = 2048  # examples per forward pass, to bound the memory of an evaluation
-
-
-class _Ready(NamedTuple):
-    """A network that is ready to be evaluated."""
-
-    params: Any
-    model_state: Any
 
 
 class Program:
@@ -71,28 +64,20 @@ class Program:
             return run_step(task, make_optimizer, setting[1], task.augment_fn(key, fed), state)
 
         def ready(setting, seed, state, examples):
-            return _Ready(state.params, evaluation_state(task, state.params, examples))
+            return state.params, evaluation_state(task, state.params, examples)
 
-        def loss(setting, seed, ready, examples):
-            return mean_loss(task, ready.params, examples, ready.model_state)
-
-        def right(setting, seed, ready, examples):
-            return accuracy(task, ready.params, examples, ready.model_state)
+        def judge(measure):
+            return self.over_runs(lambda setting, seed, run, part: measure(task, run[0], part, run[1]))
 
         self.init = self.over_runs(init)
         self.step = self.over_runs(step, donate=True)
-        self.ready, self.loss, self.accuracy = map(self.over_runs, (ready, loss, right))
+        self.ready, self.loss, self.accuracy = self.over_runs(ready), judge(mean_loss), judge(accuracy)
 
     def over_runs(self, one: Callable, donate: bool = False, jit: bool = True) -> Callable:
         """Maps ``one(setting, per_seed, run, *shared)`` over settings (E), per_seed (S) and runs (E, S).
 
-        Args:
-          one: works on a single run; a setting is its number and its hyperparameters.
-          donate: the runs may be overwritten.
-          jit: compile ``one``; only sequential programs can do without.
-
-        Returns:
-          The function of all.
+        A setting is its number and its hyperparameters. With ``donate`` the runs may be overwritten. Only
+        sequential programs can do without ``jit``.
         """
         donated = 2 if donate else ()
         if self.is_sequential:
@@ -136,11 +121,7 @@ class RunGrid:
     """
 
     def __init__(
-        self,
-        program: Program,
-        hyperparameters: Hyperparameters | None,
-        seeds: Sequence[int],
-        num_steps: int,
+        self, program: Program, hyperparameters: Hyperparameters | None, seeds: Sequence[int], num_steps: int
     ):
         if len(seeds) < 1:
             raise ValueError("`seeds` is empty; give at least one seed")
@@ -174,10 +155,7 @@ class RunGrid:
         self.steps_done += 1
 
     def train_loss(self, examples: Examples | None = None) -> np.ndarray:
-        """Returns the loss in nats, shape (E, S), on the training part or on some of its examples.
-
-        Of a stream the part is the sample in memory.
-        """
+        """Returns the loss in nats, shape (E, S), on the training part (a stream's sample) or some of it."""
         return self._mean(self._program.loss, self._train if examples is None else examples)
 
     def test_loss(self) -> np.ndarray:

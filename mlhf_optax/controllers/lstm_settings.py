@@ -27,18 +27,18 @@ class Inputs(NamedTuple):
     gradient: chex.ArrayTree
 
 
-def _require(is_met: Callable[[float], bool], wanted: str, values: Mapping[str, Any]) -> None:
+def _require(wanted: str, is_met: Callable[[float], bool], values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not is_met(value):
             raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
 
 
 def _require_positive(**values: Any) -> None:
-    _require(lambda x: 0 < x < math.inf, "a positive number", values)
+    _require("a positive number", lambda x: 0 < x < math.inf, values)
 
 
 def _require_at_least_zero(**values: Any) -> None:
-    _require(lambda x: 0 <= x < math.inf, "a number >= 0", values)
+    _require("a number >= 0", lambda x: 0 <= x < math.inf, values)
 
 
 # Features.
@@ -96,13 +96,11 @@ class LogFeatures:
     def own(self, inputs: Inputs) -> chex.ArrayTree:
         """Returns each parameter's own features, leaves ``(F, *shape)`` in at least float32."""
 
+        def two(x):
+            return self._log_magnitude(jnp.abs(x)), jnp.clip(x * math.exp(self.log_range), -1.0, 1.0)
+
         def stack(*quantities):
-            features = []
-            for quantity in quantities:
-                x = trees.at_least_f32(quantity)
-                features += [self._log_magnitude(jnp.abs(x))]
-                features += [jnp.clip(x * math.exp(self.log_range), -1.0, 1.0)]
-            return jnp.stack(features)
+            return jnp.stack([feature for x in quantities for feature in two(trees.at_least_f32(x))])
 
         return jax.tree.map(stack, *inputs)
 
@@ -123,14 +121,7 @@ class LogFeatures:
 
 @dataclasses.dataclass(frozen=True)
 class Softplus:
-    """``softplus(scale * output + c)`` (paper).
-
-    Args:
-      scale: factor on the output.
-
-    Raises:
-      ValueError: for a scale that is not positive.
-    """
+    """``softplus(scale * output + c)`` (paper), ``initial`` where the output is zero; ``scale`` > 0."""
 
     scale: float = 1.0
 
@@ -138,20 +129,14 @@ class Softplus:
         _require_positive(scale=self.scale)
 
     def __call__(self, output: jax.Array, initial: float) -> jax.Array:
-        """Returns positive values, ``initial`` where the output is zero."""
+        """Returns positive values."""
         offset = initial + math.log(-math.expm1(-initial))  # softplus^-1
         return jax.nn.softplus(self.scale * output + offset)
 
 
 @dataclasses.dataclass(frozen=True)
 class Exponential:
-    """``initial * exp(scale * output)``, which reaches several decades.
-
-    Args:
-      scale: factor on the output.
-
-    Raises:
-      ValueError: for a scale that is not positive.
+    """``initial * exp(scale * output)``, which reaches several decades; ``scale`` > 0.
 
     Example:
       >>> Exponential(1.0)(jnp.zeros(()), 30.0).round(2)
@@ -164,7 +149,7 @@ class Exponential:
         _require_positive(scale=self.scale)
 
     def __call__(self, output: jax.Array, initial: float) -> jax.Array:
-        """Returns positive values, ``initial`` where the output is zero."""
+        """Returns positive values."""
         # exp(+-30) keeps every later product of such values inside float32.
         return jnp.exp(jnp.clip(self.scale * output + math.log(initial), -30.0, 30.0))
 
@@ -177,11 +162,10 @@ class Unit:
     """The unit of s and P, ``rms(g)^gradient_power / rms(w0)^parameter_power`` over all parameters.
 
     Near a minimum of a cross-entropy the GGN shrinks with the loss. A damping that shrinks with the
-    gradient, as in regularised Newton methods (Fan and Yuan 2005), keeps its size relative to it, and the
-    LSTMs only have to learn the ratio. With both powers 1 the unit has the dimension of curvature, loss over
-    parameter squared: the outputs then mean the same on wide networks, whose parameters are smaller, as on
-    narrow ones. The size of the parameters is measured at the start: they grow while they are trained,
-    and a damping that sinks as they do lets the noise of mini-batches in.
+    gradient, as in regularised Newton methods (Fan and Yuan 2005), keeps its size relative to it. With both
+    powers 1 the unit has the dimension of curvature, loss over parameter squared, and the outputs mean the
+    same on wide networks, whose parameters are smaller, as on narrow ones. The size of the parameters is
+    measured at the start: a damping that sinks as they grow lets the noise of mini-batches in.
 
     Args:
       gradient_power: 0 for the paper.
@@ -218,7 +202,7 @@ class Unit:
         return unit
 
 
-# What P is.
+# What P is, made of the values of LSTM_p and the damping.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +234,12 @@ class Jacobi:
         return Quotient(jax.tree.map(jnp.add, damping, values))
 
 
-_KINDS = (TanhFeatures, LogFeatures, Softplus, Exponential, Unit, Divide, Multiply, Jacobi)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "features": (TanhFeatures, LogFeatures),
+    "output": (Softplus, Exponential),
+    "unit": (Unit,),
+    "preconditioner": (Divide, Multiply, Jacobi),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,20 +280,13 @@ class Settings:
     sees_current_residual: bool = False
 
     def __post_init__(self):
-        kinds = {
-            "features": (TanhFeatures, LogFeatures),
-            "output": (Softplus, Exponential),
-            "unit": (Unit,),
-            "preconditioner": (Divide, Multiply, Jacobi),
-        }
-        for name, allowed in kinds.items():
+        for name, allowed in _KINDS.items():
             value = getattr(self, name)
             if not isinstance(value, allowed):
                 names = " or ".join(kind.__name__ for kind in allowed)
                 raise TypeError(f"`{name}` must be a {names}, got {value!r}")
-        _require_positive(
-            initial_damping=self.initial_damping, initial_preconditioner=self.initial_preconditioner
-        )
+        start = {name: getattr(self, name) for name in ("initial_damping", "initial_preconditioner")}
+        _require_positive(**start)
         _require_at_least_zero(damping_floor=self.damping_floor)
 
     def to_json(self) -> dict[str, Any]:
@@ -314,11 +296,8 @@ class Settings:
           >>> Settings().to_json()["output"]
           {'kind': 'Exponential', 'scale': 3.0}
         """
-        as_json = lambda value: {"kind": type(value).__name__, **dataclasses.asdict(value)}
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {
-            name: as_json(value) if isinstance(value, _KINDS) else value for name, value in fields.items()
-        }
+        values = dataclasses.asdict(self)
+        return values | {name: {"kind": type(getattr(self, name)).__name__} | values[name] for name in _KINDS}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Settings":
@@ -332,7 +311,7 @@ class Settings:
           >>> Settings.from_json(AUTHORS_SETTINGS.to_json()) == AUTHORS_SETTINGS
           True
         """
-        kinds = {kind.__name__: kind for kind in _KINDS}
+        kinds = {kind.__name__: kind for some in _KINDS.values() for kind in some}
 
         def restored(value: Any) -> Any:
             if not isinstance(value, Mapping):

@@ -118,5 +118,5 @@ def test_table_and_figure_show_every_solver(capsys, tmp_path):
     for name in (*(one.name for one in script.CONFIGURATIONS), script.DAMPING_ALONE):
         (row,) = (line for line in printed if line.startswith(name))
         assert [float(number) for number in row[len(name) :].split()[-2:]] == pytest.approx([0.25, 0.5])
-    report.save_figure(content, tmp_path / "figure.png")
+    report.save_drawing(tmp_path / "figure.png", report.draw, content)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -17,6 +17,7 @@ from mlhf_optax.comparison import Contender, compare, epoch_steps, grid_contende
 from mlhf_optax.comparison.engine import TABLE_STEPS
 from mlhf_optax.comparison.run import accuracy, augmentation_key, draw_order, init_run, mean_loss, run_step
 from mlhf_optax.comparison.run_grid import Program, RunGrid
+from mlhf_optax.files import locked_folder
 from mlhf_optax.tasks import Stream, no_augmentation, take
 
 PLAIN = dataclasses.replace(TASK, augment_fn=no_augmentation)
@@ -262,11 +263,19 @@ def test_results_are_neither_overwritten_nor_mixed_with_others(tmp_path):
         train(SGD, [3], without_bias, seeds=[0], folder=tmp_path, resume=True)
 
 
+def test_a_folder_in_use_is_refused_before_anything_is_trained(tmp_path):
+    asked = []
+    with locked_folder(tmp_path), pytest.raises(OSError, match=r"is in use by another run; wait"):
+        train(SGD, [3], seeds=[0], folder=tmp_path, on_progress=asked.append)
+    assert not asked
+    train(part_of(SGD, slice(1)), [1], seeds=[0], folder=tmp_path)
+
+
 def test_settings_advance_in_groups(tmp_path):
     apart, together = (
         train(SGD, [3, 6], seeds=[0], folder=tmp_path / f"{n}", group_size=n) for n in (4, None)
     )
-    assert sorted(path.name for path in (tmp_path / "4").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "4").glob("*.json")) == [
         "sgd-lr-0.000625-momentum-0.99.json",
         "sgd-lr-0.00625-momentum-0.9.json",
         "sgd-lr-6.25e-05-momentum-0.999.json",

@@ -5,10 +5,11 @@ import numpy as np
 import optax
 import pytest
 from blobs import TASK
-from mlhf_optax.comparison.experiment import find_meta_params
+from experiment import find_meta_params
 from optax import contrib
 
 from mlhf_optax import gauss_newton, load_pretrained
+from mlhf_optax.cli import commands, options
 from mlhf_optax.comparison import (
     Contender,
     compare,
@@ -18,7 +19,6 @@ from mlhf_optax.comparison import (
     learned_contender,
     rates_per_decade,
 )
-from mlhf_optax.comparison.contenders import is_learned
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.tasks import get_task
 
@@ -82,6 +82,18 @@ def test_constants_train_side_by_side_as_they_do_alone():
     assert frame["train_loss"][0] != frame["train_loss"][1]
 
 
+def test_the_command_line_knows_the_constants_by_name(capsys):
+    asked = options.parse(["train", "--optimizers", "gauss_newton"]).optimizers
+    (contender,) = commands._hand_made_contenders(TASK, asked)
+    assert contender.names == tuple(f"gauss_newton damping={damping}" for damping in (1, 3, 10))
+    assert commands._told([contender]) == "3 constants of gauss_newton"
+    commands.list_all()
+    assert "constant (1, 3 or 10): gauss_newton" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        options.parse(["train", "--help"])
+    assert "gauss_newton is the control" in " ".join(capsys.readouterr().out.replace("│", "").split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -105,8 +117,6 @@ def test_a_learned_contender_is_what_its_record_recommends_unless_told_otherwise
     )
     name = next(iter(LEARNED))
     assert (contender.family, contender.names) == (name, (f"{name} CG 2",))
-    assert is_learned(contender.family)
-    assert not is_learned("adam")
     (settings,) = contender.settings
     assert settings["max_update_ratio"] == learned.record["max_update_ratio"]
     assert (settings["num_cg_steps"], settings["learning_rate"], settings["meta_params"]) == (

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 
+import experiment
 import jax
 import pytest
 from blobs import SGD, TASK
-from mlhf_optax.comparison.experiment import ExperimentOptions, learned_contenders, limit_data, run_experiment
+from experiment import ExperimentOptions, learned_contenders, limit_data, parse_options, run_experiment
 
-from mlhf_optax.comparison import engine, experiment, grid_contenders
-from mlhf_optax.comparison.timing import parse_options
+from mlhf_optax.comparison import engine, grid_contenders
 from mlhf_optax.tasks import part_size
 
 

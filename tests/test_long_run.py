@@ -10,7 +10,7 @@ from blobs import TASK
 
 @pytest.fixture
 def module(monkeypatch):
-    monkeypatch.setattr(long_run_cifar10, "make_task", lambda options: TASK)
+    monkeypatch.setattr(long_run_cifar10.Options, "make_task", lambda *_: TASK)
     return long_run_cifar10
 
 

@@ -136,7 +136,7 @@ def num_examples(data: chex.ArrayTree) -> int:
       >>> num_examples({"image": np.zeros((5, 8, 8, 1)), "label": np.zeros(5)})
       5
     """
-    sizes = {leaf.shape[0] if leaf.shape else None for leaf in jax.tree.leaves(data)}
+    sizes: Any = {leaf.shape[0] if leaf.shape else None for leaf in jax.tree.leaves(data)}
     if len(sizes) != 1 or None in sizes:
         raise ValueError(
             "`data` must be arrays with the examples first, all of one leading size, got leading sizes "

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 from experiment import BenchmarkOptions, command_line, parse_options
-from step_contenders import Runner, make_problem, training_step
+from step_contenders import Runner, draw_batch, make_task, training_step
 from step_time import check_names, judged, print_targets
 
 from mlhf_optax import init_meta_params
@@ -78,13 +78,13 @@ def configurations(task: str) -> list[Configuration]:
 
 def measure(configuration: Configuration, repeats: int) -> dict[str, Any]:
     """Returns seconds and bytes; the peak of memory is that of this process so far."""
-    task, batch_size, unroll_length, num_cg_steps, num_tasks = configuration
-    problem = make_problem(task)
-    sgd = training_step(problem, jax.jit(problem.init_fn)(jax.random.key(0)), optax.sgd(0.01, momentum=0.9))
+    name, batch_size, unroll_length, num_cg_steps, num_tasks = configuration
+    task = make_task(name)
+    sgd = training_step(task, jax.jit(task.init_fn)(jax.random.key(0)), optax.sgd(0.01, momentum=0.9))
     config = MetaTrainingConfig(num_tasks=num_tasks, unroll_length=unroll_length)
-    init, meta_step = make_meta_step(problem, mlhf_optimizer(num_cg_steps=num_cg_steps), config)
+    init, meta_step = make_meta_step(task, mlhf_optimizer(num_cg_steps=num_cg_steps), config)
     state = init(jax.random.key(0), init_meta_params(jax.random.key(1)))
-    batches = problem.draw_batch(num_tasks, unroll_length + 1, batch_size)
+    batches = draw_batch(name, num_tasks, unroll_length + 1, batch_size)
     start = time.perf_counter()
     # A jit of its own around the one inside, as only the outermost one says what it needs.
     compiled = jax.jit(meta_step, donate_argnums=0).lower(state, batches).compile()
@@ -95,7 +95,7 @@ def measure(configuration: Configuration, repeats: int) -> dict[str, Any]:
         state, metrics = compiled(state, batches)
         return state, metrics
 
-    thunks = {"sgd": Runner(sgd, problem.draw_batch(batch_size)), "meta": meta_iteration}
+    thunks = {"sgd": Runner(sgd, draw_batch(name, batch_size)), "meta": meta_iteration}
     # A single step of SGD would find the memory that a meta-iteration left cold, and take twice its time.
     times = interleaved(thunks, repeats=repeats, stretch_seconds=1.0)
     inner_steps = num_tasks * unroll_length

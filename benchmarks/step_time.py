@@ -36,7 +36,8 @@ from step_contenders import (
     NETWORKS,
     NUM_CG_STEPS,
     Runner,
-    make_problem,
+    draw_batch,
+    make_task,
     part_contenders,
     step_contenders,
 )
@@ -74,10 +75,9 @@ def measure(task: str, batch_size: int, repeats: int) -> tuple[list[dict[str, An
     Returns:
       A row per optimizer, and the times of the parts, all in seconds per call.
     """
-    problem = make_problem(task)
-    params = jax.jit(problem.init_fn)(jax.random.key(0))
-    batch = problem.draw_batch(batch_size)
-    steps, parts = step_contenders(problem, params), part_contenders(problem, params)
+    made, batch = make_task(task), draw_batch(task, batch_size)
+    params = jax.jit(made.init_fn)(jax.random.key(0))
+    steps, parts = step_contenders(made, params), part_contenders(made, params)
     runners = {name: Runner(contender, batch) for name, contender in {**steps, **parts}.items()}
     times = interleaved(runners, repeats=repeats)
     where = {"task": task, "batch": batch_size}

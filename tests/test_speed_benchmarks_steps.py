@@ -27,40 +27,40 @@ def linear(monkeypatch):
 
 
 @pytest.fixture
-def problem():
-    return step_contenders.make_problem("linear")
+def task():
+    return step_contenders.make_task("linear")
 
 
 @pytest.fixture
-def params(problem):
-    return problem.init_fn(jax.random.key(0))
+def params(task):
+    return task.init_fn(jax.random.key(0))
 
 
-def test_every_optimizer_trains_and_compiles_once(problem, params):
-    batch = problem.draw_batch(8)
-    start = problem.loss(params, batch)
-    contenders = step_contenders.step_contenders(problem, params)
+def test_every_optimizer_trains_and_compiles_once(task, params):
+    batch = step_contenders.draw_batch("linear", 8)
+    start = step_contenders.loss(task, params, batch)
+    contenders = step_contenders.step_contenders(task, params)
     assert set(OPTIMIZERS) <= set(contenders)
     for name, contender in contenders.items():
         runner = step_contenders.Runner(contender, batch)
         for _ in range(3):
             runner()
-        assert problem.loss(runner.state[0], batch) < start, name
+        assert step_contenders.loss(task, runner.state[0], batch) < start, name
         assert runner.jitted._cache_size() == 1, name
         assert runner.first_seconds > 0
 
 
-def test_parts_do_what_their_names_say(problem, params):
-    batch = problem.draw_batch(8)
-    parts = step_contenders.part_contenders(problem, params)
+def test_parts_do_what_their_names_say(task, params):
+    batch = step_contenders.draw_batch("linear", 8)
+    parts = step_contenders.part_contenders(task, params)
     gradient = parts["gradient"].advance(parts["gradient"].state, batch)[1]
     np.testing.assert_allclose(
-        ravel_pytree(gradient)[0], ravel_pytree(jax.grad(problem.loss)(params, batch))[0]
+        ravel_pytree(gradient)[0], ravel_pytree(jax.grad(step_contenders.loss, 1)(task, params, batch))[0]
     )
     one, many = (parts[name].advance(parts[name].state, batch)[1] for name in ("one_product", "products"))
     # Of a model that is linear in its parameters the GGN is the Hessian.
     flat, unravel = ravel_pytree(params)
-    matrix = jnp.eye(flat.size) + jax.hessian(lambda x: problem.loss(unravel(x), batch))(flat)
+    matrix = jnp.eye(flat.size) + jax.hessian(lambda x: step_contenders.loss(task, unravel(x), batch))(flat)
     for result, power in ((one, 1), (many, step_contenders.NUM_CG_STEPS + 1)):
         expected = np.linalg.matrix_power(np.asarray(matrix), power) @ flat
         np.testing.assert_allclose(ravel_pytree(result)[0], expected, rtol=1e-4, atol=1e-5)
@@ -70,9 +70,9 @@ def test_parts_do_what_their_names_say(problem, params):
     )
 
 
-def test_without_somax_its_row_is_left_out(monkeypatch, problem, params):
+def test_without_somax_its_row_is_left_out(monkeypatch, task, params):
     monkeypatch.setitem(sys.modules, "somax", None)
-    assert list(step_contenders.step_contenders(problem, params)) == OPTIMIZERS
+    assert list(step_contenders.step_contenders(task, params)) == OPTIMIZERS
 
 
 def test_step_time_writes_rows_parts_and_figure(monkeypatch, tmp_path, capsys):

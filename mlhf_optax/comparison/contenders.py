@@ -34,8 +34,7 @@ class Contender:
       clock: the same: returns the seconds of one step of one run.
 
     Example:
-      >>> Contender("sgd", ("sgd",), ({},), lambda: optax.sgd(0.1)).labels
-      ('sgd',)
+      ``Contender("sgd", ("sgd",), ({},), lambda: optax.sgd(0.1))``
     """
 
     family: str
@@ -68,11 +67,6 @@ class Contender:
           make_optimizer: takes them by name.
           fixed: what else to record.
           **how: other fields.
-
-        Example:
-          >>> settings = [{"learning_rate": 0.1, "momentum": 0.9}]
-          >>> Contender.of_settings("sgd", settings, optax.sgd).names
-          ('sgd lr=0.1 momentum=0.9',)
         """
         short = {"learning_rate": "lr", "initial_damping": "damping"}
         texts = (" ".join(f"{short.get(key, key)}={x:.3g}" for key, x in one.items()) for one in settings)
@@ -136,17 +130,11 @@ def constant_contender(task: Task, dampings: Sequence[float] = (1.0, 3.0, 10.0),
 
 
 class Family(NamedTuple):
-    """A hand-made optimizer and what may be tuned of it.
-
-    Attributes:
-      make: function of optax.
-      fixed: arguments that stay as they are unless they are tuned.
-      paper: arguments in the paper's grid beside the learning rate.
-    """
+    """A hand-made optimizer and what may be tuned of it."""
 
     make: Callable[..., optax.GradientTransformation]
-    fixed: Mapping[str, float] = types.MappingProxyType({})
-    paper: tuple[str, ...] = ()
+    fixed: Mapping[str, float] = types.MappingProxyType({})  # arguments unless they are tuned
+    paper: tuple[str, ...] = ()  # arguments in the paper's grid beside the learning rate
 
 
 FAMILIES = {

@@ -102,14 +102,7 @@ def meta_train_task(
 
 
 def draw_batches(task: Task, examples: Any, shape: tuple[int, ...], key: chex.PRNGKey) -> Any:
-    """Returns random mini-batches of a part, augmented, with leading axes such as (num_tasks, T + 1, B).
-
-    Example:
-      >>> from mlhf_optax.tasks import get_task
-      >>> task = get_task("digits-mlp")
-      >>> draw_batches(task, task.data.meta_train, (3, 2), jax.random.key(0))["label"].shape
-      (3, 2)
-    """
+    """Returns random mini-batches of a part, augmented, with leading axes such as (num_tasks, T + 1, B)."""
     draw_key, augment_key = jax.random.split(key)
     return task.augment_fn(augment_key, sample_batches(examples, draw_key, shape))
 
@@ -149,12 +142,7 @@ def _record(
 
 
 def shown_losses(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Returns the meta-losses among metrics, whichever there are, and the loss of the inner trainings.
-
-    Example:
-      >>> shown_losses({"iteration": 1, "l_p": -0.5, "inner_loss": 2.0, "age": 10.0, "stuck": 0.0})
-      {'l_p': -0.5, 'inner_loss': 2.0}
-    """
+    """Returns the meta-losses among metrics, whichever there are, and the loss of the inner trainings."""
     hidden = _HEALTH | {"iteration", "log_inner_loss", "inner_loss", "age"}
     losses = {name: value for name, value in metrics.items() if name not in hidden}
     return losses | {"inner_loss": metrics["inner_loss"]}

@@ -17,12 +17,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def machine_info() -> dict[str, str | int]:
-    """Describes the machine: model of the processor, cores that this process may use, devices of jax.
-
-    Example:
-      >>> sorted(machine_info())
-      ['backend', 'cores', 'cpu', 'device', 'num_devices', 'platform']
-    """
+    """Describes the machine: model of the processor, cores that this process may use, devices of jax."""
     devices = jax.devices()
     has_affinity = hasattr(os, "sched_getaffinity")
     return {
@@ -36,12 +31,7 @@ def machine_info() -> dict[str, str | int]:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python, this package and what it computes with.
-
-    Example:
-      >>> sorted(versions())
-      ['flax', 'jax', 'jaxlib', 'mlhf_optax', 'numpy', 'optax', 'python']
-    """
+    """Returns the versions of Python, this package and what it computes with."""
     from mlhf_optax import __version__
 
     own = {"python": platform.python_version(), "mlhf_optax": __version__}
@@ -49,12 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def record(command: str, **content: Any) -> dict[str, Any]:
-    """Returns content with what is needed to judge and repeat it, as plain JSON values.
-
-    Example:
-      >>> sorted(record("python benchmarks/step_time.py", rows=[]))
-      ['command', 'date', 'machine', 'rows', 'versions']
-    """
+    """Returns content with what is needed to judge and repeat it, as plain JSON values."""
     return {
         "machine": machine_info(),
         "versions": versions(),
@@ -65,12 +50,7 @@ def record(command: str, **content: Any) -> dict[str, Any]:
 
 
 def origin(record: Mapping[str, Any]) -> str:
-    """Says in a line by which command, where and when what :func:`record` made was measured.
-
-    Example:
-      >>> origin(record("mlhf-optax train")).startswith("`mlhf-optax train`; ")
-      True
-    """
+    """Says in a line by which command, where and when what :func:`record` made was measured."""
     machine, version = record["machine"], record["versions"]
     device = machine["cpu"] if machine["backend"] == "cpu" else machine["device"]
     cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"

@@ -69,13 +69,6 @@ def mean_loss(task: Task, params: Any, examples: Examples, model_state: Any = No
     """Returns the loss over all examples, taken at once, in nats.
 
     Without ``model_state``, from :func:`evaluation_state`, batch normalisation normalises by these examples.
-
-    Example:
-      >>> from mlhf_optax.tasks import get_task
-      >>> task = get_task("digits-mlp")
-      >>> params = jax.tree.map(jnp.zeros_like, task.init_fn(jax.random.key(0)))
-      >>> round(float(mean_loss(task, params, task.data.test)), 4)  # log 10
-      2.3026
     """
     return task.loss_fn(task.predict_fn(params, _with_state(examples, model_state)), examples)
 

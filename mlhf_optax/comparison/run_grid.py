@@ -109,15 +109,12 @@ class RunGrid:
       num_steps: length of every run.
 
     Attributes:
-      state: pytree of arrays, all that changes; can be saved, and set to go on from there.
-      steps_done: number of steps taken; to be set with ``state``.
+      state: pytree of arrays, all that changes; set it with ``steps_done`` to go on from there.
+      steps_done: number of steps taken.
 
     Raises:
       ValueError: if there are no seeds, the hyperparameters are of several lengths, or the batch is
         larger than the training part.
-
-    Example:
-      See :class:`Program`.
     """
 
     def __init__(

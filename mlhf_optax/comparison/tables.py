@@ -41,13 +41,6 @@ def comparison_table(
 
     Returns:
       A rich table; print it with a :class:`rich.console.Console`.
-
-    Example:
-      >>> from mlhf_optax.comparison import compare, grid_contenders
-      >>> from mlhf_optax.tasks import get_task
-      >>> sgd = grid_contenders(["sgd"], rates=[0.1])
-      >>> comparison_table(compare(get_task("digits-mlp"), sgd, [2], seeds=[0], timed=False), "SGD").row_count
-      1
     """
     head, *rows = _rows(comparison.curves(), unit, show_all)
     # Narrow enough for a terminal of 80 columns, which is also what rich assumes for a file.
@@ -74,21 +67,13 @@ def comparison_markdown(comparison: Comparison, unit: Unit = "step") -> list[str
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the lines of a Markdown table; the first row is its head.
-
-    Example:
-      >>> markdown_table([["step", "loss"], ["10", "0.5"]])
-      ['| step | loss |', '| --- | ---: |', '| 10 | 0.5 |']
-    """
+    """Returns the lines of a Markdown table; the first row is its head."""
     rule = ["---", *["---:"] * (len(rows[0]) - 1)]
     return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
 
 
 def table_steps(curve: Curve, unit: Unit = "step") -> list[int]:
-    """Returns the recorded steps that make columns.
-
-    They are 10, 30, 100, 200, 500 and the last one; of epochs up to seven, evenly spaced in the logarithm.
-    """
+    """Returns the recorded steps that make columns: the usual ones and the last, or up to seven by epochs."""
     if unit == "step":
         return sorted({*(step for step in TABLE_STEPS if step in curve.steps), curve.steps[-1]})
     wanted = np.geomspace(curve.steps[0], curve.steps[-1], _MOST_COLUMNS)
@@ -108,12 +93,7 @@ def losses_by_time(others: Sequence[Curve], curve: Curve) -> list[float]:
 
 
 def format_loss(loss: float) -> str:
-    """Writes a loss in at most 8 characters.
-
-    Example:
-      >>> format_loss(0.1534), format_loss(3.9712e-06), format_loss(float("nan"))
-      ('0.153', '4.0e-6', 'diverged')
-    """
+    """Writes a loss in at most 8 characters."""
     if not math.isfinite(loss):
         return "diverged"
     if loss >= 100 or 0 < loss < 0.01:
@@ -123,12 +103,7 @@ def format_loss(loss: float) -> str:
 
 
 def format_ratio(own: float, best: float) -> str:
-    """Writes one loss as a multiple of another; with two decimals around one.
-
-    Example:
-      >>> format_ratio(1.02, 1.0), format_ratio(0.5, 10.0), format_ratio(31.0, 1.0)
-      ('1.02', '0.05', '31')
-    """
+    """Writes one loss as a multiple of another; with two decimals around one."""
     if not math.isfinite(own):
         return "diverged"
     if not best > 0:

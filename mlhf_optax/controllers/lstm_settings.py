@@ -14,13 +14,7 @@ from mlhf_optax.controllers.protocol import Quotient, Scale
 
 
 class Inputs(NamedTuple):
-    """What the LSTMs look at, trees shaped like the parameters.
-
-    Attributes:
-      direction: d0, the previous direction.
-      residual: r0, the previous residual, or the current starting residual for LSTM_p.
-      gradient: g.
-    """
+    """What the LSTMs look at, trees shaped like the parameters: d0, r0 (or the current one for LSTM_p) and g."""
 
     direction: chex.ArrayTree
     residual: chex.ArrayTree
@@ -46,12 +40,7 @@ def _require_at_least_zero(**values: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TanhFeatures:
-    """The tanh of d0, r0 and g (paper): late in training, when all are tiny, they cannot be told from zero.
-
-    Example:
-      >>> TanhFeatures().count
-      3
-    """
+    """The tanh of d0, r0 and g (paper): late in training, when all are tiny, they cannot be told from zero."""
 
     count: ClassVar[int] = 3
 
@@ -136,12 +125,7 @@ class Softplus:
 
 @dataclasses.dataclass(frozen=True)
 class Exponential:
-    """``initial * exp(scale * output)``, which reaches several decades; ``scale`` > 0.
-
-    Example:
-      >>> Exponential(1.0)(jnp.zeros(()), 30.0).round(2)
-      Array(30., dtype=float32)
-    """
+    """``initial * exp(scale * output)``, which reaches several decades; ``scale`` > 0."""
 
     scale: float = 3.0
 
@@ -290,12 +274,7 @@ class Settings:
         _require_at_least_zero(damping_floor=self.damping_floor)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the settings as plain JSON values; each object names its kind.
-
-        Example:
-          >>> Settings().to_json()["output"]
-          {'kind': 'Exponential', 'scale': 3.0}
-        """
+        """Returns the settings as plain JSON values; each object names its kind."""
         values = dataclasses.asdict(self)
         return values | {name: {"kind": type(getattr(self, name)).__name__} | values[name] for name in _KINDS}
 

@@ -107,22 +107,12 @@ class Dataset:
 
 
 def in_memory(part: Examples | Stream) -> Examples:
-    """Returns the part itself or, of a stream, the sample of it that is held in memory.
-
-    Example:
-      >>> in_memory({"label": np.zeros(3)})
-      {'label': array([0., 0., 0.])}
-    """
+    """Returns the part itself or, of a stream, the sample of it that is held in memory."""
     return part if isinstance(part, dict) else part.sample
 
 
 def part_size(part: Examples | Stream) -> int:
-    """Returns the number of examples of a part, in memory or not.
-
-    Example:
-      >>> part_size({"label": np.zeros(3)})
-      3
-    """
+    """Returns the number of examples of a part, in memory or not."""
     return num_examples(part) if isinstance(part, dict) else len(part)
 
 
@@ -218,12 +208,7 @@ def sample_batches(data: chex.ArrayTree, key: chex.PRNGKey, shape: tuple[int, ..
 
 
 def freeze(**arrays: np.ndarray) -> Examples:
-    """Returns examples of read-only arrays: writing into shared data would change later trainings.
-
-    Example:
-      >>> freeze(label=np.zeros(2))["label"].flags.writeable
-      False
-    """
+    """Returns examples of read-only arrays: writing into shared data would change later trainings."""
     for array in arrays.values():
         array.setflags(write=False)
     return arrays

@@ -81,12 +81,7 @@ def _load(folder: Path, cache_dir: Path, image_size: int, num_held: int, num_wor
 
 
 class Stretch:
-    """The examples of a source from one number up to another, each transformed if so wished.
-
-    Example:
-      >>> list(Stretch("abcde", 1, 3, str.upper))
-      ['B', 'C']
-    """
+    """The examples of a source from one number up to another, each transformed if so wished."""
 
     def __init__(self, source: Source, start: int, stop: int, transform: Callable[[Any], Any] | None = None):
         self._source, self._numbers, self._transform = source, range(start, stop), transform
@@ -120,12 +115,7 @@ def random_crop(example: Mapping[str, Any], rng: np.random.Generator, image_size
 
 
 def central_crop(example: Mapping[str, Any], image_size: int, share: float = 0.875) -> Examples:
-    """Cuts out the middle square, whose side is a share of the shorter side; else as :func:`random_crop`.
-
-    Example:
-      >>> central_crop({"image": np.zeros((40, 60, 3), np.uint8), "label": 3}, 8)["image"].shape
-      (8, 8, 3)
-    """
+    """Cuts out the middle square, whose side is a share of the shorter side; else as :func:`random_crop`."""
     height, width = example["image"].shape[:2]
     side = max(1, round(share * min(height, width)))
     left, top = (width - side) // 2, (height - side) // 2

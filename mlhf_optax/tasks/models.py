@@ -109,13 +109,6 @@ def max_pool(images: jax.Array, window: int = 2) -> jax.Array:
 
     A reshape and a maximum over the window axes: the derivative of the usual ``reduce_window``
     repeats the search for the maximum in every GGN product and made a whole step 2.5 times slower.
-
-    Raises:
-      ValueError: if ``window`` does not divide height and width.
-
-    Example:
-      >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0]
-      Array([[ 5.,  7.], [13., 15.]], dtype=float32)
     """
     batch, height, width, channels = images.shape
     if height % window or width % window:

@@ -33,11 +33,6 @@ def open_sources(name: str, folder: Path) -> dict[str, Source]:
       FileNotFoundError: if the dataset is not there; it says how to get it.
       ImportError: if tensorflow-datasets is missing.
       ValueError: if the dataset is there but cannot be opened.
-
-    Example:
-      >>> open_sources("cifar10", Path("/nowhere"))
-      Traceback (most recent call last):
-      FileNotFoundError: there is no prepared dataset 'cifar10' in /nowhere; ...
     """
     if not _descriptions(name, folder):
         raise FileNotFoundError(

@@ -139,18 +139,13 @@ def batch_statistics(model: ResNet, params: Any, images: jax.Array, batch_size: 
       batch_size: images at once; whole batches only are used, or all images if there are fewer.
 
     Returns:
-      The collection ``batch_stats``: means and variances, averaged over the batches.
+      The collection ``"batch_stats"`` of the network.
 
     Raises:
       ValueError: if there are no images or ``batch_size`` is below one.
 
     Example:
-      >>> model = ResNet(stages=((1, 4),))
-      >>> images = jnp.ones((2, 8, 8, 3))
-      >>> variables = model.init(jax.random.key(0), images)
-      >>> statistics = batch_statistics(model, variables["params"], images)
-      >>> jax.tree.structure(statistics) == jax.tree.structure(variables["batch_stats"])
-      True
+      ``batch_statistics(model, params, images[:1024])``
     """
     if batch_size < 1 or not len(images):
         raise ValueError(
@@ -167,12 +162,7 @@ def batch_statistics(model: ResNet, params: Any, images: jax.Array, batch_size: 
 def overlapping_max_pool(images: jax.Array) -> jax.Array:
     """Takes the maximum over windows of 3x3 at stride 2, padded by one, as in the stem for ImageNet.
 
-    Images of shape (B, height, width, C) become (B, ceil(height / 2), ceil(width / 2), C). The maximum of
-    nine strided copies: unlike ``reduce_window``, its derivative repeats no search in every GGN product.
-
-    Example:
-      >>> overlapping_max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0]
-      Array([[ 5.,  7.], [13., 15.]], dtype=float32)
+    The maximum of nine strided copies: unlike that of ``reduce_window``, its derivative repeats no search.
     """
     height, width = images.shape[1:3]
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)

@@ -37,22 +37,17 @@ def test_random_numbers_are_new_for_every_example_and_epoch():
     assert len(set(batches(6)[:, 1].ravel().tolist())) == 30
 
 
-def test_a_stream_can_go_on_anywhere():
+def test_a_stream_can_go_on_anywhere_and_the_seed_decides():
     whole = batches(9, seed=3, batch_size=4)
     for start in (1, 2, 5):
         rest = batches(9 - start, seed=3, batch_size=4, start=start)
         np.testing.assert_array_equal(rest, whole[start:])
-
-
-def test_seeds_decide():
-    np.testing.assert_array_equal(batches(2), batches(2))
-    assert not np.array_equal(batches(2), batches(2, seed=1))
+    assert not np.array_equal(batches(9, batch_size=4), whole)
 
 
 def test_worker_processes_change_nothing():
-    for start in (0, 3):
-        helped = batches(3, batch_size=4, start=start, num_workers=1)
-        np.testing.assert_array_equal(helped, batches(3, batch_size=4, start=start))
+    helped = batches(3, batch_size=4, start=3, num_workers=1)
+    np.testing.assert_array_equal(helped, batches(3, batch_size=4, start=3))
 
 
 def test_the_start_must_not_be_negative():

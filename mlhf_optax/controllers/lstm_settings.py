@@ -14,10 +14,10 @@ from mlhf_optax.controllers.protocol import Quotient, Scale
 
 
 class Inputs(NamedTuple):
-    """What the LSTMs look at, trees shaped like the parameters: d0, r0 (or the current one for LSTM_p) and g."""
+    """What the LSTMs look at, trees shaped like the parameters."""
 
-    direction: chex.ArrayTree
-    residual: chex.ArrayTree
+    direction: chex.ArrayTree  # d0, the previous one
+    residual: chex.ArrayTree  # r0, the previous one, or the current starting residual for LSTM_p
     gradient: chex.ArrayTree
 
 
@@ -40,7 +40,7 @@ def _require_at_least_zero(**values: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TanhFeatures:
-    """The tanh of d0, r0 and g (paper): late in training, when all are tiny, they cannot be told from zero."""
+    """The tanh of d0, r0 and g (paper), which late in training, when all are tiny, is like zero."""
 
     count: ClassVar[int] = 3
 

@@ -21,9 +21,7 @@ def run(folder, *more):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_a_run_records_loss_damping_and_preconditioner_and_goes_on_with_the_same_numbers(
-    tmp_path, monkeypatch
-):
+def test_a_run_records_over_time_and_goes_on_with_the_same_numbers(tmp_path, monkeypatch):
     report = run(tmp_path / "whole")
     records = report["records"]
     assert records["step"] == [2, 4, 6]

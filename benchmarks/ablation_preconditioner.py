@@ -35,6 +35,7 @@ from ablation_solvers import (
     draw_batches,
 )
 from experiment import ConvnetOptions, command_line, parse_options, save_drawing
+from readme_tables import ablation
 
 from mlhf_optax import MetaParams, init_meta_params, layer_types, meta_training
 from mlhf_optax.comparison.record import record, write_json
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     write_json(options.output / "results.json", content)
     save_drawing(options.output / "figure.png", draw, content)
-    print_table(content)
+    print(*ablation(content), sep="\n")
 
 
 def make_task(options: Options) -> Task:
@@ -220,19 +221,6 @@ def draw(figure: Any, content: dict[str, Any]) -> None:
     axes[1].set(xlabel="meta-iterations", ylabel="norm of the residual", yscale="log")
     axes[2].set(xlabel="same systems: l_p over that of 20 steps\nwithout LSTM_p (higher is better)")
     axes[0].legend(fontsize=8)
-
-
-def print_table(content: dict[str, Any]) -> None:
-    """Prints the ends of the curves and the comparison on the same systems."""
-    print(f"\n{'':30s}{'l_p':>10s}{'residual':>10s}   same systems: {'l_p ratio':>10s}{'residual':>10s}")
-    for result in content["results"]:
-        same, ends = result["on_same_systems"], (result["l_p"][-1], result["residual_norm"][-1])
-        print(
-            f"{result['name']:30s}{ends[0]:10.4f}{ends[1]:10.4f}"
-            f"{same['l_p_ratio']:27.4f}{same['residual_ratio']:10.4f}"
-        )
-    same = content["damping_alone"]
-    print(f"{DAMPING_ALONE:77s}{same['l_p_ratio']:10.4f}{same['residual_ratio']:10.4f}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import optax
 from experiment import ConvnetOptions, command_line, find_meta_params, parse_options, save_drawing
+from readme_tables import long_run
 from rich.progress import track
 
 from mlhf_optax.comparison.record import record, write_json
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     write_json(options.output / "results.json", content)
     save_drawing(options.output / "figure.png", draw, content)
-    print_table(content)
+    print(*long_run(content), sep="\n")
 
 
 def train(task: Task, runs: RunGrid, options: Options, settings: dict[str, Any]) -> dict[str, list[float]]:
@@ -145,16 +146,6 @@ def draw(figure: Any, content: dict[str, Any]) -> None:
     share = content["curvature_share"] or 1
     about = f"batch {content['batch_size']}, curvature on {share:g} of it, rate {content['learning_rate']:g}"
     figure.suptitle(f"{content['task']}, {about}, {content['num_steps']} steps")
-
-
-def print_table(content: dict[str, Any]) -> None:
-    """Prints some of the records, evenly spaced in the logarithm."""
-    records = content["records"]
-    names = ("step", "train_loss", "test_accuracy", "damping_mean", "preconditioner_mean", "skipped_steps")
-    print("  ".join(f"{name:>19s}" for name in names))
-    for i in np.unique(np.geomspace(1, len(records["step"]), 8).round().astype(int)) - 1:
-        print("  ".join(f"{records[name][i]:19.4g}" for name in names))
-    print("stable" if content["is_stable"] else "NOT stable: a loss above the first one, or not finite")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,8 +152,15 @@ def compare(
         try:
             seconds = _measure_time(task, contenders, where, counter) if timed else {}
             for contender in contenders:
+                make_program = contender.program or (
+                    lambda task, of=contender: Program(task, of.make_optimizer)
+                )
+                program, count = make_program(task), len(contender.names)
+                size = group_size or (1 if program.is_sequential else count)
                 its_time = {"seconds_per_step": seconds.get(contender.names[0])}
-                for group in _groups(task, contender, steps, seeds, where, resume, group_size):
+                for first in range(0, count, size):
+                    part = slice(first, first + size)
+                    group = _Group(program, contender, part, steps, seeds, where, resume)
                     of_group = group.finished() or group.train(counter)
                     counter.finish(group.num_steps)
                     entries += [entry | its_time for entry in of_group]
@@ -211,22 +218,6 @@ def _measure_time(
     if path:
         write_json(path, {"machine": machine, "seconds": seconds})
     return seconds
-
-
-def _groups(
-    task: Task,
-    contender: Contender,
-    steps: tuple[int, ...],
-    seeds: list[int],
-    folder: Path | None,
-    resume: bool,
-    group_size: int | None,
-) -> Iterator["_Group"]:
-    make_program = contender.program or (lambda task: Program(task, contender.make_optimizer))
-    program, count = make_program(task), len(contender.names)
-    size = group_size or (1 if program.is_sequential else count)
-    for first in range(0, count, size):
-        yield _Group(program, contender, slice(first, first + size), steps, seeds, folder, resume)
 
 
 class _Group:

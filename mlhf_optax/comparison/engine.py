@@ -152,10 +152,9 @@ def compare(
         try:
             seconds = _measure_time(task, contenders, where, counter) if timed else {}
             for contender in contenders:
-                make_program = contender.program or (
-                    lambda task, of=contender: Program(task, of.make_optimizer)
-                )
-                program, count = make_program(task), len(contender.names)
+                make = contender.program
+                program = make(task) if make else Program(task, contender.make_optimizer)
+                count = len(contender.names)
                 size = group_size or (1 if program.is_sequential else count)
                 its_time = {"seconds_per_step": seconds.get(contender.names[0])}
                 for first in range(0, count, size):

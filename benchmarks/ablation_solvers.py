@@ -18,13 +18,7 @@ from mlhf_optax.tasks import Task
 
 
 class Configuration(NamedTuple):
-    """One of the four.
-
-    Attributes:
-      name: as results call it.
-      has_lstm_p: whether LSTM_p is learned; without it P is the same for all coordinates.
-      num_cg_steps: K.
-    """
+    """One of the four: with or without a learned LSTM_p (then P is the same for all coordinates), and K."""
 
     name: str
     has_lstm_p: bool

@@ -41,20 +41,12 @@ RIVAL_BATCH_SIZE, RIVAL_PRODUCTS = 8, 2
 
 
 class Layer(NamedTuple):
-    """What is timed.
-
-    Attributes:
-      module: the layer.
-      inputs: shape of its inputs without the batch.
-      is_first: whether its inputs are data; those of other layers have tangents and cotangents.
-      is_rival: whether the library has something else in its place. Rivals get small batches and short
-        chains, as one product may take seconds.
-    """
+    """What is timed: a layer, the shape of its inputs without the batch, and two facts about it."""
 
     module: nn.Module
     inputs: tuple[int, ...]
-    is_first: bool = False
-    is_rival: bool = False
+    is_first: bool = False  # its inputs are data; those of other layers have tangents and cotangents
+    is_rival: bool = False  # the library has another; with small batches, as one product may take seconds
 
 
 def _convolutions(suffix: str, convolution: Callable[..., jax.Array]) -> dict[str, Layer]:

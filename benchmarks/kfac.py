@@ -31,7 +31,7 @@ def kfac_contender() -> Contender:
 
     def clock(task: Task) -> float:
         """Returns the median over stretches of 25 steps, each with its five inversions."""
-        first = {name: values[:1] for name, values in found.stacked.items()}
+        first = {name: [value] for name, value in settings[0].items()}
         grid, times = RunGrid(KfacProgram(task), first, [0], num_steps=100), []
         for _ in range(4):
             start = time.perf_counter()
@@ -42,8 +42,7 @@ def kfac_contender() -> Contender:
         return statistics.median(times[1:])
 
     how = {"program": KfacProgram, "clock": clock}
-    found = Contender.of_settings("kfac", settings, _no_transformation, **how)
-    return found
+    return Contender.of_settings("kfac", settings, _no_transformation, **how)
 
 
 class KfacProgram(Program):
@@ -132,13 +131,8 @@ def moments_of_patches(
     """Returns second and first moments, summed over images and positions, of what a kernel sees.
 
     Args are those of the function of kfac-jax: images ``(B, height, width, C)``, a kernel ``(h, w)``, and
-    weights of the images, ``(B,)``, or of every position.
-
-    Returns:
-      Arrays ``(h, w, C, h, w, C)`` and ``(h, w, C)``.
-
-    Raises:
-      ValueError: if channels are not last.
+    weights of the images, ``(B,)``, or of every position. The results are ``(h, w, C, h, w, C)`` and
+    ``(h, w, C)``.
     """
     if dim_numbers.lhs_spec != (0, 3, 1, 2):
         raise ValueError(f"images must have their channels last, got dimensions {dim_numbers.lhs_spec}")

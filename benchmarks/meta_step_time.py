@@ -130,11 +130,7 @@ def peak_bytes() -> int:
 
 
 def measure_in_process(configuration: Configuration, repeats: int) -> dict[str, Any]:
-    """Returns what :func:`measure` does, from a fresh process.
-
-    Raises:
-      RuntimeError: if that process fails, with the end of what it said.
-    """
+    """Returns what :func:`measure` does, from a fresh process; a RuntimeError says how that one failed."""
     worker = ["--worker", json.dumps(configuration), "--repeats", str(repeats)]
     done = subprocess.run([sys.executable, __file__, *worker], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -70,11 +70,7 @@ def check_names(option: str, names: Sequence[str], known: Mapping[str, Any]) -> 
 
 
 def measure(task: str, batch_size: int, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Times all optimizers and parts on one task and batch size in turns.
-
-    Returns:
-      A row per optimizer, and the times of the parts, all in seconds per call.
-    """
+    """Times all optimizers and parts in turns; returns a row per optimizer, and seconds of the parts."""
     made, batch = make_task(task), draw_batch(task, batch_size)
     params = jax.jit(made.init_fn)(jax.random.key(0))
     steps, parts = step_contenders(made, params), part_contenders(made, params)

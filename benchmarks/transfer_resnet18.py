@@ -73,11 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def shortened(task: Task, num_train: int) -> Task:
-    """Returns the task with the first examples of its training part, in which classes take turns.
-
-    Raises:
-      ValueError: if the part is streamed, or smaller.
-    """
+    """Returns the task with the first examples of its training part, in which classes take turns."""
     data = task.data
     if not isinstance(data.train, dict):
         raise ValueError("`--examples` is for data in memory; for less of ImageNet take fewer `--epochs`")

@@ -82,16 +82,11 @@ def test_damaged_files_are_refused_with_the_remedy(small, name):
 
 
 @pytest.mark.parametrize(
-    "example",
-    [
-        {"image": np.zeros((2, 3, 3), np.uint8), "label": 0},
-        {"image": np.zeros((2, 2, 3), np.float32), "label": 0},
-        {"image": np.zeros((2, 2, 3), np.uint8), "label": 4},
-        {"image": np.zeros((2, 2, 3), np.uint8), "label": -1},
-        {"image": np.zeros((2, 2, 3), np.uint8)},
-    ],
+    ("shape", "dtype", "label"),
+    [((2, 3, 3), "uint8", 0), ((2, 2, 3), "float32", 0), *(((2, 2, 3), "uint8", x) for x in (4, -1, None))],
 )
-def test_examples_of_another_form_are_refused(example):
+def test_examples_of_another_form_are_refused(shape, dtype, label):
+    example = {"image": np.zeros(shape, dtype), "label": label}
     with pytest.raises(ValueError, match=r"the dataset 'odd' in /data is damaged"):
         prepared.decode_split([example], "odd", Path("/data"), (2, 2, 3), 4)
 

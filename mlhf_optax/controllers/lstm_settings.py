@@ -58,15 +58,8 @@ class LogFeatures:
     """Two features per quantity, clipped log magnitude and clipped scaled value, which tell 1e-3 from 1e-6.
 
     Args:
-      log_range: magnitudes from ``exp(-log_range)`` to 1 are resolved.
+      log_range: magnitudes from ``exp(-log_range)`` to 1 are resolved; > 0.
       has_shared: also the log of each quantity's root mean square over all parameters.
-
-    Raises:
-      ValueError: for a range that is not positive.
-
-    Example:
-      >>> LogFeatures().count, LogFeatures(has_shared=False).count
-      (9, 6)
 
     Source: Andrychowicz et al. 2016, appendix A.
     """
@@ -285,10 +278,6 @@ class Settings:
         Raises:
           ValueError: for an unknown kind or a value out of range.
           TypeError: for an unknown field.
-
-        Example:
-          >>> Settings.from_json(AUTHORS_SETTINGS.to_json()) == AUTHORS_SETTINGS
-          True
         """
         kinds = {kind.__name__: kind for some in _KINDS.values() for kind in some}
 

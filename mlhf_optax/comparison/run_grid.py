@@ -39,15 +39,6 @@ class Program:
       task: what to train; mini-batches have its ``batch_size``.
       make_optimizer: returns the optimizer for given hyperparameters; its ``update`` gets ``batch=``.
       sequential: run trainings one after the other; where that is faster if None.
-
-    Example:
-      >>> import optax
-      >>> from mlhf_optax.tasks import get_task
-      >>> program = Program(get_task("digits-mlp"), optax.adam)
-      >>> grid = RunGrid(program, {"learning_rate": np.array([1e-2, 1e-3])}, seeds=[0], num_steps=3)
-      >>> grid.step()
-      >>> grid.train_loss().shape
-      (2, 1)
     """
 
     def __init__(self, task: Task, make_optimizer: MakeOptimizer, sequential: bool | None = None):

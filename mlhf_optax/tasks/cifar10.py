@@ -110,7 +110,7 @@ def cifar10_resnet9(channels: int = 16, **options: Unpack[FileOptions]) -> Task:
     """Returns the task of the paper's section 4.4: the mini ResNet v2 of 9 blocks on CIFAR-10.
 
     Args:
-      channels: channels of the first three blocks; the others have two and four times as many.
+      channels: channels of the first three blocks, one number; the others have two and four times as many.
       **options: see :class:`mlhf_optax.tasks.FileOptions`; all batches are of 128.
 
     Raises:

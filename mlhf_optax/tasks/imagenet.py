@@ -28,27 +28,18 @@ def load_imagenet(
     num_held: int = 5000,
     num_workers: int = 8,
 ) -> Dataset:
-    """Returns ImageNet: 1.28 million training images in 1000 classes, streamed.
+    """Returns ImageNet: 1.28 million training images, uint8, in 1000 classes, streamed.
 
-    Held in memory are the first ``num_held`` training images for meta-training, as many of the
-    others for taking the training loss, and as many validation images for testing. All that is not for
-    meta-training is streamed for training. (In its files the dataset is shuffled, so the first images
-    are a random sample.)
+    Held in memory are the first ``num_held`` training images for meta-training, as many of the others for
+    taking the training loss, and as many validation images for testing. All that is not for meta-training
+    is streamed for training. (In its files the dataset is shuffled: the first images are a random sample.)
 
     Args:
-      data_dir: folder of prepared datasets (:func:`mlhf_optax.tasks.prepared.data_folder`).
-      cache_dir: folder of decoded arrays (:func:`mlhf_optax.tasks.prepared.cache_folder`).
+      data_dir: as for :func:`load_cifar10`, and so are ``cache_dir`` and the errors.
+      cache_dir: likewise.
       image_size: height and width of the crops.
       num_held: images of each part that is held in memory.
       num_workers: processes that decode.
-
-    Returns:
-      A :class:`Dataset` whose part ``train`` is a :class:`Stream`; images are uint8.
-
-    Raises:
-      FileNotFoundError: if the dataset is not there; it says how to get it.
-      ImportError: if tensorflow-datasets is missing.
-      ValueError: if the files are damaged.
 
     Example:
       ``len(load_imagenet("/data/tensorflow_datasets").train)`` is 1,276,167.
@@ -143,14 +134,11 @@ def imagenet_resnet18(
     The training part is streamed; worker processes crop it at random.
 
     Args:
-      channels: channels of the first stage; they double three times.
+      channels: channels of the first stage, at least 1; they double three times.
       stem: see :class:`mlhf_optax.tasks.ResNet`.
       image_size: height and width of the images that the network sees.
       num_workers: processes that read and decode.
       **options: see :class:`mlhf_optax.tasks.FileOptions`; all batches are of 64.
-
-    Raises:
-      ValueError: if a number is below one.
 
     Example:
       >>> imagenet_resnet18().num_classes

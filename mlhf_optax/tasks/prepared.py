@@ -59,16 +59,8 @@ def decode_parts(
 ) -> dict[str, Examples]:
     """Decodes parts of the dataset ``name`` in ``folder`` once; then reads them from a file of the cache.
 
-    Args:
-      parts: sources of decoded examples, by name.
-      name: name of the dataset.
-      folder: where it lies.
-      cache_name: name of the file in the cache; what tells versions of the dataset apart is added.
-      cache_dir: see :func:`cache_folder`.
-      *form: ``shape`` and ``num_classes`` of :func:`decode_split`.
-
-    Returns:
-      The parts, read-only.
+    To ``cache_name`` is added what tells versions of the dataset apart. ``form`` is ``shape`` and
+    ``num_classes`` of :func:`decode_split`. The parts are read-only.
 
     Raises:
       ValueError: if an example or the file in the cache is damaged.

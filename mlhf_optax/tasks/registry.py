@@ -20,11 +20,9 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def get_task(name: str, **options) -> Task:
-    """Builds a task by name; its data are not loaded yet.
+    """Builds a task by its name in :data:`TASKS`; its data are not loaded yet.
 
-    Args:
-      name: a key of :data:`TASKS`.
-      **options: arguments of the function registered there, such as ``hidden=(16,)`` for ``"digits-mlp"``.
+    ``options`` are arguments of the function registered there, such as ``hidden=(16,)`` for ``"digits-mlp"``.
 
     Raises:
       ValueError: if there is no such task.

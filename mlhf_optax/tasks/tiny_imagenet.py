@@ -46,10 +46,6 @@ def load_tiny_imagenet(
       FileNotFoundError: if there is no such file; it says how to make it.
       ImportError: if pillow is missing.
       ValueError: if the file is damaged or has other classes, or the folder holds several.
-
-    Example:
-      ``load_tiny_imagenet("tiny_imagenet.npz").test["image"].shape`` is ``(5000, 64, 64, 3)`` for 100
-      classes.
     """
     path = _find_file(data_folder(data_dir))
     data, found = _load(path, cache_folder(cache_dir))
@@ -122,19 +118,11 @@ def _damaged(path: Path, problem: object) -> ValueError:
 
 
 def pack_tiny_imagenet(folder: str | Path, path: str | Path, num_classes: int = 200) -> Path:
-    """Makes the file that :func:`load_tiny_imagenet` reads, of the folder that is distributed.
+    """Makes the file that :func:`load_tiny_imagenet` reads of the folder that is distributed.
 
     The classes are the first in the order of their names. Images of the training set follow each other
     class by class in turns, so that every stretch of them holds all classes. The validation set, whose
     labels are public, is for testing.
-
-    Args:
-      folder: ``tiny-imagenet-200``, unpacked.
-      path: where to write.
-      num_classes: classes to keep.
-
-    Returns:
-      The path.
 
     Raises:
       FileNotFoundError: if the folder is not that of Tiny-ImageNet.
@@ -174,13 +162,10 @@ def tiny_imagenet_resnet18(
     """Returns the stand-in for ``imagenet-resnet18``: ResNet-18 v2 on Tiny-ImageNet.
 
     Args:
-      channels: channels of the first stage; they double three times.
+      channels: channels of the first stage, at least 1; they double three times.
       stem: see :class:`mlhf_optax.tasks.ResNet`; ``"imagenet"`` costs a tenth and is less accurate.
       num_classes: classes in the file.
       **options: see :class:`mlhf_optax.tasks.FileOptions`; all batches are of 64.
-
-    Raises:
-      ValueError: if a number is below one.
 
     Example:
       >>> tiny_imagenet_resnet18(channels=8).name

@@ -58,12 +58,6 @@ def test_the_environment_says_where_the_data_are(small, monkeypatch):
     assert prepared.data_folder() == folder / "tensorflow_datasets"
 
 
-def test_missing_data_are_explained(tmp_path):
-    message = r"no prepared dataset 'cifar10' in .*--data-dir.*download_and"
-    with pytest.raises(FileNotFoundError, match=message):
-        cifar10.load_cifar10(tmp_path)
-
-
 def test_too_few_examples_are_refused(small, monkeypatch):
     monkeypatch.setattr(cifar10, "SIZES", {"train": 50, "test": 4})
     message = r"must have {'train': 50, 'test': 4} .* has {'train': 10, 'test': 4}"

@@ -101,16 +101,16 @@ def test_augmentation_can_be_left_out(small_task):
 
 
 @pytest.mark.parametrize(
-    ("name", "data"),
+    ("name", "data", "remedy"),
     [
-        ("cifar10-convnet", "'cifar10'"),
-        ("cifar10-resnet9", "'cifar10'"),
-        ("imagenet-resnet18", "'imagenet2012'"),
-        ("tiny-imagenet-resnet18", "Tiny-ImageNet"),
+        ("cifar10-convnet", "prepared dataset 'cifar10'", "--data-dir.*download_and_prepare"),
+        ("cifar10-resnet9", "prepared dataset 'cifar10'", "download_and_prepare"),
+        ("imagenet-resnet18", "prepared dataset 'imagenet2012'", "download_and_prepare"),
+        ("tiny-imagenet-resnet18", "Tiny-ImageNet", "import pack_tiny_imagenet"),
     ],
 )
-def test_data_are_looked_for_where_they_are_said_to_be(name, data, tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"{data} in {tmp_path}"):
+def test_missing_data_are_looked_for_where_they_should_be_and_explained(name, data, remedy, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"there is no {data} in {tmp_path}.*{remedy}"):
         get_task(name, data_dir=tmp_path).data  # noqa: B018
 
 

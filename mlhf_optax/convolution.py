@@ -48,30 +48,15 @@ def convolve(
 ) -> jax.Array:
     """Computes what ``jax.lax.conv_general_dilated`` does, fast in loops and under ``vmap``.
 
-    Pass it to a Flax layer: ``nn.Conv(8, (3, 3), conv_general_dilated=convolve)``. Its own way is taken
-    for two-dimensional convolutions in the layout of Flax without groups and dilation; all others are
-    handed to ``jax.lax.conv_general_dilated``, and so are negative padding and convolutions of or to
-    empty arrays (a kernel larger than the padded images). On other machines than CPUs the two are the
+    Pass it to a Flax layer: ``nn.Conv(8, (3, 3), conv_general_dilated=convolve)``. Arguments and errors are
+    those of ``jax.lax.conv_general_dilated``. In the layout of Flax images are (B, height, width,
+    in_channels), the kernel is (kernel_height, kernel_width, in_channels, out_channels) and the result
+    (B, out_height, out_width, out_channels).
+
+    Its own way is taken for two-dimensional convolutions in that layout without groups and dilation; all
+    others are handed to ``jax.lax.conv_general_dilated``, and so are negative padding and convolutions of or
+    to empty arrays (a kernel larger than the padded images). On other machines than CPUs the two are the
     same program, but that strided 1x1 convolutions pick their pixels first.
-
-    Args:
-      images: shape (B, height, width, in_channels) in the layout of Flax.
-      kernel: shape (kernel_height, kernel_width, in_channels, out_channels) there.
-      window_strides: two strides.
-      padding: ``"SAME"``, ``"VALID"`` or the pads before and after for height and width.
-      lhs_dilation: as for ``jax.lax.conv_general_dilated``, as all that follow.
-      rhs_dilation: likewise.
-      dimension_numbers: the layout; Flax passes ``("NHWC", "HWIO", "NHWC")``.
-      feature_group_count: likewise.
-      batch_group_count: likewise.
-      precision: likewise.
-      preferred_element_type: likewise.
-
-    Returns:
-      Shape (B, out_height, out_width, out_channels).
-
-    Raises:
-      ValueError: what ``jax.lax.conv_general_dilated`` raises, as it raises TypeError.
 
     Example:
       >>> import jax.numpy as jnp

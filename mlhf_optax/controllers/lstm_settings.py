@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import chex
@@ -21,18 +21,24 @@ class Inputs(NamedTuple):
     gradient: chex.ArrayTree
 
 
-def _require(wanted: str, is_met: Callable[[float], bool], values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not is_met(value):
-            raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
+def _positive(default: float) -> Any:
+    return dataclasses.field(default=default, metadata={"a positive number": lambda x: 0 < x < math.inf})
 
 
-def _require_positive(**values: Any) -> None:
-    _require("a positive number", lambda x: 0 < x < math.inf, values)
+def _at_least_zero(default: float) -> Any:
+    return dataclasses.field(default=default, metadata={"a number >= 0": lambda x: 0 <= x < math.inf})
 
 
-def _require_at_least_zero(**values: Any) -> None:
-    _require("a number >= 0", lambda x: 0 <= x < math.inf, values)
+class _Checked:
+    """A dataclass whose numbers must be what their fields say."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            for wanted, is_met in field.metadata.items():
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not (is_number and is_met(value)):
+                    raise ValueError(f"`{field.name}` must be {wanted}, got {value!r}")
 
 
 # Features.
@@ -54,7 +60,7 @@ class TanhFeatures:
 
 
 @dataclasses.dataclass(frozen=True)
-class LogFeatures:
+class LogFeatures(_Checked):
     """Two features per quantity, clipped log magnitude and clipped scaled value, which tell 1e-3 from 1e-6.
 
     Args:
@@ -64,11 +70,8 @@ class LogFeatures:
     Source: Andrychowicz et al. 2016, appendix A.
     """
 
-    log_range: float = 16.0
+    log_range: float = _positive(16.0)
     has_shared: bool = True
-
-    def __post_init__(self):
-        _require_positive(log_range=self.log_range)
 
     @property
     def count(self) -> int:
@@ -102,13 +105,10 @@ class LogFeatures:
 
 
 @dataclasses.dataclass(frozen=True)
-class Softplus:
+class Softplus(_Checked):
     """``softplus(scale * output + c)`` (paper), ``initial`` where the output is zero; ``scale`` > 0."""
 
-    scale: float = 1.0
-
-    def __post_init__(self):
-        _require_positive(scale=self.scale)
+    scale: float = _positive(1.0)
 
     def __call__(self, output: jax.Array, initial: float) -> jax.Array:
         """Returns positive values."""
@@ -117,13 +117,10 @@ class Softplus:
 
 
 @dataclasses.dataclass(frozen=True)
-class Exponential:
+class Exponential(_Checked):
     """``initial * exp(scale * output)``, which reaches several decades; ``scale`` > 0."""
 
-    scale: float = 3.0
-
-    def __post_init__(self):
-        _require_positive(scale=self.scale)
+    scale: float = _positive(3.0)
 
     def __call__(self, output: jax.Array, initial: float) -> jax.Array:
         """Returns positive values."""
@@ -135,7 +132,7 @@ class Exponential:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
+class Unit(_Checked):
     """The unit of s and P, ``rms(g)^gradient_power / rms(w0)^parameter_power`` over all parameters.
 
     Near a minimum of a cross-entropy the GGN shrinks with the loss. A damping that shrinks with the
@@ -159,14 +156,10 @@ class Unit:
       2.0
     """
 
-    gradient_power: float = 1.0
-    parameter_power: float = 0.0
-    gradient_floor: float = 1e-5
-    parameter_floor: float = 1e-3
-
-    def __post_init__(self):
-        _require_positive(gradient_floor=self.gradient_floor, parameter_floor=self.parameter_floor)
-        _require_at_least_zero(gradient_power=self.gradient_power, parameter_power=self.parameter_power)
+    gradient_power: float = _at_least_zero(1.0)
+    parameter_power: float = _at_least_zero(0.0)
+    gradient_floor: float = _positive(1e-5)
+    parameter_floor: float = _positive(1e-3)
 
     def __call__(self, gradient: chex.ArrayTree, initial_rms: jax.Array) -> jax.Array:
         """Returns a positive scalar; 1 where both powers are 0."""
@@ -220,7 +213,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(_Checked):
     """What the LSTMs see and what their outputs mean.
 
     The defaults are what measurement chose on handwritten digits: with tanh features, softplus and an
@@ -251,9 +244,9 @@ class Settings:
     output: Softplus | Exponential = Exponential()
     unit: Unit = Unit()
     preconditioner: Divide | Multiply | Jacobi = Jacobi()
-    initial_damping: float = 30.0
-    initial_preconditioner: float = 30.0
-    damping_floor: float = 0.0
+    initial_damping: float = _positive(30.0)
+    initial_preconditioner: float = _positive(30.0)
+    damping_floor: float = _at_least_zero(0.0)
     sees_current_residual: bool = False
 
     def __post_init__(self):
@@ -262,9 +255,7 @@ class Settings:
             if not isinstance(value, allowed):
                 names = " or ".join(kind.__name__ for kind in allowed)
                 raise TypeError(f"`{name}` must be a {names}, got {value!r}")
-        start = {name: getattr(self, name) for name in ("initial_damping", "initial_preconditioner")}
-        _require_positive(**start)
-        _require_at_least_zero(damping_floor=self.damping_floor)
+        super().__post_init__()
 
     def to_json(self) -> dict[str, Any]:
         """Returns the settings as plain JSON values; each object names its kind."""

@@ -164,6 +164,9 @@ def load_meta_params(path: str | os.PathLike) -> Pretrained:
       FileNotFoundError: if the file is not there.
       ValueError: if it is damaged, foreign, of another version, larger than such files are or
         contradicts itself; the message names the file, what is wrong and what to do.
+
+    Example:
+      See :func:`save_meta_params`.
     """
     file = _with_ending(path)
     old = file.with_name(f"{file.name.removesuffix(_ENDING).removesuffix('.npz')}.npz")

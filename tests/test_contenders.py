@@ -83,7 +83,7 @@ def test_constants_train_side_by_side_as_they_do_alone():
 
 def test_the_command_line_knows_the_constants_by_name(capsys):
     asked = options.parse(["train", "--optimizers", "gauss_newton"]).optimizers
-    (contender,) = commands._hand_made_contenders(TASK, asked)
+    (contender,) = commands._other_contenders(TASK, asked)
     assert contender.names == tuple(f"gauss_newton damping={damping}" for damping in (1, 3, 10))
     assert commands._told([contender]) == "3 constants of gauss_newton"
     commands.list_all()

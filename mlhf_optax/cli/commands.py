@@ -81,7 +81,7 @@ def train(options: Train, command: str) -> int:
         figure = options.figure or Path(f"mlhf-optax-{task.name}.png")
         _check_outputs(figure, options.json)
         check_batch_size(task)
-        contenders = [*_learned_contenders(task, options), *_hand_made_contenders(task, options.optimizers)]
+        contenders = [*_learned_contenders(task, options), *_other_contenders(task, options.optimizers)]
     console = Console(highlight=False)
     seeds = "1 seed" if options.seeds == 1 else f"{options.seeds} seeds"
     work = f"{seeds} each, {options.steps} steps of batch {task.batch_size}"
@@ -237,7 +237,7 @@ def _shipped_meta_params(task: Task, family: str) -> tuple[str, Pretrained]:
     )
 
 
-def _hand_made_contenders(task: Task, names: Sequence[str]) -> list[Contender]:
+def _other_contenders(task: Task, names: Sequence[str]) -> list[Contender]:
     paper = [name for name in names if name in PAPER_FAMILIES]
     others = [name for name in names if name in FAMILIES and name not in paper]
     constants = [constant_contender(task)] if CONSTANT in names else []

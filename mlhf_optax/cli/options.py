@@ -40,7 +40,7 @@ def _numbers(parts: list[str]) -> tuple[int, ...]:
 
 
 def _names(parts: list[str]) -> tuple[str, ...]:
-    known = [*LEARNED, CONSTANT, *FAMILIES]
+    known = [*LEARNED, *FAMILIES, CONSTANT]
     if not set(parts) <= set(known):
         raise ValueError(f"must be among {_joined(known)}, separated by commas, got {_joined(parts)!r}")
     return tuple(dict.fromkeys(parts))

@@ -34,11 +34,11 @@ from ablation_solvers import (
     compare_solvers,
     draw_batches,
 )
-from convnet import ConvnetOptions
+from experiment import ConvnetOptions, command_line, parse_options, save_drawing
+from readme_tables import ablation
 
 from mlhf_optax import MetaParams, init_meta_params, layer_types, meta_training
-from mlhf_optax.comparison.record import command_line, record, write_json
-from mlhf_optax.comparison.timing import parse_options
+from mlhf_optax.comparison.record import record, write_json
 from mlhf_optax.learned.mlhf import SETTINGS
 from mlhf_optax.tasks import Task, num_examples
 
@@ -96,15 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         damping_alone=on_same_systems[DAMPING_ALONE],
     )
     write_json(options.output / "results.json", content)
-    save_figure(content, options.output / "figure.png")
-    print_table(content)
+    save_drawing(options.output / "figure.png", draw, content)
+    print(*ablation(content), sep="\n")
 
 
 def make_task(options: Options) -> Task:
     """Returns the task; its part for meta-training is the whole training set, as in the paper."""
-    task = dataclasses.replace(options, quick=False).make_task((0, 0, 0))
-    if options.quick:
-        task = dataclasses.replace(options, quick=False, channels=(8, 16), hidden=(16,)).make_task((0, 0, 0))
+    narrow = {"channels": (8, 16), "hidden": (16,)} if options.quick else {}
+    task = dataclasses.replace(options, quick=False, **narrow).make_task((0, 0, 0))
 
     def load():
         parts = task.data.meta_train, task.data.train
@@ -208,11 +207,9 @@ def summarise(
     }
 
 
-def save_figure(content: dict[str, Any], path: Path) -> None:
+def draw(figure: Any, content: dict[str, Any]) -> None:
     """Draws l_p and the residual by meta-iterations, and the comparison on the same systems."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    figure.set_size_inches(13, 4.5)
     axes = figure.subplots(1, 3)
     for result in content["results"]:
         label = TITLES[result["name"]]
@@ -224,20 +221,6 @@ def save_figure(content: dict[str, Any], path: Path) -> None:
     axes[1].set(xlabel="meta-iterations", ylabel="norm of the residual", yscale="log")
     axes[2].set(xlabel="same systems: l_p over that of 20 steps\nwithout LSTM_p (higher is better)")
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-
-
-def print_table(content: dict[str, Any]) -> None:
-    """Prints the ends of the curves and the comparison on the same systems."""
-    print(f"\n{'':30s}{'l_p':>10s}{'residual':>10s}   same systems: {'l_p ratio':>10s}{'residual':>10s}")
-    for result in content["results"]:
-        same, ends = result["on_same_systems"], (result["l_p"][-1], result["residual_norm"][-1])
-        print(
-            f"{result['name']:30s}{ends[0]:10.4f}{ends[1]:10.4f}"
-            f"{same['l_p_ratio']:27.4f}{same['residual_ratio']:10.4f}"
-        )
-    same = content["damping_alone"]
-    print(f"{DAMPING_ALONE:77s}{same['l_p_ratio']:10.4f}{same['residual_ratio']:10.4f}")
 
 
 if __name__ == "__main__":

@@ -9,21 +9,16 @@ import numpy as np
 import optax
 
 from mlhf_optax import MetaParams, Settings, mlhf, pcg
+from mlhf_optax.comparison.meta_train_task import draw_batches
 from mlhf_optax.controllers.coordinate_lstm import coordinate_lstm
 from mlhf_optax.controllers.lstm_settings import Divide
 from mlhf_optax.damped_step import damped, look
 from mlhf_optax.meta_training.losses import preconditioner_loss
-from mlhf_optax.tasks import Task, sample_batches
+from mlhf_optax.tasks import Task
 
 
 class Configuration(NamedTuple):
-    """One of the four.
-
-    Attributes:
-      name: as results call it.
-      has_lstm_p: whether LSTM_p is learned; without it P is the same for all coordinates.
-      num_cg_steps: K.
-    """
+    """One of the four: with or without a learned LSTM_p (then P is the same for all coordinates), and K."""
 
     name: str
     has_lstm_p: bool
@@ -46,12 +41,6 @@ TITLES = {one.name: one.name for one in CONFIGURATIONS} | {"mlhf": "with LSTM_p,
 
 # Jacobi's preconditioner divides by s + P, and s is learned: what of the gain is that, and not LSTM_p's?
 DAMPING_ALONE = "P from the damping alone, 4 CG steps"
-
-
-def draw_batches(task: Task, examples, shape: tuple[int, ...], key):
-    """Returns random augmented mini-batches with the leading axes ``shape``."""
-    draw_key, augment_key = jax.random.split(key)
-    return task.augment_fn(augment_key, sample_batches(examples, draw_key, shape))
 
 
 def compare_solvers(

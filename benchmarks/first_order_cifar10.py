@@ -14,12 +14,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from convnet import ConvnetOptions
+from experiment import ConvnetOptions, command_line, learned_contenders, parse_options, run_experiment
 
 from mlhf_optax.comparison import grid_contenders
-from mlhf_optax.comparison.experiment import learned_contenders, run_experiment
-from mlhf_optax.comparison.record import command_line
-from mlhf_optax.comparison.timing import parse_options
 
 
 @dataclasses.dataclass(frozen=True)

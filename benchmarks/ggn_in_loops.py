@@ -19,17 +19,16 @@ library does it for small images), and picking the pixels of a strided 1x1 convo
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from experiment import BenchmarkOptions, command_line, parse_options
 from flax import linen as nn
 from jax import lax
 
-from mlhf_optax.comparison.record import command_line, record, write_json
-from mlhf_optax.comparison.timing import BenchmarkOptions, interleaved, parse_options
+from mlhf_optax.comparison.timing import interleaved
 from mlhf_optax.convolution import convolve
 from mlhf_optax.curvature import PredictFn, ggn_matvec
 from mlhf_optax.losses import SquaredError
@@ -42,20 +41,12 @@ RIVAL_BATCH_SIZE, RIVAL_PRODUCTS = 8, 2
 
 
 class Layer(NamedTuple):
-    """What is timed.
-
-    Attributes:
-      module: the layer.
-      inputs: shape of its inputs without the batch.
-      is_first: whether its inputs are data; those of other layers have tangents and cotangents.
-      is_rival: whether the library has something else in its place. Rivals get small batches and short
-        chains, as one product may take seconds.
-    """
+    """What is timed: a layer, the shape of its inputs without the batch, and two facts about it."""
 
     module: nn.Module
     inputs: tuple[int, ...]
-    is_first: bool = False
-    is_rival: bool = False
+    is_first: bool = False  # its inputs are data; those of other layers have tangents and cotangents
+    is_rival: bool = False  # the library has another; with small batches, as one product may take seconds
 
 
 def _convolutions(suffix: str, convolution: Callable[..., jax.Array]) -> dict[str, Layer]:
@@ -118,11 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             times = ", ".join(f"{place} {1e3 * row[place]:.3g} ms" for place in ("inside", "outside"))
             print(f"{name}, {row['loop']}: {times} per product, ratio {row['ratio']:.2f}", flush=True)
     print(verdict(rows))
-    if options.json:
-        content = {"target": TARGET, "repeats": options.repeats, "rows": rows}
-        write_json(options.json, record(command_line(__file__, arguments), **content))
-    if options.figure:
-        save_figure(rows, options.figure)
+    content = {"target": TARGET, "repeats": options.repeats, "rows": rows}
+    options.save(command_line(__file__, arguments), draw, **content)
 
 
 def measure(name: str, options: Options) -> list[dict[str, Any]]:
@@ -209,12 +197,11 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
     return f"Above the target of {TARGET}: {', '.join(above)}."
 
 
-def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(figure: Any, content: dict[str, Any]) -> None:
     """Draws the ratios as bars, a group per layer."""
-    from matplotlib.figure import Figure
-
+    rows = content["rows"]
     layers = list(dict.fromkeys(row["layer"] for row in rows))
-    figure = Figure(figsize=(7, 1.2 + 0.3 * len(layers)), layout="constrained")
+    figure.set_size_inches(7, 1.2 + 0.3 * len(layers))
     axes = figure.subplots()
     for number, loop in enumerate(LOOPS):
         ratios = [row["ratio"] for row in rows if row["loop"] == loop]
@@ -227,7 +214,6 @@ def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(layers)), layers)
     axes.invert_yaxis()
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from mlhf_optax.comparison import Contender
-from mlhf_optax.comparison.contenders import names_of, stack_settings
 from mlhf_optax.comparison.run import RunState, augmentation_key
 from mlhf_optax.comparison.run_grid import Program, RunGrid
 from mlhf_optax.tasks import Task, take
@@ -29,11 +28,10 @@ def kfac_contender() -> Contender:
         {"learning_rate": rate, "damping": damping, "decay": decay}
         for decay, rate, damping in itertools.product(DECAYS, LEARNING_RATES, DAMPINGS)
     ]
-    stacked = stack_settings(settings)
 
     def clock(task: Task) -> float:
         """Returns the median over stretches of 25 steps, each with its five inversions."""
-        first = {name: values[:1] for name, values in stacked.items()}
+        first = {name: [value] for name, value in settings[0].items()}
         grid, times = RunGrid(KfacProgram(task), first, [0], num_steps=100), []
         for _ in range(4):
             start = time.perf_counter()
@@ -43,9 +41,8 @@ def kfac_contender() -> Contender:
             times.append((time.perf_counter() - start) / 25)
         return statistics.median(times[1:])
 
-    names = names_of("kfac", settings)
     how = {"program": KfacProgram, "clock": clock}
-    return Contender("kfac", names, tuple(settings), _no_transformation, stacked, **how)
+    return Contender.of_settings("kfac", settings, _no_transformation, **how)
 
 
 class KfacProgram(Program):
@@ -134,13 +131,8 @@ def moments_of_patches(
     """Returns second and first moments, summed over images and positions, of what a kernel sees.
 
     Args are those of the function of kfac-jax: images ``(B, height, width, C)``, a kernel ``(h, w)``, and
-    weights of the images, ``(B,)``, or of every position.
-
-    Returns:
-      Arrays ``(h, w, C, h, w, C)`` and ``(h, w, C)``.
-
-    Raises:
-      ValueError: if channels are not last.
+    weights of the images, ``(B,)``, or of every position. The results are ``(h, w, C, h, w, C)`` and
+    ``(h, w, C)``.
     """
     if dim_numbers.lhs_spec != (0, 3, 1, 2):
         raise ValueError(f"images must have their channels last, got dimensions {dim_numbers.lhs_spec}")

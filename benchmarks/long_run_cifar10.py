@@ -18,13 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from convnet import ConvnetOptions
+from experiment import ConvnetOptions, command_line, find_meta_params, parse_options, save_drawing
+from readme_tables import long_run
 from rich.progress import track
 
-from mlhf_optax.comparison.experiment import find_meta_params
-from mlhf_optax.comparison.record import command_line, record, write_json
+from mlhf_optax.comparison.record import record, write_json
 from mlhf_optax.comparison.run_grid import Program, RunGrid
-from mlhf_optax.comparison.timing import parse_options
+from mlhf_optax.files import locked_folder
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
 from mlhf_optax.tasks import Task, take
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(Options, __doc__, arguments)
     if options.quick:
         options = dataclasses.replace(options, steps=20, record_every=5, batch_size=32)
-    task = make_task(options)
+    task = options.make_task((256, 640, 256))
     source, learned = find_meta_params(task, options.meta_params)
     changes: dict[str, Any] = {"curvature_batch_size": options.curvature_share or None}
     if options.learning_rate is not None:
@@ -83,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     optimizer = learned.optimizer(task.predict_fn, task.loss_fn, **changes)
     runs = RunGrid(Program(task, lambda: optimizer), {}, [options.seed], options.steps)
-    records = train(task, runs, options, settings)
+    with locked_folder(options.output):
+        records = train(task, runs, options, settings)
     content = record(
         command_line(__file__, arguments),
         task=task.name,
@@ -93,13 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         records=records,
     )
     write_json(options.output / "results.json", content)
-    save_figure(content, options.output / "figure.png")
-    print_table(content)
-
-
-def make_task(options: Options) -> Task:
-    """Returns the task that the options ask for."""
-    return options.make_task((256, 640, 256))
+    save_drawing(options.output / "figure.png", draw, content)
+    print(*long_run(content), sep="\n")
 
 
 def train(task: Task, runs: RunGrid, options: Options, settings: dict[str, Any]) -> dict[str, list[float]]:
@@ -134,12 +130,10 @@ def is_stable(records: dict[str, list[float]]) -> bool:
     return bool(np.isfinite(losses).all() and (losses <= losses[0]).all())
 
 
-def save_figure(content: dict[str, Any], path: Path) -> None:
+def draw(figure: Any, content: dict[str, Any]) -> None:
     """Draws loss and accuracy, damping, and preconditioner over the steps."""
-    from matplotlib.figure import Figure
-
+    figure.set_size_inches(13, 4)
     records = content["records"]
-    figure = Figure(figsize=(13, 4), layout="constrained")
     loss, damping, preconditioner = figure.subplots(1, 3)
     loss.plot(records["step"], records["train_loss"], label="training loss, nats")
     loss.plot(records["step"], records["test_accuracy"], label="test accuracy")
@@ -152,17 +146,6 @@ def save_figure(content: dict[str, Any], path: Path) -> None:
     share = content["curvature_share"] or 1
     about = f"batch {content['batch_size']}, curvature on {share:g} of it, rate {content['learning_rate']:g}"
     figure.suptitle(f"{content['task']}, {about}, {content['num_steps']} steps")
-    figure.savefig(path, dpi=150)
-
-
-def print_table(content: dict[str, Any]) -> None:
-    """Prints some of the records, evenly spaced in the logarithm."""
-    records = content["records"]
-    names = ("step", "train_loss", "test_accuracy", "damping_mean", "preconditioner_mean", "skipped_steps")
-    print("  ".join(f"{name:>19s}" for name in names))
-    for i in np.unique(np.geomspace(1, len(records["step"]), 8).round().astype(int)) - 1:
-        print("  ".join(f"{records[name][i]:19.4g}" for name in names))
-    print("stable" if content["is_stable"] else "NOT stable: a loss above the first one, or not finite")
 
 
 if __name__ == "__main__":

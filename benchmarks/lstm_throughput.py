@@ -29,9 +29,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from experiment import BenchmarkOptions, command_line, parse_options
 
-from mlhf_optax.comparison.record import command_line, record, write_json
-from mlhf_optax.comparison.timing import BenchmarkOptions, Timing, interleaved, parse_options
+from mlhf_optax.comparison.timing import Timing, interleaved
 from mlhf_optax.controllers.coordinate_lstm import Carries, MetaParams, coordinate_lstm, init_meta_params
 from mlhf_optax.controllers.lstm import LayerCarry, init_carry
 from mlhf_optax.controllers.lstm_settings import Inputs, Settings, TanhFeatures
@@ -121,11 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ratio = f"forward / floor {row['forward_ratio']:.2f}"
             print(f"{size} coordinates, {dtype}, {features}: {times}, {ratio}", flush=True)
     print(verdict(rows))
-    if options.json:
-        content = {"target": TARGET, "floor": floor.__name__, "repeats": options.repeats, "rows": rows}
-        write_json(options.json, record(command_line(__file__, arguments), **content))
-    if options.figure:
-        save_figure(rows, options.figure)
+    content = {"target": TARGET, "floor": floor.__name__, "repeats": options.repeats, "rows": rows}
+    options.save(command_line(__file__, arguments), draw, **content)
 
 
 def measure(size: int, dtype: str, features: str, floor: Step, repeats: int) -> dict[str, Any] | None:
@@ -200,11 +197,10 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
     return f"A forward step is within {TARGET:g} times the floor in {met} of {len(rows)} cases."
 
 
-def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(figure: Any, content: dict[str, Any]) -> None:
     """Draws nanoseconds per coordinate by their number, one panel for each kind of features."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure.set_size_inches(9, 4)
+    rows = content["rows"]
     panels = figure.subplots(1, len(SETTINGS), sharey=True, squeeze=False)[0]
     colours = dict(zip(TIMED, ("tab:blue", "tab:orange", "0.4"), strict=True))
     for axes, features in zip(panels, SETTINGS, strict=True):
@@ -217,7 +213,6 @@ def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="coordinates", title=f"{features} features")
     panels[0].set_ylabel("ns per coordinate")
     panels[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -30,13 +30,12 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from step_contenders import Runner, make_problem, training_step
+from experiment import BenchmarkOptions, command_line, parse_options
+from step_contenders import Runner, draw_batch, make_task, training_step
 from step_time import check_names, judged, print_targets
 
 from mlhf_optax import init_meta_params
-from mlhf_optax.comparison.figures import require_matplotlib
-from mlhf_optax.comparison.record import command_line, record, write_json
-from mlhf_optax.comparison.timing import BenchmarkOptions, interleaved, parse_options
+from mlhf_optax.comparison.timing import interleaved
 from mlhf_optax.meta_training import MetaTrainingConfig, make_meta_step, mlhf_optimizer
 
 BATCH_SIZES = {"digits-mlp": 128, "cuda-convnet": 64}
@@ -79,13 +78,13 @@ def configurations(task: str) -> list[Configuration]:
 
 def measure(configuration: Configuration, repeats: int) -> dict[str, Any]:
     """Returns seconds and bytes; the peak of memory is that of this process so far."""
-    task, batch_size, unroll_length, num_cg_steps, num_tasks = configuration
-    problem = make_problem(task)
-    sgd = training_step(problem, jax.jit(problem.init_fn)(jax.random.key(0)), optax.sgd(0.01, momentum=0.9))
+    name, batch_size, unroll_length, num_cg_steps, num_tasks = configuration
+    task = make_task(name)
+    sgd = training_step(task, jax.jit(task.init_fn)(jax.random.key(0)), optax.sgd(0.01, momentum=0.9))
     config = MetaTrainingConfig(num_tasks=num_tasks, unroll_length=unroll_length)
-    init, meta_step = make_meta_step(problem, mlhf_optimizer(num_cg_steps=num_cg_steps), config)
+    init, meta_step = make_meta_step(task, mlhf_optimizer(num_cg_steps=num_cg_steps), config)
     state = init(jax.random.key(0), init_meta_params(jax.random.key(1)))
-    batches = problem.draw_batch(num_tasks, unroll_length + 1, batch_size)
+    batches = draw_batch(name, num_tasks, unroll_length + 1, batch_size)
     start = time.perf_counter()
     # A jit of its own around the one inside, as only the outermost one says what it needs.
     compiled = jax.jit(meta_step, donate_argnums=0).lower(state, batches).compile()
@@ -96,7 +95,7 @@ def measure(configuration: Configuration, repeats: int) -> dict[str, Any]:
         state, metrics = compiled(state, batches)
         return state, metrics
 
-    thunks = {"sgd": Runner(sgd, problem.draw_batch(batch_size)), "meta": meta_iteration}
+    thunks = {"sgd": Runner(sgd, draw_batch(name, batch_size)), "meta": meta_iteration}
     # A single step of SGD would find the memory that a meta-iteration left cold, and take twice its time.
     times = interleaved(thunks, repeats=repeats, stretch_seconds=1.0)
     inner_steps = num_tasks * unroll_length
@@ -131,11 +130,7 @@ def peak_bytes() -> int:
 
 
 def measure_in_process(configuration: Configuration, repeats: int) -> dict[str, Any]:
-    """Returns what :func:`measure` does, from a fresh process.
-
-    Raises:
-      RuntimeError: if that process fails, with the end of what it said.
-    """
+    """Returns what :func:`measure` does, from a fresh process; a RuntimeError says how that one failed."""
     worker = ["--worker", json.dumps(configuration), "--repeats", str(repeats)]
     done = subprocess.run([sys.executable, __file__, *worker], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -166,12 +161,10 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         print(f"{row['task']}, {numbers:12s}{times}{shown}")
 
 
-def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(figure: Any, content: dict[str, Any]) -> None:
     """Draws the ratio to SGD and the memory of the compiled meta-step as each number grows."""
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure.set_size_inches(11, 6)
+    rows = content["rows"]
     all_axes = figure.subplots(2, len(GROWING), sharex="col", sharey="row", squeeze=False)
     for column, name in enumerate(GROWING):
         for task in dict.fromkeys(row["task"] for row in rows):
@@ -190,7 +183,6 @@ def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     all_axes[0][0].set_ylabel("inner step / step of SGD")
     all_axes[1][0].set_ylabel("MiB of temporaries")
     all_axes[0][0].legend(fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -211,10 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_table(rows)
     found = targets(rows)
     print_targets(found)
-    if options.json:
-        write_json(options.json, record(command_line(__file__, arguments), rows=rows, targets=found))
-    if options.figure:
-        save_figure(rows, options.figure)
+    options.save(command_line(__file__, arguments), draw, rows=rows, targets=found)
 
 
 if __name__ == "__main__":

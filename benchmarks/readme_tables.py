@@ -27,6 +27,11 @@ STEP_COLUMNS = ("adam", "mlhf", "mlhf-half", "mlhf-quarter", "somax-ggn-cg4", "h
 FLOORS = {"evaluations": "evaluating 80 tanh and what else is elementary", "copies": "copying the states"}
 
 
+def with_note(rows: list[list[str]], note: str, record: dict[str, Any]) -> list[str]:
+    """Returns the lines of a table, and below it a note with where and how it was measured."""
+    return [*markdown_table(rows), "", f"{note} {origin(record)}".strip()]
+
+
 def bold(own: float, best: float) -> str:
     """Returns one loss as a multiple of another, bold where it is the lower one."""
     return f"**{format_ratio(own, best)}**" if own < best else format_ratio(own, best)
@@ -61,12 +66,8 @@ def by_epoch(found: Comparison) -> list[str]:
 def second_order(found: Comparison, longer: Comparison | None = None) -> list[str]:
     """Returns rows for each MLHF and for the best setting of each family at the end of the run.
 
-    Args:
-      found: what ``second_order_cifar10.py`` wrote.
-      longer: the same of a longer run with ``--only mlhf``, as its steps take less time.
-
-    Returns:
-      Markdown lines. In brackets are the loss and the time of MLHF over those of the best setting of all.
+    In brackets are the loss and the time of MLHF over those of the best setting of all. ``longer`` are
+    results of a longer run with ``--only mlhf``, as its steps take less time.
     """
     curves, last = found.curves(), found.curves()[0].steps[-1]
     others = [curve for curve in curves if not curve.is_learned]
@@ -78,16 +79,15 @@ def second_order(found: Comparison, longer: Comparison | None = None) -> list[st
         for step, loss, accuracy in zip(much.steps, much.train_loss, much.test_accuracy, strict=True):
             # The time per step is that of the comparison, where all were measured in turns.
             seconds, its = step * curve.seconds_per_step, last * first.seconds_per_step
-            shown = f"{format_loss(loss)} ({bold(loss, first.loss_at(last))})"
-            rows.append(
-                [curve.label, f"{step}", shown, f"{accuracy:.1%}", f"{seconds:.0f} ({bold(seconds, its)})"]
-            )
+            shown = f"{format_loss(loss)} ({bold(loss, first.loss_at(last))})", f"{accuracy:.1%}"
+            rows.append([curve.label, f"{step}", *shown, f"{seconds:.0f} ({bold(seconds, its)})"])
     for family, title in SECOND_ORDER.items():
         members = [curve for curve in others if curve.family == family]
         if members:
             best, lost = best_at(members, last), sum(math.isinf(c.loss_at(last)) for c in members)
-            setting = best.label.removeprefix(f"{family} ")
-            name = f"{title}, best of {len(members)}, {lost} diverged: {setting}"
+            name = (
+                f"{title}, best of {len(members)}, {lost} diverged: {best.label.removeprefix(f'{family} ')}"
+            )
             seconds = f"{last * best.seconds_per_step:.0f}"
             rows.append([name, f"{last}", format_loss(best.loss_at(last)), f"{best.accuracy:.1%}", seconds])
     record = found.record
@@ -111,7 +111,7 @@ def transfer_digits(content: dict[str, Any]) -> list[str]:
         ratios = (bold(math.inf if own is None else own, best) for own, best in pairs)
         rows.append([row["variant"], *ratios, points])
     note = f"The same meta-parameters on networks and batches that they never saw, {first['seeds']} seeds."
-    return [*markdown_table(rows), "", f"{note} {origin(content)}"]
+    return with_note(rows, note, content)
 
 
 def ablation(content: dict[str, Any]) -> list[str]:
@@ -126,9 +126,9 @@ def ablation(content: dict[str, Any]) -> list[str]:
     note = (
         f"`{content['task']}`, {content['iterations']} meta-iterations, seeds: {content['seeds']}, batch "
         f"{content['batch_size']}. A lower l_p is better. On the same systems l_p is given over that of 20 "
-        f"steps without LSTM_p (above 1 is better), and the residual over the gradient. {origin(content)}"
+        "steps without LSTM_p (above 1 is better), and the residual over the gradient."
     )
-    return [*markdown_table(rows), "", note]
+    return with_note(rows, note, content)
 
 
 def long_run(content: dict[str, Any]) -> list[str]:
@@ -137,13 +137,8 @@ def long_run(content: dict[str, Any]) -> list[str]:
     count = len(records["step"])
     chosen = sorted({round(count ** (i / 5)) - 1 for i in range(6)})
     rows = [["after step", *(f"{records['step'][i]:.0f}" for i in chosen)]]
-    formats = {
-        "train_loss": ".3f",
-        "test_accuracy": ".1%",
-        "damping_mean": ".2g",
-        "preconditioner_mean": ".2g",
-    }
-    for name, form in formats.items():
+    formats = {"train_loss": ".3f", "test_accuracy": ".1%"}
+    for name, form in (formats | dict.fromkeys(("damping_mean", "preconditioner_mean"), ".2g")).items():
         rows.append([name.replace("_", " "), *(format(records[name][i], form) for i in chosen)])
     skipped = f"{records['skipped_steps'][-1]:.0f} of {content['num_steps']} steps skipped"
     verdict = "no loss above the first record" if content["is_stable"] else "NOT stable"
@@ -151,9 +146,9 @@ def long_run(content: dict[str, Any]) -> list[str]:
     momentum = f", momentum {content['momentum']:g}" if content.get("momentum") else ""
     note = (
         f"`{content['task']}`, batch {content['batch_size']}, curvature on {share:g} of it, learning rate "
-        f"{content['learning_rate']:g}{momentum}: {skipped}, {verdict}. {origin(content)}"
+        f"{content['learning_rate']:g}{momentum}: {skipped}, {verdict}."
     )
-    return [*markdown_table(rows), "", note]
+    return with_note(rows, note, content)
 
 
 def step_time(content: dict[str, Any]) -> list[str]:
@@ -167,7 +162,7 @@ def step_time(content: dict[str, Any]) -> list[str]:
         first = own["mlhf"]["compile_seconds"] + own["mlhf"]["seconds"]
         start = f"{part['task']}, batch {part['batch']}", f"{1e3 * own['sgd']['seconds']:.3g}"
         rows.append([*start, *ratios, f"{part['mlhf_over_parts']:.2f}", f"{first:.1f}"])
-    return [*markdown_table(rows), "", origin(content)]
+    return with_note(rows, "", content)
 
 
 def ggn_in_loops(content: dict[str, Any]) -> list[str]:
@@ -191,11 +186,11 @@ def lstm_throughput(content: dict[str, Any]) -> list[str]:
         size = f"{row['coordinates']:.0e}".replace("e+0", "e")
         times = [row[f"{name}_ns"] for name in ("forward", "gradient", "floor")]
         cells = [f"{time:.0f}" if time else "-" for time in times]
-        rows.append(
-            [f"{size} coordinates, {row['carry_dtype']} states", *cells, f"{row['forward_ratio']:.1f}"]
-        )
-    note = f"The floor is the time of {FLOORS[content['floor']]}, on the same arrays. {origin(content)}"
-    return [*markdown_table(rows), "", note]
+        name = f"{size} coordinates, {row['carry_dtype']} states"
+        rows.append([name, *cells, f"{row['forward_ratio']:.1f}"])
+    return with_note(
+        rows, f"The floor is the time of {FLOORS[content['floor']]}, on the same arrays.", content
+    )
 
 
 def meta_step_time(content: dict[str, Any]) -> list[str]:
@@ -207,7 +202,7 @@ def meta_step_time(content: dict[str, Any]) -> list[str]:
         cells = [f"{1e3 * row['seconds_per_inner_step']:.3g}", f"{row['ratio']:.1f}"]
         cells += [f"{row['temp_bytes'] / 1e6:.0f}", f"{row['compile_seconds']:.0f}"]
         rows.append([f"{row['task']}, batch {row['batch']}: {setting}", *cells])
-    return [*markdown_table(rows), "", origin(content)]
+    return with_note(rows, "", content)
 
 
 # Name: what makes the lines, and the files that it is given.
@@ -228,11 +223,7 @@ TABLES = {
 
 
 def table(name: str, results: Path) -> list[str]:
-    """Returns the lines of a table.
-
-    Raises:
-      KeyError: for a name that is not in :data:`TABLES`.
-    """
+    """Returns the lines of a table."""
     make, files = TABLES[name]
     paths = [results / f"{file}.json" for file in files]
     is_comparison = make in (by_step, by_epoch, second_order)

@@ -26,15 +26,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
-from convnet import ConvnetOptions
+from experiment import ConvnetOptions, command_line, learned_contenders, parse_options, run_experiment
 from kfac import kfac_contender
 
 from mlhf_optax import LevenbergMarquardt, hessian_free
 from mlhf_optax.comparison import Contender
-from mlhf_optax.comparison.contenders import names_of, stack_settings
-from mlhf_optax.comparison.experiment import learned_contenders, run_experiment
-from mlhf_optax.comparison.record import command_line
-from mlhf_optax.comparison.timing import parse_options
 from mlhf_optax.tasks import Task
 
 LEARNING_RATES = DAMPINGS = (1.0, 0.1, 0.01, 0.001)
@@ -67,14 +63,13 @@ def fixed_contender(task: Task) -> Contender:
     pairs = itertools.product(LEARNING_RATES, DAMPINGS)
     settings = [{"learning_rate": rate, "damping": damping} for rate, damping in pairs]
     make = functools.partial(hessian_free, predict_fn=task.predict_fn, loss_fn=task.loss_fn)
-    stacked = stack_settings(settings)
-    return Contender("hf-fixed", names_of("hf-fixed", settings), tuple(settings), make, stacked)
+    return Contender.of_settings("hf-fixed", settings, make)
 
 
 def adapted_contender(task: Task, decay: float) -> Contender:
     """Returns HF(LM) with one decay, 16 settings."""
     pairs = itertools.product(LEARNING_RATES, DAMPINGS)
-    settings = [{"learning_rate": rate, "initial_damping": damping} for rate, damping in pairs]
+    settings = [{"learning_rate": rate, "initial_damping": x, "decay": decay} for rate, x in pairs]
 
     def make(learning_rate, initial_damping):
         rule = LevenbergMarquardt(decay=decay)
@@ -83,8 +78,9 @@ def adapted_contender(task: Task, decay: float) -> Contender:
         start = jnp.asarray(initial_damping, jnp.float32)
         return tx._replace(init=lambda params: optax.tree.set(tx.init(params), damping=start))
 
-    about = tuple({**setting, "decay": decay} for setting in settings)
-    return Contender("hf-lm", names_of("hf-lm", about), about, make, stack_settings(settings))
+    found = Contender.of_settings("hf-lm", settings, make)
+    stacked = {name: values for name, values in found.stacked.items() if name != "decay"}
+    return dataclasses.replace(found, stacked=stacked)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,11 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from experiment import BenchmarkOptions, command_line, parse_options
 
 from mlhf_optax import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, init_meta_params
 from mlhf_optax import meta_training as mt
-from mlhf_optax.comparison.record import command_line, record, write_json
-from mlhf_optax.comparison.timing import BenchmarkOptions, parse_options
 from mlhf_optax.controllers.lstm_settings import Divide, TanhFeatures, Unit
 from mlhf_optax.tasks import epoch_indices, get_task, num_examples, sample_batches, take
 
@@ -70,11 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(run_case(name, options))
         losses = "".join(f"{loss:11.1e}" for loss in rows[-1]["losses"])
         print(f"{name:27s}{losses}{rows[-1]['score']:10.2f}  {rows[-1]['iteration']}", flush=True)
-    if options.json:
-        command = command_line(__file__, arguments)
-        write_json(options.json, record(command, task="digits-mlp", steps=list(STEPS), rows=rows))
-    if options.figure:
-        save_figure(rows, options.figure)
+    options.save(command_line(__file__, arguments), draw, task="digits-mlp", steps=list(STEPS), rows=rows)
 
 
 def run_case(name: str, options: Options) -> dict[str, Any]:
@@ -104,18 +99,15 @@ def run_case(name: str, options: Options) -> dict[str, Any]:
     return {"name": name, "validation": history, **min(history, key=lambda line: line["score"])}
 
 
-def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(figure: Any, content: dict[str, Any]) -> None:
     """Draws the validation score along meta-training, a line per setting."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure.set_size_inches(7, 4.2)
     axes = figure.subplots()
-    for row in rows:
+    for row in content["rows"]:
         scores = [(line["iteration"], line["score"]) for line in row["validation"]]
         axes.plot(*zip(*scores, strict=True), marker="o", markersize=3, label=row["name"])
     axes.set(xlabel="meta-iterations", ylabel=f"mean log loss after {', '.join(map(str, STEPS))} steps")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

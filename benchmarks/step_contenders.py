@@ -1,6 +1,6 @@
 """What ``step_time.py`` and ``meta_step_time.py`` time: networks, steps of optimizers, and parts of them."""
 
-import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from mlhf_optax import SoftmaxCrossEntropy, ggn_matvec, hessian_free, init_meta_params, layer_types, mlhf
+from mlhf_optax import ggn_matvec, hessian_free, init_meta_params, layer_types, mlhf
 from mlhf_optax.controllers.coordinate_lstm import run_network
 from mlhf_optax.controllers.lstm import init_carry
 from mlhf_optax.controllers.lstm_settings import Inputs
-from mlhf_optax.tasks import MLP, ConvNet, mini_resnet
+from mlhf_optax.tasks import MLP, ConvNet, Dataset, Task, image_task, mini_resnet
 
 NUM_CG_STEPS = 4
 # Network, shape of an image, batch sizes.
@@ -28,25 +28,10 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...], tuple[int, ...]]] = {
 CURVATURE_BATCH_SIZES = {"mlhf": None, "mlhf-half": 0.5, "mlhf-quarter": 0.25}
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What is trained: a task as meta-training knows it, and batches of any size."""
-
-    init_fn: Callable[[Any], Any]
-    predict_fn: Callable[[Any, Any], Any]
-    loss_fn: SoftmaxCrossEntropy
-    draw_batch: Callable[..., Any]
-
-    def loss(self, params: Any, batch: Any) -> jax.Array:
-        """Returns the mean loss on a batch."""
-        return self.loss_fn(self.predict_fn(params, batch), batch)
-
-
 class Contender(NamedTuple):
     """A function ``advance(state, batch) -> state`` and where it starts.
 
-    As every call needs the result of the one before, no machine can work on several at once, and calls
-    can be timed without waiting for each.
+    As every call needs the result of the one before, calls can be timed without waiting for each.
     """
 
     advance: Callable[[Any, Any], Any]
@@ -71,39 +56,40 @@ class Runner:
         return self.state
 
 
-def make_problem(name: str) -> Problem:
-    """Returns the problem of a name in :data:`NETWORKS`."""
+def make_task(name: str) -> Task:
+    """Returns the task, without data, of a name in :data:`NETWORKS`."""
     model, shape, _ = NETWORKS[name]
-
-    def predict_fn(params, batch):
-        # Batch normalisation by the batch itself; networks without it collect nothing.
-        return model.apply({"params": params}, batch["image"], mutable=["batch_stats"])[0]
-
-    def draw_batch(*leading: int):
-        keys = jax.random.split(jax.random.key(1))
-        image = jax.random.normal(keys[0], (*leading, *shape))
-        return {"image": image, "label": jax.random.randint(keys[1], leading, 0, 10)}
-
-    init_fn = lambda key: model.init(key, jnp.zeros((1, *shape)))["params"]
-    return Problem(init_fn, predict_fn, SoftmaxCrossEntropy(), draw_batch)
+    return image_task(name, "", model, shape, load_data=lambda: Dataset({}, {}, {}), num_classes=10)
 
 
-def training_step(problem: Problem, params: Any, optimizer: optax.GradientTransformation) -> Contender:
+def draw_batch(name: str, *leading: int) -> dict[str, jax.Array]:
+    """Returns a random batch for the task of a name, with any leading axes."""
+    keys = jax.random.split(jax.random.key(1))
+    image = jax.random.normal(keys[0], (*leading, *NETWORKS[name][1]))
+    return {"image": image, "label": jax.random.randint(keys[1], leading, 0, 10)}
+
+
+def loss(task: Task, params: Any, batch: Any) -> jax.Array:
+    """Returns the mean loss on a batch."""
+    return task.loss_fn(task.predict_fn(params, batch), batch)
+
+
+def training_step(task: Task, params: Any, optimizer: optax.GradientTransformation) -> Contender:
     """Returns a training step: gradient, update and its application."""
     tx = optax.with_extra_args_support(optimizer)
 
     def advance(state, batch):
         params, opt_state = state
-        gradient = jax.grad(problem.loss)(params, batch)
+        gradient = jax.grad(functools.partial(loss, task))(params, batch)
         updates, opt_state = tx.update(gradient, opt_state, params, batch=batch)
         return optax.apply_updates(params, updates), opt_state
 
     return Contender(advance, (params, tx.init(params)))
 
 
-def step_contenders(problem: Problem, params: Any) -> dict[str, Contender]:
+def step_contenders(task: Task, params: Any) -> dict[str, Contender]:
     """Returns a training step of every optimizer that is installed."""
-    model = (problem.predict_fn, problem.loss_fn)
+    model = (task.predict_fn, task.loss_fn)
     meta_params = init_meta_params(jax.random.key(2))
     optimizers = {
         "sgd": optax.sgd(0.01, momentum=0.9),
@@ -113,12 +99,12 @@ def step_contenders(problem: Problem, params: Any) -> dict[str, Contender]:
     }
     for name, size in CURVATURE_BATCH_SIZES.items():
         optimizers[name] = mlhf(1.0, meta_params, *model, curvature_batch_size=size)
-    contenders = {name: training_step(problem, params, optimizer) for name, optimizer in optimizers.items()}
-    somax = somax_step(problem, params)
+    contenders = {name: training_step(task, params, optimizer) for name, optimizer in optimizers.items()}
+    somax = somax_step(task, params)
     return contenders if somax is None else {**contenders, f"somax-ggn-cg{NUM_CG_STEPS}": somax}
 
 
-def somax_step(problem: Problem, params: Any) -> Contender | None:
+def somax_step(task: Task, params: Any) -> Contender | None:
     """Returns a step of python-somax's GGN method with as many CG steps as MLHF, if it is installed.
 
     Constant damping, no preconditioner, no telemetry, no line search; a warm start as in MLHF, so K + 1
@@ -128,7 +114,7 @@ def somax_step(problem: Problem, params: Any) -> Contender | None:
         import somax
     except ImportError:
         return None
-    predict_fn = lambda p, image: problem.predict_fn(p, {"image": image})
+    predict_fn = lambda p, image: task.predict_fn(p, {"image": image})
     keys = {"x_key": "image", "y_key": "label"}
     cg = {"maxiter": NUM_CG_STEPS, "tol": 0.0, "warm_start": True, "record_cg_stats": False}
     method = somax.sgn_ce(predict_fn=predict_fn, learning_rate=0.1, lam0=1.0, **keys, **cg)
@@ -141,16 +127,16 @@ def somax_step(problem: Problem, params: Any) -> Contender | None:
     return Contender(advance, (params, method.init(params)))
 
 
-def part_contenders(problem: Problem, params: Any) -> dict[str, Contender]:
+def part_contenders(task: Task, params: Any) -> dict[str, Contender]:
     """Returns the parts of MLHF's step; the one product of ``one_product`` makes a difference of K."""
 
     def gradient(state, batch):
-        return state[0], jax.grad(problem.loss)(_after(*state), batch)
+        return state[0], jax.grad(functools.partial(loss, task))(_after(*state), batch)
 
     def multiply(times: int):
         def advance(state, batch):
             params = _after(*state)
-            vector, matvec = params, ggn_matvec(problem.predict_fn, problem.loss_fn, params, batch)
+            vector, matvec = params, ggn_matvec(task.predict_fn, task.loss_fn, params, batch)
             for _ in range(times):
                 # As with a damping of one: products alone would shrink to nothing.
                 vector = jax.tree.map(jnp.add, vector, matvec(vector))

@@ -26,24 +26,23 @@ import dataclasses
 import gc
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from experiment import BenchmarkOptions, command_line, parse_options
 from step_contenders import (
     CURVATURE_BATCH_SIZES,
     NETWORKS,
     NUM_CG_STEPS,
     Runner,
-    make_problem,
+    draw_batch,
+    make_task,
     part_contenders,
     step_contenders,
 )
 
-from mlhf_optax.comparison.figures import require_matplotlib
-from mlhf_optax.comparison.record import command_line, record, write_json
-from mlhf_optax.comparison.timing import BenchmarkOptions, Timing, interleaved, parse_options
+from mlhf_optax.comparison.timing import Timing, interleaved
 
 FIRST_CALL_LIMITS = {"digits-mlp": 5.0, "mlp-784-512x3-10": 5.0, "cuda-convnet": 10.0}
 
@@ -71,15 +70,10 @@ def check_names(option: str, names: Sequence[str], known: Mapping[str, Any]) -> 
 
 
 def measure(task: str, batch_size: int, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Times all optimizers and parts on one task and batch size in turns.
-
-    Returns:
-      A row per optimizer, and the times of the parts, all in seconds per call.
-    """
-    problem = make_problem(task)
-    params = jax.jit(problem.init_fn)(jax.random.key(0))
-    batch = problem.draw_batch(batch_size)
-    steps, parts = step_contenders(problem, params), part_contenders(problem, params)
+    """Times all optimizers and parts in turns; returns a row per optimizer, and seconds of the parts."""
+    made, batch = make_task(task), draw_batch(task, batch_size)
+    params = jax.jit(made.init_fn)(jax.random.key(0))
+    steps, parts = step_contenders(made, params), part_contenders(made, params)
     runners = {name: Runner(contender, batch) for name, contender in {**steps, **parts}.items()}
     times = interleaved(runners, repeats=repeats)
     where = {"task": task, "batch": batch_size}
@@ -156,12 +150,10 @@ def print_measurements(rows: Sequence[dict[str, Any]], part: dict[str, Any]) -> 
     print(f"{', '.join(shown)}; mlhf / (gradient + products) {part['mlhf_over_parts']:.2f}", flush=True)
 
 
-def save_figure(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(figure: Any, content: dict[str, Any]) -> None:
     """Draws the ratio of every optimizer to SGD, and the parts of MLHF's step as shares of it."""
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    figure.set_size_inches(13, 4.8)
+    rows, parts = content["rows"], content["parts"]
     ratios, shares = figure.subplots(1, 2, width_ratios=(2, 1))
     labels = [f"{part['task']}\nbatch {part['batch']}" for part in parts]
     names = list(dict.fromkeys(row["optimizer"] for row in rows))
@@ -182,7 +174,6 @@ def save_figure(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]],
     for axes in (ratios, shares):
         axes.set_xticks(range(len(labels)), labels, fontsize=7)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -204,11 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_targets(found)
     notes = [] if any("somax" in row["optimizer"] for row in rows) else ["python-somax is not installed"]
     print(*notes)
-    if options.json:
-        content = {"rows": rows, "parts": parts, "targets": found, "notes": notes}
-        write_json(options.json, record(command_line(__file__, arguments), **content))
-    if options.figure:
-        save_figure(rows, parts, options.figure)
+    content = {"rows": rows, "parts": parts, "targets": found, "notes": notes}
+    options.save(command_line(__file__, arguments), draw, **content)
 
 
 if __name__ == "__main__":

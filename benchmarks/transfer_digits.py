@@ -14,11 +14,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from experiment import BenchmarkOptions, command_line, parse_options
+
 from mlhf_optax import load_pretrained
 from mlhf_optax.comparison import compare, grid_contenders, learned_contender
-from mlhf_optax.comparison.record import command_line, record, write_json
 from mlhf_optax.comparison.results import best_at
-from mlhf_optax.comparison.timing import BenchmarkOptions, parse_options
 from mlhf_optax.tasks import digits_mlp
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -64,10 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         losses = "  ".join(f"{step}: {show(own)} / {show(best)}" for step, own, best in pairs)
         accuracy = f"{row['mlhf_test_accuracy']:.3f} / {row['best_test_accuracy']:.3f}"
         print(f"{variant:18s}{losses}  accuracy {accuracy}", flush=True)
-    if options.json:
-        write_json(options.json, record(command_line(__file__, arguments), rows=rows))
-    if options.figure:
-        save_figure(rows, options.figure)
+    options.save(command_line(__file__, arguments), draw, rows=rows)
 
 
 def run_variant(variant: str, options: Options) -> dict[str, Any]:
@@ -93,13 +90,11 @@ def run_variant(variant: str, options: Options) -> dict[str, Any]:
     }
 
 
-def save_figure(rows, path) -> None:
+def draw(figure: Any, content: dict[str, Any]) -> None:
     """Draws MLHF's loss over that of the best entry of the grid, a line per variant."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes, steps = figure.subplots(), rows[0]["steps"]
-    for row in rows:
+    figure.set_size_inches(7, 4.2)
+    axes, steps = figure.subplots(), content["rows"][0]["steps"]
+    for row in content["rows"]:
         pairs = zip(row["mlhf"], row["best_of_grid"], strict=True)
         ratio = [own / best if own and best else math.nan for own, best in pairs]
         axes.plot(steps, ratio, marker="o", markersize=3, label=row["variant"])
@@ -107,7 +102,6 @@ def save_figure(rows, path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="loss of MLHF / best of 45 tuned entries")
     axes.set_xticks(steps, [str(step) for step in steps])
     axes.legend(fontsize=8, ncols=2)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from mlhf_optax.comparison import grid_contenders
-from mlhf_optax.comparison.experiment import (
+from experiment import (
     ExperimentOptions,
+    command_line,
     learned_contenders,
     limit_data,
+    parse_options,
     run_experiment,
 )
-from mlhf_optax.comparison.record import command_line
-from mlhf_optax.comparison.timing import parse_options
+
+from mlhf_optax.comparison import grid_contenders
 from mlhf_optax.tasks import Task, get_task, num_examples, part_size
 
 BASELINE_BATCH_SIZE = 256  # that of which the grid's learning rates are (Table 1)
@@ -72,11 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def shortened(task: Task, num_train: int) -> Task:
-    """Returns the task with the first examples of its training part, in which classes take turns.
-
-    Raises:
-      ValueError: if the part is streamed, or smaller.
-    """
+    """Returns the task with the first examples of its training part, in which classes take turns."""
     data = task.data
     if not isinstance(data.train, dict):
         raise ValueError("`--examples` is for data in memory; for less of ImageNet take fewer `--epochs`")

@@ -27,12 +27,9 @@ from mlhf_optax.cpu_convolution import LAYOUT, Geometry, contract_on_cpu
 _ROLES = ("images", "kernel", "outputs")
 # The axis that two of the arrays, but not the third, share: a batch of one of them can be folded into it.
 _SHARED_AXIS = {
-    ("images", "outputs"): 1,
-    ("outputs", "images"): 1,
-    ("kernel", "outputs"): 4,
-    ("outputs", "kernel"): 4,
-    ("images", "kernel"): 4,
-    ("kernel", "images"): 3,
+    **dict.fromkeys((("images", "outputs"), ("outputs", "images")), 1),  # examples
+    **dict.fromkeys((("kernel", "outputs"), ("outputs", "kernel")), 4),  # channels of the outputs
+    **{("images", "kernel"): 4, ("kernel", "images"): 3},  # channels of the images
 }
 
 
@@ -51,31 +48,15 @@ def convolve(
 ) -> jax.Array:
     """Computes what ``jax.lax.conv_general_dilated`` does, fast in loops and under ``vmap``.
 
-    Pass it to a Flax layer: ``nn.Conv(8, (3, 3), conv_general_dilated=convolve)``. Its own way is taken
-    for two-dimensional convolutions in the layout of Flax without groups and dilation; all others are
-    handed to ``jax.lax.conv_general_dilated``, and so are negative padding and convolutions of or to
-    empty arrays (a kernel larger than the padded images). On other machines than CPUs the two are the
+    Pass it to a Flax layer: ``nn.Conv(8, (3, 3), conv_general_dilated=convolve)``. Arguments and errors are
+    those of ``jax.lax.conv_general_dilated``. In the layout of Flax images are (B, height, width,
+    in_channels), the kernel is (kernel_height, kernel_width, in_channels, out_channels) and the result
+    (B, out_height, out_width, out_channels).
+
+    Its own way is taken for two-dimensional convolutions in that layout without groups and dilation; all
+    others are handed to ``jax.lax.conv_general_dilated``, and so are negative padding and convolutions of or
+    to empty arrays (a kernel larger than the padded images). On other machines than CPUs the two are the
     same program, but that strided 1x1 convolutions pick their pixels first.
-
-    Args:
-      images: shape (B, height, width, in_channels) in the layout of Flax.
-      kernel: shape (kernel_height, kernel_width, in_channels, out_channels) there.
-      window_strides: two strides.
-      padding: ``"SAME"``, ``"VALID"`` or the pads before and after for height and width.
-      lhs_dilation: as for ``jax.lax.conv_general_dilated``, as all that follow.
-      rhs_dilation: dilation of the kernel.
-      dimension_numbers: the layout; Flax passes ``("NHWC", "HWIO", "NHWC")``.
-      feature_group_count: groups of channels.
-      batch_group_count: groups of images.
-      precision: of the products.
-      preferred_element_type: dtype of accumulation and result.
-
-    Returns:
-      Shape (B, out_height, out_width, out_channels).
-
-    Raises:
-      ValueError: what ``jax.lax.conv_general_dilated`` raises.
-      TypeError: likewise.
 
     Example:
       >>> import jax.numpy as jnp
@@ -83,34 +64,20 @@ def convolve(
       >>> convolve(images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")).shape
       (1, 2, 2, 5)
     """
-    plain = lambda x, k: lax.conv_general_dilated(
-        x,
-        k,
-        window_strides,
-        padding,
-        lhs_dilation,
-        rhs_dilation,
-        dimension_numbers,
-        feature_group_count,
-        batch_group_count,
-        precision,
-        preferred_element_type,
-    )
-    jax.eval_shape(plain, images, kernel)  # lets it raise its errors
-    dilations = (*(lhs_dilation or ()), *(rhs_dilation or ()))
     groups = (feature_group_count, batch_group_count)
-    is_special = any(number != 1 for number in (*dilations, *groups)) or preferred_element_type is not None
-    if (
-        is_special
-        or not _is_flax_layout(images, kernel, dimension_numbers)
-        or _is_typed_by_mesh(images, kernel)
-    ):
+    dilations = (lhs_dilation, rhs_dilation)
+    options = (*dilations, dimension_numbers, *groups, precision, preferred_element_type)
+    plain = lambda x, k: lax.conv_general_dilated(x, k, window_strides, padding, *options)
+    jax.eval_shape(plain, images, kernel)  # lets it raise its errors
+    is_special = any(number != 1 for some in (groups, *dilations) for number in some or ())
+    is_special |= preferred_element_type is not None or _is_typed_by_mesh(images, kernel)
+    if is_special or not _is_flax_layout(images, kernel, dimension_numbers):
         return plain(images, kernel)
     strides = (int(window_strides[0]), int(window_strides[1]))
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], strides, padding)
-    top, left = ((int(low), int(high)) for low, high in padding)
     image, window = images.shape[1:3], kernel.shape[:2]
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(image, window, strides, padding)
+    top, left = ((int(low), int(high)) for low, high in padding)
     geometry = Geometry((image[0], image[1]), (window[0], window[1]), strides, (top, left), precision)
     if min(*top, *left) < 0 or min(*images.shape, *kernel.shape, *geometry.outputs) < 1:
         return plain(images, kernel)
@@ -134,16 +101,6 @@ def _is_typed_by_mesh(*arrays: jax.Array) -> bool:
     return any(kind != jax.sharding.AxisType.Auto for mesh in meshes for kind in mesh.axis_types)
 
 
-def _shape(
-    role: str, groups: int, batch: int, inputs: int, outputs: int, geometry: Geometry
-) -> tuple[int, ...]:
-    return {
-        "images": (groups, batch, *geometry.image, inputs),
-        "kernel": (groups, *geometry.window, inputs, outputs),
-        "outputs": (groups, batch, *geometry.outputs, outputs),
-    }[role]
-
-
 def _given(wanted: str) -> list[str]:
     """Returns the roles of the two operands, in their order."""
     return [role for role in _ROLES if role != wanted]
@@ -151,25 +108,16 @@ def _given(wanted: str) -> list[str]:
 
 def _contract_one(first: jax.Array, second: jax.Array, wanted: str, geometry: Geometry) -> jax.Array:
     """Contracts arrays without the axis of groups as JAX would, for machines where that is fast."""
-
-    def forward(images: jax.Array, kernel: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(
-            images,
-            kernel,
-            geometry.strides,
-            geometry.pads,
-            dimension_numbers=LAYOUT,
-            precision=geometry.precision,
-        )
-
+    how = {"dimension_numbers": LAYOUT, "precision": geometry.precision}
+    forward = lambda x, k: lax.conv_general_dilated(x, k, geometry.strides, geometry.pads, **how)
     if wanted == "outputs":
         return forward(first, second)
     if wanted == "images":
-        shape = (second.shape[0], *geometry.image, first.shape[2])
-        target = jax.ShapeDtypeStruct(shape, first.dtype)
-        return jax.linear_transpose(lambda images: forward(images, first), target)(second)[0]
-    target = jax.ShapeDtypeStruct((*geometry.window, first.shape[-1], second.shape[-1]), first.dtype)
-    return jax.linear_transpose(lambda kernel: forward(first, kernel), target)(second)[0]
+        shape, of_target = (second.shape[0], *geometry.image, first.shape[2]), lambda x: forward(x, first)
+    else:
+        shape = (*geometry.window, first.shape[-1], second.shape[-1])
+        of_target = lambda k: forward(first, k)
+    return jax.linear_transpose(of_target, jax.ShapeDtypeStruct(shape, first.dtype))(second)[0]
 
 
 def _contract(first: jax.Array, second: jax.Array, *, wanted: str, geometry: Geometry) -> jax.Array:
@@ -179,21 +127,20 @@ def _contract(first: jax.Array, second: jax.Array, *, wanted: str, geometry: Geo
 
 
 def _abstract(first: Any, second: Any, *, wanted: str, geometry: Geometry) -> Any:
-    shapes = dict(zip(_given(wanted), (first.shape, second.shape), strict=True))
-    batch = shapes["images"][1] if "images" in shapes else shapes["outputs"][1]
-    inputs = shapes["images"][4] if "images" in shapes else shapes["kernel"][3]
-    outputs = shapes["outputs"][4] if "outputs" in shapes else shapes["kernel"][4]
-    shape = _shape(wanted, first.shape[0], batch, inputs, outputs, geometry)
-    return ShapedArray(shape, first.dtype)
+    shape = {  # axes of the operands are looked up only where they are there
+        "images": lambda: (second.shape[1], *geometry.image, first.shape[3]),
+        "kernel": lambda: (*geometry.window, first.shape[4], second.shape[4]),
+        "outputs": lambda: (first.shape[1], *geometry.outputs, second.shape[4]),
+    }[wanted]()
+    return ShapedArray((first.shape[0], *shape), first.dtype)
 
 
 def _transpose(target: int, cotangent, first, second, *, wanted: str, geometry: Geometry):
     """Contracts the cotangent with the operand that is not the target."""
     roles = _given(wanted)
     known = {wanted: cotangent, roles[1 - target]: (first, second)[1 - target]}
-    return _convolution_p.bind(
-        *(known[role] for role in _given(roles[target])), wanted=roles[target], geometry=geometry
-    )
+    operands = (known[role] for role in _given(roles[target]))
+    return _convolution_p.bind(*operands, wanted=roles[target], geometry=geometry)
 
 
 def _batch(operands, axes, *, wanted: str, geometry: Geometry):
@@ -207,8 +154,7 @@ def _batch(operands, axes, *, wanted: str, geometry: Geometry):
         return result.reshape(size, -1, *result.shape[1:]), 0
     position = axes.index(None)
     batched = 1 - position
-    fold = _SHARED_AXIS[roles[batched], wanted]
-    unfold = _SHARED_AXIS[wanted, roles[batched]]
+    fold, unfold = _SHARED_AXIS[roles[batched], wanted], _SHARED_AXIS[wanted, roles[batched]]
     moved = jnp.moveaxis(operands[batched], axes[batched], fold)
     folded = moved.reshape(*moved.shape[:fold], -1, *moved.shape[fold + 2 :])
     pair = (folded, operands[position]) if batched == 0 else (operands[position], folded)

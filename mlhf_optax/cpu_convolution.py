@@ -54,22 +54,14 @@ def _canonical(
     if missing and kernel.shape[0] * kernel.shape[1] > 1:
         images = jnp.pad(images, ((0, 0), (0, 0), (0, 0), (0, missing)))
         kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, missing), (0, 0)))
-    return lax.conv_general_dilated(
-        images,
-        kernel,
-        strides,
-        pads,
-        dimension_numbers=LAYOUT,
-        precision=geometry.precision,
-        **dilation,
-    )
+    how = {"dimension_numbers": LAYOUT, "precision": geometry.precision, **dilation}
+    return lax.conv_general_dilated(images, kernel, strides, pads, **how)
 
 
 def _outputs_on_cpu(images: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     if _is_small(images.shape[0], kernel, geometry):
-        return jnp.matmul(
-            _copies(images, geometry), kernel.reshape(-1, kernel.shape[-1]), precision=geometry.precision
-        )
+        flat = kernel.reshape(-1, kernel.shape[-1])
+        return jnp.matmul(_copies(images, geometry), flat, precision=geometry.precision)
     return _canonical(images, kernel, geometry, geometry.strides, geometry.pads)
 
 
@@ -118,14 +110,8 @@ def _kernel_on_cpu(images: jax.Array, outputs: jax.Array, geometry: Geometry) ->
 
     def of_some(images: jax.Array, outputs: jax.Array) -> jax.Array:
         # Channels are the batch and images the channels: (I, H, W, B) with (H', W', B, O) to (I, h, w, O).
-        return _canonical(
-            images.transpose(3, 1, 2, 0),
-            outputs.transpose(1, 2, 0, 3),
-            geometry,
-            (1, 1),
-            pads,
-            rhs_dilation=geometry.strides,
-        )
+        turned = images.transpose(3, 1, 2, 0), outputs.transpose(1, 2, 0, 3)
+        return _canonical(*turned, geometry, (1, 1), pads, rhs_dilation=geometry.strides)
 
     size = images.shape[0]
     if size <= _IMAGES_AT_ONCE:

@@ -9,8 +9,9 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,28 +27,19 @@ _DTYPES |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
 _DTYPES |= {f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)}
 
 
-def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+def write_atomically(path: str | os.PathLike, data: bytes | Callable[[BinaryIO], object]) -> None:
     """Writes a file so that at any moment ``path`` holds all of the old content or all of the new.
 
-    Args:
-      path: the file.
-      data: its content.
+    ``data`` is the content, or a function that writes it to an open file.
 
     Raises:
       OSError: if it cannot be written, for example on a full disk; the old content is still there.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     write_atomically(f"{folder}/notes", b"all or nothing")
-      ...     Path(folder, "notes").read_bytes()
-      b'all or nothing'
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            data(file) if callable(data) else file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -62,15 +54,9 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
 
 @contextlib.contextmanager
 def locked_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Makes a folder for the output of a run and keeps every other run out of it.
+    """Makes a folder for the output of a run, with its parents, and keeps every other run out of it.
 
     The operating system releases the lock when the process ends, also when it is killed.
-
-    Args:
-      path: the folder; it is made, with its parents, where it does not exist.
-
-    Yields:
-      The folder.
 
     Raises:
       OSError: if another run writes to the folder, or if it cannot be made or written to.
@@ -103,14 +89,9 @@ def locked_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def pack_arrays(arrays: Mapping[str, np.ndarray], text: Mapping[str, str]) -> bytes:
-    """Returns the content of a safetensors file; equal arguments give equal bytes.
+    """Returns the content of a safetensors file of arrays and text; equal arguments give equal bytes.
 
-    Args:
-      arrays: arrays by name.
-      text: its metadata. The key ``sha256`` is added, a digest of arrays and text.
-
-    Returns:
-      The bytes.
+    The key ``sha256`` is added to the text, a digest of arrays and text.
 
     Raises:
       ValueError: for an array of a type that the format does not have.
@@ -145,14 +126,8 @@ def unpack_arrays(
       max_header: bytes that names, shapes and text may take; checked before anything is decoded.
       max_arrays: number of arrays that there may be.
 
-    Returns:
-      The arrays by name, and the text without the digest.
-
     Raises:
       ValueError: if the content is damaged, of another format or beyond a limit.
-
-    Example:
-      See :func:`pack_arrays`.
     """
     size = int.from_bytes(data[:8], "little")
     if max_header is not None and max_header < size <= len(data) - 8:

@@ -8,21 +8,17 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 VERSION = "3.0.2"
+
+
+def described(kind, **about):
+    return {"pythonClassName": f"tensorflow_datasets.core.features.{kind}", **about}
+
+
+IMAGE = {"dtype": "uint8", "shape": {"dimensions": ["32", "32", "3"]}}
 FEATURES = {
-    "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
-    "featuresDict": {
-        "features": {
-            "id": {"pythonClassName": "tensorflow_datasets.core.features.text_feature.Text", "text": {}},
-            "image": {
-                "pythonClassName": "tensorflow_datasets.core.features.image_feature.Image",
-                "image": {"dtype": "uint8", "shape": {"dimensions": ["32", "32", "3"]}},
-            },
-            "label": {
-                "pythonClassName": "tensorflow_datasets.core.features.class_label_feature.ClassLabel",
-                "classLabel": {"numClasses": "10"},
-            },
-        }
-    },
+    "id": described("text_feature.Text", text={}),
+    "image": described("image_feature.Image", image=IMAGE),
+    "label": described("class_label_feature.ClassLabel", classLabel={"numClasses": "10"}),
 }
 
 
@@ -67,16 +63,10 @@ def write_cifar10(folder, sizes, seed=0):
         for index in np.random.default_rng(seed + 1).permutation(size):
             writer.write(record(images[index], int(labels[index]), f"{split}_{index:05d}".encode()))
         writer.close()
-    splits = [
-        {
-            "name": split,
-            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-            "numBytes": "1000",
-            "shardLengths": [str(size)],
-        }
-        for split, size in sizes.items()
-    ]
+    file = {"filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", "numBytes": "1000"}
+    splits = [{"name": split, **file, "shardLengths": [str(size)]} for split, size in sizes.items()]
     about = {"name": "cifar10", "version": VERSION, "fileFormat": "array_record", "splits": splits}
     (home / "dataset_info.json").write_text(json.dumps(about))
-    (home / "features.json").write_text(json.dumps(FEATURES))
+    features = described("features_dict.FeaturesDict", featuresDict={"features": FEATURES})
+    (home / "features.json").write_text(json.dumps(features))
     return written

@@ -109,14 +109,9 @@ def test_curves_are_means_over_seeds_and_stretches():
     assert report.summarise(last, [metrics], points=1)["l_p"] == [3.0]
 
 
-def test_table_and_figure_show_every_solver(capsys, tmp_path):
+def test_the_figure_is_drawn(tmp_path):
     same = {"l_p_ratio": 0.25, "residual_ratio": 0.5}
     summary = lambda one: report.summarise(one, [lines([-1.0, -2.0])]) | {"on_same_systems": same}
     content = {"results": [summary(one) for one in script.CONFIGURATIONS], "damping_alone": same}
-    report.print_table(content)
-    printed = capsys.readouterr().out.splitlines()
-    for name in (*(one.name for one in script.CONFIGURATIONS), script.DAMPING_ALONE):
-        (row,) = (line for line in printed if line.startswith(name))
-        assert [float(number) for number in row[len(name) :].split()[-2:]] == pytest.approx([0.25, 0.5])
-    report.save_figure(content, tmp_path / "figure.png")
+    report.save_drawing(tmp_path / "figure.png", report.draw, content)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -197,7 +197,7 @@ def test_a_curvature_batch_beyond_the_batch_is_explained(capsys, meta_params):
         (["--nonsense"], "Unrecognized options: --nonsense"),
         (["--hidden", "4,x"], "must be whole numbers separated by commas, like 32 or 32,32, got '4,x'"),
         (["--channels", "x"], "must be whole numbers separated by commas"),
-        (["--optimizers", "mlhf,lion"], "must be among mlhf,adam_rates,sgd,rmsprop,adam,muon, separated by"),
+        (["--optimizers", "mlhf,lion"], "must be among mlhf,adam_rates,sgd,rmsprop,adam,muon,gauss_newton"),
         (["--optimizers", ""], "must be among mlhf,"),
         (["--curvature-batch-size", "half"], "no type matching INT|FLOAT"),
     ],

@@ -87,9 +87,8 @@ def test_vmap_over_either_or_both_operands(axes, way, x64):
         outer = lambda x: jax.vmap(gradient, axes)(x, k)
         return jax.vmap(one, axes)(x, k), outer(x), jax.vmap(outer)(jnp.stack([x, 2 * x]))
 
-    close(
-        *(jax.jit(functools.partial(everything, c))(*operands) for c in (convolve, lax.conv_general_dilated))
-    )
+    both = (convolve, lax.conv_general_dilated)
+    close(*(jax.jit(functools.partial(everything, conv))(*operands) for conv in both))
 
 
 @pytest.mark.parametrize("loop", ["fori", "scan", "map"])

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 
+import experiment
 import jax
 import pytest
 from blobs import SGD, TASK
+from experiment import ExperimentOptions, learned_contenders, limit_data, parse_options, run_experiment
 
-from mlhf_optax.comparison import engine, experiment, grid_contenders
-from mlhf_optax.comparison.experiment import ExperimentOptions, learned_contenders, limit_data, run_experiment
-from mlhf_optax.comparison.timing import parse_options
+from mlhf_optax.comparison import engine, grid_contenders
 from mlhf_optax.tasks import part_size
 
 
@@ -61,7 +61,7 @@ def test_a_second_run_goes_on_with_what_is_there(tmp_path, short_clock):
 
 
 def test_other_meta_parameters_are_another_experiment(tmp_path, short_clock, monkeypatch):
-    run(tmp_path, "--only", "mlhf")
+    run(tmp_path, "--only", "mlhf", "--curvature-share", "0")
     find = experiment.find_meta_params
 
     def other(task, name):
@@ -70,7 +70,7 @@ def test_other_meta_parameters_are_another_experiment(tmp_path, short_clock, mon
 
     monkeypatch.setattr(experiment, "find_meta_params", other)
     with pytest.raises(ValueError, match="has results of other settings"):
-        run(tmp_path, "--only", "mlhf", "--resume")
+        run(tmp_path, "--only", "mlhf", "--curvature-share", "0", "--resume")
 
 
 def test_a_stopped_experiment_says_how_to_go_on(tmp_path, short_clock, monkeypatch, capsys):

@@ -3,38 +3,26 @@
 import json
 import math
 
-import long_run_cifar10
+import long_run_cifar10 as script
 import pytest
 from blobs import TASK
 
-
-@pytest.fixture
-def module(monkeypatch):
-    monkeypatch.setattr(long_run_cifar10, "make_task", lambda options: TASK)
-    return long_run_cifar10
+from mlhf_optax.files import locked_folder
 
 
-def arguments(folder, *more):
-    return [
-        "--meta-params",
-        "untrained",
-        "--steps",
-        "6",
-        "--record-every",
-        "2",
-        "--output",
-        str(folder),
-        *more,
-    ]
+@pytest.fixture(autouse=True)
+def _blobs(monkeypatch):
+    monkeypatch.setattr(script.Options, "make_task", lambda *_: TASK)
 
 
-def results(folder):
+def run(folder, *more):
+    usual = ["--meta-params", "untrained", "--steps", "6", "--record-every", "2", "--output"]
+    script.main([*usual, str(folder), *more])
     return json.loads((folder / "results.json").read_text())
 
 
-def test_a_run_records_loss_damping_and_preconditioner_over_time(module, tmp_path):
-    module.main(arguments(tmp_path))
-    report = results(tmp_path)
+def test_a_run_records_over_time_and_goes_on_with_the_same_numbers(tmp_path, monkeypatch):
+    report = run(tmp_path / "whole")
     records = report["records"]
     assert records["step"] == [2, 4, 6]
     assert all(len(values) == 3 and all(map(math.isfinite, values)) for values in records.values())
@@ -43,12 +31,9 @@ def test_a_run_records_loss_damping_and_preconditioner_over_time(module, tmp_pat
         rounding = 1 + 1e-5  # of a mean of equal numbers
         assert all(0 < a <= b * rounding <= c * rounding**2 for a, b, c in zip(low, mean, high, strict=True))
     assert report["num_steps"] == 6
-    assert (tmp_path / "figure.png").stat().st_size > 1000
+    assert (tmp_path / "whole" / "figure.png").stat().st_size > 1000
 
-
-def test_a_run_that_was_stopped_goes_on_with_the_same_numbers(module, tmp_path, monkeypatch):
-    module.main(arguments(tmp_path / "whole"))
-    save, saved = module.save_checkpoint, []
+    save, saved, stopped = script.save_checkpoint, [], tmp_path / "stopped"
 
     def save_two(*given):
         save(*given)
@@ -56,19 +41,20 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_numbers(module, tmp_path, 
         if len(saved) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "save_checkpoint", save_two)
+    monkeypatch.setattr(script, "save_checkpoint", save_two)
     with pytest.raises(KeyboardInterrupt):
-        module.main(arguments(tmp_path / "stopped"))
-    monkeypatch.setattr(module, "save_checkpoint", save)
+        run(stopped)
+    monkeypatch.setattr(script, "save_checkpoint", save)
     with pytest.raises(SystemExit):
-        module.main(arguments(tmp_path / "stopped"))  # without --resume nothing is overwritten
-    module.main(arguments(tmp_path / "stopped", "--resume"))
-    assert results(tmp_path / "stopped")["records"] == results(tmp_path / "whole")["records"]
+        run(stopped)  # without --resume nothing is overwritten
+    with locked_folder(stopped), pytest.raises(OSError, match="is in use by another run"):
+        run(stopped, "--resume")
+    assert run(stopped, "--resume")["records"] == records
 
 
-def test_lengths_that_do_not_fit_are_refused(module, tmp_path, capsys):
+def test_lengths_that_do_not_fit_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        module.main(["--steps", "7", "--record-every", "2", "--output", str(tmp_path)])
+        script.main(["--steps", "7", "--record-every", "2", "--output", str(tmp_path)])
     assert "--steps must be a multiple of --record-every" in capsys.readouterr().err
 
 
@@ -76,5 +62,5 @@ def test_lengths_that_do_not_fit_are_refused(module, tmp_path, capsys):
     ("losses", "expected"),
     [([2.0, 1.0, 1.5], True), ([2.0, 1.0, 2.1], False), ([2.0, math.nan], False), ([2.0, math.inf], False)],
 )
-def test_stable_means_finite_and_never_above_the_first_record(module, losses, expected):
-    assert module.is_stable({"train_loss": losses}) is expected
+def test_stable_means_finite_and_never_above_the_first_record(losses, expected):
+    assert script.is_stable({"train_loss": losses}) is expected

@@ -107,6 +107,16 @@ def test_a_validation_that_diverged_does_not_cost_the_result(trained, tmp_path, 
     assert json.loads(lines[0])["losses"] == [2.0, None]
 
 
+@pytest.mark.parametrize("name", ["x.npz", "x.v2.json"])
+def test_meta_parameters_are_not_written_under_the_ending_of_another_format(name, trained, tmp_path):
+    with pytest.raises(
+        ValueError, match=rf"`path` must end in .safetensors or have no ending, got '.*{name}'"
+    ):
+        save_meta_params(tmp_path / name, *trained[1])
+    assert not any(tmp_path.iterdir())
+    assert save_meta_params(tmp_path / "v1.5", *trained[1]).name == "v1.5.safetensors"
+
+
 def test_a_batch_beyond_the_data_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(ValueError, match=r"`meta_batch_size` must lie between 1 and .*, 719, got 100000000"):
         run(tmp_path / "out", task=linear_digits(meta_batch_size=10**8))

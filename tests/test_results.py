@@ -30,15 +30,9 @@ def entry(name, losses, accuracy=0.9, seconds=1e-3, steps=STEPS, **setting):
     family = name.split()[0]
     accuracies = accuracy if isinstance(accuracy, list) else [None] * (len(losses) - 1) + [accuracy]
     # Two seeds whose mean is what was asked for.
-    curves = [
-        {
-            "seed": seed,
-            "train_loss": [loss and loss + shift for loss in losses],
-            "test_loss": losses,
-            "test_accuracy": accuracies,
-        }
-        for seed, shift in ((0, -1e-5), (1, 1e-5))
-    ]
+    both = {"test_loss": losses, "test_accuracy": accuracies}
+    shifted = lambda shift: [loss and loss + shift for loss in losses]
+    curves = [both | {"seed": i, "train_loss": shifted(x)} for i, x in ((0, -1e-5), (1, 1e-5))]
     about = {"optimizer": name, "family": family, "label": name.replace("mlhf", "MLHF"), "setting": setting}
     return {**about, "seconds_per_step": seconds, "steps": list(steps), "curves": curves}
 
@@ -88,14 +82,8 @@ def test_results_survive_a_file(tmp_path):
     found = Comparison.load(tmp_path / "x.json")
     assert found.frame.equals(ALL.frame)
     assert found.record == ALL.record
-    text = (tmp_path / "x.json").read_text()
-    assert (
-        json.loads(text, parse_constant=pytest.fail)["optimizers"][4]["curves"][0]["train_loss"][1:]
-        == [None] * 3
-    )
-
-
-def test_what_is_no_comparison_is_refused(tmp_path):
+    entries = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)["optimizers"]
+    assert entries[4]["curves"][0]["train_loss"][1:] == [None] * 3
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ValueError, match=r"x.json holds no comparison"):
         Comparison.load(tmp_path / "x.json")
@@ -205,27 +193,12 @@ def test_what_the_others_have_not_reached_is_not_made_up():
     assert math.isnan(after)
 
 
-@pytest.mark.parametrize(
-    ("loss", "text"),
-    [
-        (0.0, "0.000"),
-        (0.01, "0.010"),
-        (0.00999, "1.0e-2"),
-        (99.9, "99.900"),
-        (12345.0, "1.2e4"),
-        (math.inf, "diverged"),
-    ],
-)
-def test_losses_are_written_in_few_characters(loss, text):
-    assert format_loss(loss) == text
-
-
-@pytest.mark.parametrize(
-    ("own", "best", "text"),
-    [(1.0, 1.02, "0.98"), (math.inf, 1.0, "diverged"), (1.0, 0.0, "-"), (31.0, 1.0, "31")],
-)
-def test_ratios_near_one_have_three_digits(own, best, text):
-    assert format_ratio(own, best) == text
+def test_losses_and_ratios_are_written_in_few_characters():
+    losses = (0.0, 0.01, 0.00999, 0.1534, 99.9, 12345.0, 3.9712e-06, math.inf, math.nan)
+    texts = "0.000 0.010 1.0e-2 0.153 99.900 1.2e4 4.0e-6 diverged diverged"
+    assert " ".join(map(format_loss, losses)) == texts
+    ratios = [(1.0, 1.02), (1.02, 1.0), (0.5, 10.0), (31.0, 1.0), (1.0, 0.0), (math.inf, 1.0)]
+    assert " ".join(format_ratio(*pair) for pair in ratios) == "0.98 1.02 0.05 31 - diverged"
 
 
 @pytest.fixture

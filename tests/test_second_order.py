@@ -6,9 +6,9 @@ import optax
 import pytest
 import second_order_cifar10 as script
 from blobs import TASK
+from experiment import parse_options
 
 from mlhf_optax import LevenbergMarquardt, hessian_free
-from mlhf_optax.comparison.timing import parse_options
 
 
 def test_the_grids_are_those_of_the_paper():

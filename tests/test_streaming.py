@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from mlhf_optax.tasks import Stream, imagenet, load_imagenet, prepared
+from mlhf_optax.tasks import Stream, imagenet, load_imagenet
 from mlhf_optax.tasks.imagenet import central_crop, random_crop
 
 
@@ -37,22 +37,17 @@ def test_random_numbers_are_new_for_every_example_and_epoch():
     assert len(set(batches(6)[:, 1].ravel().tolist())) == 30
 
 
-def test_a_stream_can_go_on_anywhere():
+def test_a_stream_can_go_on_anywhere_and_the_seed_decides():
     whole = batches(9, seed=3, batch_size=4)
     for start in (1, 2, 5):
         rest = batches(9 - start, seed=3, batch_size=4, start=start)
         np.testing.assert_array_equal(rest, whole[start:])
-
-
-def test_seeds_decide():
-    np.testing.assert_array_equal(batches(2), batches(2))
-    assert not np.array_equal(batches(2), batches(2, seed=1))
+    assert not np.array_equal(batches(9, batch_size=4), whole)
 
 
 def test_worker_processes_change_nothing():
-    for start in (0, 3):
-        helped = batches(3, batch_size=4, start=start, num_workers=1)
-        np.testing.assert_array_equal(helped, batches(3, batch_size=4, start=start))
+    helped = batches(3, batch_size=4, start=3, num_workers=1)
+    np.testing.assert_array_equal(helped, batches(3, batch_size=4, start=3))
 
 
 def test_the_start_must_not_be_negative():
@@ -140,25 +135,12 @@ def test_parts_are_disjoint_and_the_rest_is_streamed(sources, tmp_path):
         assert (part["image"] == part["label"][:, None, None, None]).all()
 
 
-def test_what_is_held_is_decoded_once(sources, tmp_path, monkeypatch):
-    first = load(tmp_path)
-    imagenet._load.cache_clear()
-    monkeypatch.setattr(prepared, "decode_split", None)
-    np.testing.assert_array_equal(load(tmp_path).test["image"], first.test["image"])
-
-
 def test_too_few_images_are_refused(sources, tmp_path):
     with pytest.raises(ValueError, match="must have more than 10 examples in validation"):
         load(tmp_path, num_held=5)
 
 
-@pytest.mark.parametrize("example", [{"image": np.zeros((9, 9, 3), np.uint8), "label": 1000}, {}])
-def test_damaged_images_are_refused(example, sources, tmp_path):
-    sources["train"][5] = example
+def test_damaged_images_are_refused(sources, tmp_path):
+    sources["train"][5] = {"image": np.zeros((9, 9, 3), np.uint8), "label": 1000}
     with pytest.raises(ValueError, match=r"the dataset 'imagenet2012' in .* is damaged"):
         load(tmp_path)
-
-
-def test_missing_data_are_explained(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no prepared dataset 'imagenet2012' .*download_and_prepare"):
-        load_imagenet(tmp_path)

@@ -16,7 +16,18 @@ from mlhf_optax.comparison import Contender, compare
 from mlhf_optax.comparison.run import draw_batch, evaluation_state, mean_loss
 from mlhf_optax.layer_types import PAPER_LAYER_TYPES
 from mlhf_optax.meta_training import runs_in_sequence
-from mlhf_optax.tasks import TASKS, Dataset, ResNet, Stream, cifar10, digits_mlp, get_task, in_memory
+from mlhf_optax.tasks import (
+    TASKS,
+    Dataset,
+    ResNet,
+    Stream,
+    cifar10,
+    digits_mlp,
+    get_task,
+    imagenet,
+    in_memory,
+    tiny_imagenet,
+)
 from mlhf_optax.tasks.imagenet import random_crop
 
 
@@ -26,26 +37,31 @@ def noise(count, side, num_classes):
     return {"image": images, "label": rng.integers(0, num_classes, count).astype(np.int32)}
 
 
-def small_task(name, **options):
-    """The task on noise in place of data from files, and networks for large images narrowed."""
-    options = {"batch_size": 4, **options}
-    if "resnet18" in name:
-        options = {"channels": 2, **options}
-    if name == "imagenet-resnet18":
-        options["image_size"] = 64
-    task = get_task(name, **options)
+@pytest.fixture
+def small_task(monkeypatch):
+    """A task on small noise in place of data from files, and with residual networks of two blocks."""
+    for module, made in ((cifar10, "mini_resnet"), (imagenet, "resnet18"), (tiny_imagenet, "resnet18")):
+        small = lambda num_outputs, *_: ResNet(((1, 2), (1, 4)), num_outputs)
+        monkeypatch.setattr(module, made, small)
+    for module in (cifar10, tiny_imagenet):
+        monkeypatch.setattr(module, "IMAGE_SHAPE", (8, 8, 3))
+    return make_small_task
+
+
+def make_small_task(name, **options):
+    options = {"batch_size": 4, **({"image_size": 8} if name == "imagenet-resnet18" else {}), **options}
+    task, side = get_task(name, **options), 8
     if name.startswith("digits"):
         return task
-    side = 32 if name.startswith("cifar10") else 64
     meta_train, train, test = (noise(count, side, task.num_classes) for count in (9, 8, 7))
     if name == "imagenet-resnet18":
-        source = [{"image": noise(1, 40, 9)["image"][0], "label": label} for label in range(8)]
+        source = [{"image": noise(1, 12, 9)["image"][0], "label": label} for label in range(8)]
         train = Stream(source, functools.partial(random_crop, image_size=side), sample=train)
     return dataclasses.replace(task, load_data=lambda: Dataset(meta_train, train, test))
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task_can_be_trained_from_a_start_near_chance(name):
+def test_every_task_can_be_trained_from_a_start_near_chance(name, small_task):
     task = small_task(name)
     assert task.name.startswith(name)
     assert task.description
@@ -66,8 +82,7 @@ def test_every_task_can_be_trained_from_a_start_near_chance(name):
     assert all(jnp.all(jnp.isfinite(g)) & jnp.any(g != 0) for g in jax.tree.leaves(gradient))
 
 
-def test_networks_with_batch_norm_are_evaluated_by_statistics_of_the_training_part(monkeypatch):
-    monkeypatch.setattr(cifar10, "mini_resnet", lambda *options: ResNet(((1, 2), (1, 4)), 10))
+def test_networks_with_batch_norm_are_evaluated_by_statistics_of_the_training_part(small_task):
     task = small_task("cifar10-resnet9")
     params = jax.jit(task.init_fn)(jax.random.key(0))
     state = evaluation_state(task, params, task.data.train)
@@ -79,28 +94,28 @@ def test_networks_with_batch_norm_are_evaluated_by_statistics_of_the_training_pa
     assert float(loss(one, None)) != pytest.approx(float(loss(one, state)), rel=1e-3)
 
 
-def test_augmentation_can_be_left_out():
+def test_augmentation_can_be_left_out(small_task):
     task = small_task("cifar10-convnet", augment=False)
     batch = draw_batch(task, task.data.train, jnp.arange(4), jax.random.key(1))
     np.testing.assert_array_equal(batch["image"], task.data.train["image"][:4])
 
 
 @pytest.mark.parametrize(
-    ("name", "data"),
+    ("name", "data", "remedy"),
     [
-        ("cifar10-convnet", "'cifar10'"),
-        ("cifar10-resnet9", "'cifar10'"),
-        ("imagenet-resnet18", "'imagenet2012'"),
-        ("tiny-imagenet-resnet18", "Tiny-ImageNet"),
+        ("cifar10-convnet", "prepared dataset 'cifar10'", "--data-dir.*download_and_prepare"),
+        ("cifar10-resnet9", "prepared dataset 'cifar10'", "download_and_prepare"),
+        ("imagenet-resnet18", "prepared dataset 'imagenet2012'", "download_and_prepare"),
+        ("tiny-imagenet-resnet18", "Tiny-ImageNet", "import pack_tiny_imagenet"),
     ],
 )
-def test_data_are_looked_for_where_they_are_said_to_be(name, data, tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"{data} in {tmp_path}"):
+def test_missing_data_are_looked_for_where_they_should_be_and_explained(name, data, remedy, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"there is no {data} in {tmp_path}.*{remedy}"):
         get_task(name, data_dir=tmp_path).data  # noqa: B018
 
 
-def test_streamed_tasks_can_be_trained():
-    task = small_task("imagenet-resnet18", channels=1)
+def test_streamed_tasks_can_be_trained(small_task):
+    task = small_task("imagenet-resnet18")
     sgd = Contender("sgd", ("sgd",), ({},), lambda: optax.sgd(0.01))
     found = compare(task, [sgd], [1, 2], seeds=[0], timed=False).frame
     assert np.isfinite(found["train_loss"].to_numpy()).all()

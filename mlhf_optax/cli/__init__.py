@@ -5,13 +5,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits.
-
-    Args:
-      arguments: what follows ``mlhf-optax``; those of this process if None.
-
-    Raises:
-      SystemExit: always, with status 0 if all went well.
+    """Runs the command line with what follows ``mlhf-optax`` (None: of this process) and exits.
 
     Example:
       >>> main(["train", "--seeds", "0"])

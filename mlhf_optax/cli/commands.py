@@ -2,16 +2,14 @@
 
 import contextlib
 import dataclasses
-import math
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -19,12 +17,18 @@ import mlhf_optax
 from mlhf_optax import comparison
 from mlhf_optax import meta_training as mt
 from mlhf_optax.cli.options import MetaTrain, Train, parse
-from mlhf_optax.comparison import Contender, grid_contenders, learned_contender, rates_per_decade
-from mlhf_optax.comparison.contenders import FAMILIES, PAPER_FAMILIES
+from mlhf_optax.comparison import (
+    Contender,
+    constant_contender,
+    grid_contenders,
+    learned_contender,
+    rates_per_decade,
+)
+from mlhf_optax.comparison.contenders import CONSTANT, FAMILIES, PAPER_FAMILIES
 from mlhf_optax.comparison.figures import require_matplotlib
 from mlhf_optax.comparison.meta_train_task import meta_train_task, shown_losses
+from mlhf_optax.comparison.progress import comparison_bar, progress_bar
 from mlhf_optax.comparison.record import machine_info
-from mlhf_optax.comparison.tables import format_loss
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.pretrained import Pretrained, list_pretrained, load_pretrained
 from mlhf_optax.tasks import TASKS, Task, check_batch_size, get_task, in_memory, num_examples
@@ -35,13 +39,7 @@ _ARGUMENTS = ("learning_rate", "num_cg_steps", "curvature_batch_size")  # of lea
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs a command.
-
-    Args:
-      arguments: what follows ``mlhf-optax``.
-
-    Returns:
-      The exit status: 0, or 130 after Ctrl-C.
+    """Runs the command in what follows ``mlhf-optax``; returns the exit status, 130 after Ctrl-C.
 
     Raises:
       SystemExit: with status 2 after an error, which was explained.
@@ -64,9 +62,7 @@ def run(arguments: Sequence[str]) -> int:
 def errors_explained(*others: type[Exception]) -> Iterator[None]:
     """Prints an error that a user can mend as one line, and exits with status 2.
 
-    Args:
-      *others: more kinds of errors to explain. A TypeError is a user's where arguments are checked, and a
-        mistake of the program elsewhere.
+    ``others`` are more kinds of errors: a TypeError is a user's only where arguments are checked.
     """
     try:
         yield
@@ -90,14 +86,14 @@ def train(options: Train, command: str) -> int:
     seeds = "1 seed" if options.seeds == 1 else f"{options.seeds} seeds"
     work = f"{seeds} each, {options.steps} steps of batch {task.batch_size}"
     console.print(f"{task.name}: {task.description}\n{_told(contenders)}, {work}\n", markup=False)
-    with _progress_bar("compiling and timing single steps") as update, errors_explained():
+    with comparison_bar() as on_progress, errors_explained():
         result = comparison.compare(
             task,
             contenders,
             comparison.log_steps(options.steps),
             seeds=range(options.seeds),
             command=command,
-            on_progress=_train_reporter(update),
+            on_progress=on_progress,
         )
     title = f"{task.name}: {seeds}, batch {task.batch_size}"
     if not result.frame.is_empty():
@@ -129,7 +125,7 @@ def meta_train(options: MetaTrain, command: str) -> int:
         update(completed=iteration, total=schedule.last, loss=losses.replace("_loss", " loss"))
 
     try:
-        with _progress_bar("meta-training") as update, errors_explained():
+        with progress_bar("meta-training") as update, errors_explained():
             path = meta_train_task(
                 task,
                 LEARNED[options.optimizer],
@@ -176,6 +172,7 @@ def list_all() -> int:
             table.add_row(*row)
         console.print(table)
     console.print(f"first-order optimizers: {', '.join(FAMILIES)}")
+    console.print(f"Gauss-Newton damped by a constant (1, 3 or 10): {CONSTANT}")
     return 0
 
 
@@ -243,7 +240,9 @@ def _shipped_meta_params(task: Task, family: str) -> tuple[str, Pretrained]:
 def _other_contenders(task: Task, names: Sequence[str]) -> list[Contender]:
     paper = [name for name in names if name in PAPER_FAMILIES]
     others = [name for name in names if name in FAMILIES and name not in paper]
-    return [*grid_contenders(paper, batch_size=task.batch_size), *grid_contenders(others, rates=_RATES)]
+    constants = [constant_contender(task)] if CONSTANT in names else []
+    grids = grid_contenders(paper, batch_size=task.batch_size)
+    return [*constants, *grids, *grid_contenders(others, rates=_RATES)]
 
 
 def _told(contenders: Sequence[Contender]) -> str:
@@ -254,7 +253,9 @@ def _told(contenders: Sequence[Contender]) -> str:
             rate = one.settings[0].get("learning_rate")
             rate = "" if rate is None else f", learning rate {rate:g}"
             parts.append(f"{one.labels[0]} (meta-parameters {one.settings[0]['meta_params']}{rate})")
-    if others := sum(len(one.names) for one in contenders if one.family not in LEARNED):
+    hand_made = [one for one in contenders if one.family not in LEARNED]
+    parts += [f"{len(one.names)} constants of {CONSTANT}" for one in hand_made if one.family == CONSTANT]
+    if others := sum(len(one.names) for one in hand_made if one.family != CONSTANT):
         parts.append(f"{others} settings of first-order optimizers")
     return " and ".join(parts)
 
@@ -271,32 +272,8 @@ def _legend(task: Task, contenders: Sequence[Contender], show_all: bool) -> str:
     if len({one.family in LEARNED for one in contenders}) == 2:
         lines.append("... / that best: below 1x, the learned optimizer has the lower loss.")
     if not show_all:
-        lines.append("First-order optimizers: settings that are best at some step; --all shows every one.")
+        lines.append("Hand-made optimizers: settings that are best at some step; --all shows every one.")
     return "\n".join(lines) + "\n"
-
-
-@contextlib.contextmanager
-def _progress_bar(description: str) -> Iterator[Callable[..., None]]:
-    """Shows a bar on a terminal; yields ``update(completed=, total=, loss=, description=)``."""
-    left = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    columns = (*left, TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        line = progress.add_task(description, total=None, loss="compiling")
-        yield lambda **values: progress.update(line, **values)
-
-
-def _train_reporter(update: Callable[..., None]) -> Callable[[comparison.Progress], None]:
-    shown = math.inf
-
-    def on_progress(now: comparison.Progress) -> None:
-        nonlocal shown
-        shown = shown if now.loss is None else now.loss
-        if now.optimizer:
-            loss = f"loss {format_loss(shown)}"
-            update(description=now.optimizer.split()[0], completed=now.done, total=now.total, loss=loss)
-
-    return on_progress
 
 
 def _from_options(cls: type, options: MetaTrain, **others: Any) -> Any:

@@ -15,7 +15,6 @@ from optax import contrib
 from mlhf_optax.comparison.run import MakeOptimizer
 from mlhf_optax.comparison.run_grid import Program
 from mlhf_optax.gauss_newton import gauss_newton
-from mlhf_optax.learned import LEARNED
 from mlhf_optax.pretrained.files import Pretrained
 from mlhf_optax.tasks import Task
 
@@ -35,8 +34,7 @@ class Contender:
       clock: the same: returns the seconds of one step of one run.
 
     Example:
-      >>> Contender("sgd", ("sgd",), ({},), lambda: optax.sgd(0.1)).labels
-      ('sgd',)
+      ``Contender("sgd", ("sgd",), ({},), lambda: optax.sgd(0.1))``
     """
 
     family: str
@@ -52,10 +50,29 @@ class Contender:
         if not self.labels:
             object.__setattr__(self, "labels", self.names)
 
+    @classmethod
+    def of_settings(
+        cls,
+        family: str,
+        settings: Sequence[dict[str, float]],
+        make_optimizer: MakeOptimizer,
+        fixed: Mapping[str, Any] = types.MappingProxyType({}),
+        **how: Any,
+    ) -> "Contender":
+        """Returns one contender for a list of settings, all with the same names of hyperparameters.
 
-def is_learned(family: str) -> bool:
-    """Whether optimizers of a family are learned ones."""
-    return family in LEARNED
+        Args:
+          family: of all, the start of their names.
+          settings: the hyperparameters of each.
+          make_optimizer: takes them by name.
+          fixed: what else to record.
+          **how: other fields.
+        """
+        short = {"learning_rate": "lr", "initial_damping": "damping"}
+        texts = (" ".join(f"{short.get(key, key)}={x:.3g}" for key, x in one.items()) for one in settings)
+        names = tuple(f"{family} {text}" for text in texts)
+        stacked = {name: np.array([one[name] for one in settings], np.float32) for name in settings[0]}
+        return cls(family, names, tuple({**one, **fixed} for one in settings), make_optimizer, stacked, **how)
 
 
 def learned_contender(
@@ -70,9 +87,6 @@ def learned_contender(
       source: where the meta-parameters came from, for the record.
       **changes: arguments of the optimizer that take the place of those that the record recommends.
 
-    Returns:
-      The contender.
-
     Example:
       >>> from mlhf_optax import load_pretrained
       >>> from mlhf_optax.tasks import get_task
@@ -82,12 +96,16 @@ def learned_contender(
     """
     family = pretrained.family
     optimizer = pretrained.optimizer(task.predict_fn, task.loss_fn, **changes)
-    settings = {**pretrained.recommended, **changes, "meta_params": source}
     # Two files of one name may hold other numbers: what is kept must tell them apart.
-    settings["meta_params_digest"] = meta_params_digest(pretrained.meta_params)
+    content = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(pretrained.meta_params))
+    origin = {"meta_params": source, "meta_params_digest": hashlib.sha256(content).hexdigest()[:12]}
+    settings = {**pretrained.recommended, **changes, **origin}
     names = (f"{family.name} {name}".strip(),)
     labels = (f"{family.label} {name}".strip(),)
     return Contender(family.name, names, (settings,), lambda: optimizer, labels=labels)
+
+
+CONSTANT = "gauss_newton"
 
 
 def constant_contender(task: Task, dampings: Sequence[float] = (1.0, 3.0, 10.0), **options: Any) -> Contender:
@@ -101,36 +119,22 @@ def constant_contender(task: Task, dampings: Sequence[float] = (1.0, 3.0, 10.0),
     Example:
       >>> from mlhf_optax.tasks import get_task
       >>> constant_contender(get_task("digits-mlp"), [1.0, 3.0], metric="diagonal").names
-      ('constant damping=1', 'constant damping=3')
+      ('gauss_newton damping=1', 'gauss_newton damping=3')
     """
     chosen: dict[str, Any] = {"learning_rate": 1.0} | options
 
     def make(damping):
         return gauss_newton(predict_fn=task.predict_fn, loss_fn=task.loss_fn, damping=damping, **chosen)
 
-    settings = [{"damping": damping} for damping in dampings]
-    about = tuple({**setting, **chosen} for setting in settings)
-    return Contender("constant", names_of("constant", settings), about, make, stack_settings(settings))
-
-
-def meta_params_digest(meta_params: Any) -> str:
-    """Returns 12 hexadecimal digits that differ for meta-parameters that differ."""
-    leaves = jax.tree.leaves(meta_params)
-    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()[:12]
+    return Contender.of_settings(CONSTANT, [{"damping": damping} for damping in dampings], make, chosen)
 
 
 class Family(NamedTuple):
-    """A hand-made optimizer and what may be tuned of it.
-
-    Attributes:
-      make: function of optax.
-      fixed: arguments that stay as they are.
-      paper: arguments in the paper's grid beside the learning rate.
-    """
+    """A hand-made optimizer and what may be tuned of it."""
 
     make: Callable[..., optax.GradientTransformation]
-    fixed: Mapping[str, float] = types.MappingProxyType({})
-    paper: tuple[str, ...] = ()
+    fixed: Mapping[str, float] = types.MappingProxyType({})  # arguments unless they are tuned
+    paper: tuple[str, ...] = ()  # arguments in the paper's grid beside the learning rate
 
 
 FAMILIES = {
@@ -161,9 +165,6 @@ def grid_contenders(
       batch_size: examples per mini-batch in the trainings to come.
       baseline_batch_size: 128 in the paper's section 4.1, 256 in 4.4.
 
-    Returns:
-      The contenders.
-
     Raises:
       ValueError: for an unknown family, one that the paper's grid does not have, no rate, or a batch size
         below one.
@@ -177,35 +178,33 @@ def grid_contenders(
     Source: paper, supplement, Table 1.
     """
     known = list(PAPER_FAMILIES if rates is None else FAMILIES)
-    unknown = sorted(set(families) - set(known))
-    if unknown:
+    if unknown := sorted(set(families) - set(known)):
         raise ValueError(f"`families` must be among {known}, got {unknown}")
     for name, size in (("batch_size", batch_size), ("baseline_batch_size", baseline_batch_size)):
         if size < 1:
             raise ValueError(f"`{name}` must be at least 1, got {size}")
-    if rates is not None:
-        if not len(rates):
-            raise ValueError(
-                "`rates` is empty; give at least one learning rate, or None for the paper's grid"
-            )
-        return [_grid(name, [{"learning_rate": rate} for rate in rates]) for name in families]
+    if rates is not None and not len(rates):
+        raise ValueError("`rates` is empty; give at least one learning rate, or None for the paper's grid")
     scaled = [rate * batch_size / baseline_batch_size for rate in PAPER_RATES]
     contenders = []
-    for family in families:
-        tuned = FAMILIES[family].paper
+    for name in families:
+        make, fixed, tuned = FAMILIES[name]
+        if rates is not None:
+            settings = [{"learning_rate": rate} for rate in rates]
+            contenders.append(Contender.of_settings(name, settings, _with(make, fixed)))
+            continue
         values = itertools.product(scaled, *[PAPER_DECAYS] * len(tuned))
-        names = ("learning_rate", *tuned)
-        contenders.append(_grid(family, [dict(zip(names, each, strict=True)) for each in values]))
+        settings = [dict(zip(("learning_rate", *tuned), each, strict=True)) for each in values]
+        contenders.append(Contender.of_settings(name, settings, make))
     return contenders
 
 
-def rates_per_decade(lowest: float, highest: float, count: int = 3) -> list[float]:
-    """Returns learning rates that are evenly spaced in the logarithm.
+def _with(make: Callable, fixed: Mapping[str, float]) -> Callable:
+    return lambda **tuned: make(**tuned, **fixed)
 
-    Args:
-      lowest: the first one.
-      highest: the last one; a whole number of steps above ``lowest``.
-      count: steps per decade.
+
+def rates_per_decade(lowest: float, highest: float, count: int = 3) -> list[float]:
+    """Returns learning rates evenly spaced in the logarithm, ``count`` steps per decade.
 
     Example:
       >>> [f"{rate:.3g}" for rate in rates_per_decade(0.1, 1.0)]
@@ -219,29 +218,3 @@ def default_adam() -> Contender:
     """Returns Adam as somebody has it who tunes nothing: learning rate 0.001 and the defaults of optax."""
     name, rate = "adam defaults", 1e-3
     return Contender(name, (name,), ({"learning_rate": rate},), lambda: optax.adam(rate))
-
-
-def _grid(family: str, settings: Sequence[dict[str, float]]) -> Contender:
-    fixed = {key: value for key, value in FAMILIES[family].fixed.items() if key not in settings[0]}
-
-    def make(**tuned):
-        return FAMILIES[family].make(**tuned, **fixed)
-
-    return Contender(family, names_of(family, settings), tuple(settings), make, stack_settings(settings))
-
-
-def names_of(family: str, settings: Sequence[Mapping[str, float]]) -> tuple[str, ...]:
-    """Returns one name per setting: family and hyperparameters in one short line.
-
-    Example:
-      >>> names_of("sgd", [{"learning_rate": 0.1, "momentum": 0.9}])
-      ('sgd lr=0.1 momentum=0.9',)
-    """
-    short = {"learning_rate": "lr", "initial_damping": "damping"}
-    texts = (" ".join(f"{short.get(key, key)}={x:.3g}" for key, x in one.items()) for one in settings)
-    return tuple(f"{family} {text}" for text in texts)
-
-
-def stack_settings(settings: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
-    """Returns the values of settings by name, arrays of shape (E,), float32."""
-    return {name: np.array([one[name] for one in settings], np.float32) for name in settings[0]}

@@ -5,11 +5,12 @@ they are judged. A comparison that was stopped goes on there, with the same numb
 Asked for more seeds than a file has, it trains those that are missing.
 """
 
+import contextlib
 import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +20,10 @@ import numpy as np
 
 from mlhf_optax.comparison.contenders import Contender
 from mlhf_optax.comparison.record import machine_info, record, write_json
-from mlhf_optax.comparison.results import MEASURES, Comparison, frame_of
+from mlhf_optax.comparison.results import MEASURES, Comparison, finite_or_none, frame_of
 from mlhf_optax.comparison.run_grid import Program, RunGrid
 from mlhf_optax.comparison.timing import seconds_per_step
+from mlhf_optax.files import locked_folder
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
 from mlhf_optax.tasks import Task, part_size
 
@@ -49,11 +51,7 @@ OnProgress = Callable[[Progress], None]
 
 
 def log_steps(num_steps: int, count: int = 25) -> tuple[int, ...]:
-    """Returns steps to record at: those of the table and ``count`` evenly spaced in the logarithm.
-
-    Args:
-      num_steps: length of the training, the last step.
-      count: number of spaced steps, before those that round to the same step fall together.
+    """Returns steps to record at: those of the table, and ``count`` up to the last, evenly in the logarithm.
 
     Raises:
       ValueError: if ``num_steps`` is below one.
@@ -62,19 +60,12 @@ def log_steps(num_steps: int, count: int = 25) -> tuple[int, ...]:
       >>> log_steps(30, count=4)
       (1, 3, 10, 30)
     """
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1, got {num_steps}")
-    spaced = np.geomspace(1, num_steps, count).round().astype(int).tolist()
-    return tuple(sorted({*spaced, num_steps, *(step for step in TABLE_STEPS if step <= num_steps)}))
+    in_table = (step for step in TABLE_STEPS if step <= num_steps)
+    return tuple(sorted({*_spaced("num_steps", num_steps, count), *in_table}))
 
 
 def epoch_steps(task: Task, num_epochs: int, count: int = 30) -> tuple[int, ...]:
-    """Returns the ends of the first ten epochs, and of ``count`` evenly spaced in the logarithm.
-
-    Args:
-      task: gives the size of an epoch.
-      num_epochs: length of the training.
-      count: number of spaced epochs.
+    """Returns the ends of the first ten epochs, and of ``count`` up to the last, evenly in the logarithm.
 
     Raises:
       ValueError: if ``num_epochs`` is below one.
@@ -84,22 +75,19 @@ def epoch_steps(task: Task, num_epochs: int, count: int = 30) -> tuple[int, ...]
       >>> epoch_steps(get_task("digits-mlp"), 40, count=5)
       (5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 80, 200)
     """
-    if num_epochs < 1:
-        raise ValueError(f"`num_epochs` must be at least 1, got {num_epochs}")
-    spaced = np.geomspace(1, num_epochs, count).round().astype(int).tolist()
-    epochs = sorted({*spaced, num_epochs, *range(1, min(10, num_epochs) + 1)})
-    return tuple(epoch * steps_per_epoch(task) for epoch in epochs)
+    epochs = {*_spaced("num_epochs", num_epochs, count), *range(1, min(10, num_epochs) + 1)}
+    return tuple(epoch * steps_per_epoch(task) for epoch in sorted(epochs))
+
+
+def _spaced(name: str, last: int, count: int) -> set[int]:
+    if last < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {last}")
+    return {*np.geomspace(1, last, count).round().astype(int).tolist(), last}
 
 
 def steps_per_epoch(task: Task) -> int:
     """Returns how many whole mini-batches the training part of a task has."""
     return part_size(task.data.train) // task.batch_size
-
-
-def num_parameters(task: Task) -> int:
-    """Returns how many parameters the network of a task has."""
-    shapes = jax.eval_shape(task.init_fn, jax.random.key(0))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 def compare(
@@ -139,6 +127,7 @@ def compare(
     Raises:
       ValueError: for arguments out of range, names that are not unique, a batch larger than the training
         part, or a folder that has results and ``resume`` is not set, or results of other settings.
+      OSError: if another run writes to the folder.
 
     Example:
       >>> from mlhf_optax.comparison import grid_contenders
@@ -148,42 +137,47 @@ def compare(
       >>> comparison.frame.columns[5:8], comparison.frame["step"].max()
       (['step', 'epoch', 'train_loss'], 2)
     """
-    steps = _checked_steps(log_steps(500) if record_steps is None else record_steps)
+    steps = tuple(log_steps(500) if record_steps is None else record_steps)
+    if not steps or steps[0] < 1 or not all(a < b for a, b in pairwise(steps)):
+        raise ValueError(f"`record_steps` must ascend from 1 or more, got {steps}")
     seeds = list(seeds)
-    names = [name for contender in contenders for name in contender.names]
     if not seeds:
         raise ValueError("`seeds` is empty; give at least one seed")
+    names = [name for contender in contenders for name in contender.names]
     if len(set(names)) < len(names):
         raise ValueError(f"names of optimizers must be unique, got {names}")
-    where = None if folder is None else Path(folder)
     counter = _Counter(steps[-1] * len(seeds) * len(names), on_progress)
     entries, is_complete = [], False
-    try:
-        seconds = _measure_time(task, contenders, where, counter) if timed else {}
-        for contender in contenders:
-            for group in _groups(task, contender, steps, seeds, where, resume, group_size):
-                of_group = group.finished() or group.train(counter)
-                counter.finish(group.num_steps)
-                entries += [
-                    entry | {"seconds_per_step": seconds.get(contender.names[0])} for entry in of_group
-                ]
-        is_complete = True
-    except KeyboardInterrupt:
-        pass  # what is finished is returned
+    with contextlib.nullcontext() if folder is None else locked_folder(folder) as where:
+        try:
+            seconds = _measure_time(task, contenders, where, counter) if timed else {}
+            for contender in contenders:
+                make = contender.program
+                program = make(task) if make else Program(task, contender.make_optimizer)
+                count = len(contender.names)
+                size = group_size or (1 if program.is_sequential else count)
+                its_time = {"seconds_per_step": seconds.get(contender.names[0])}
+                for first in range(0, count, size):
+                    part = slice(first, first + size)
+                    group = _Group(program, contender, part, steps, seeds, where, resume)
+                    of_group = group.finished() or group.train(counter)
+                    counter.finish(group.num_steps)
+                    entries += [entry | its_time for entry in of_group]
+            is_complete = True
+        except KeyboardInterrupt:
+            pass  # what is finished is returned
     about = record(command, **_sizes(task), steps_per_epoch=steps_per_epoch(task), seeds=seeds)
     return Comparison(frame_of(entries, steps_per_epoch(task)), about, is_complete)
 
 
-def _checked_steps(record_steps: Sequence[int]) -> tuple[int, ...]:
-    steps = tuple(record_steps)
-    if not steps or steps[0] < 1 or not all(a < b for a, b in pairwise(steps)):
-        raise ValueError(f"`record_steps` must ascend from 1 or more, got {steps}")
-    return steps
-
-
 def _sizes(task: Task) -> dict[str, Any]:
-    sizes = {"num_parameters": num_parameters(task), "num_train": part_size(task.data.train)}
-    return {"task": task.name, "batch_size": task.batch_size, **sizes}
+    shapes = jax.eval_shape(task.init_fn, jax.random.key(0))
+    return {
+        "task": task.name,
+        "batch_size": task.batch_size,
+        "num_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
+        "num_train": part_size(task.data.train),
+    }
 
 
 class _Counter:
@@ -225,31 +219,8 @@ def _measure_time(
     return seconds
 
 
-def _groups(
-    task: Task,
-    contender: Contender,
-    steps: tuple[int, ...],
-    seeds: list[int],
-    folder: Path | None,
-    resume: bool,
-    group_size: int | None,
-) -> Iterator["_Group"]:
-    make_program = contender.program or (lambda task: Program(task, contender.make_optimizer))
-    program, count = make_program(task), len(contender.names)
-    size = group_size or (1 if program.is_sequential else count)
-    for first in range(0, count, size):
-        yield _Group(program, contender, slice(first, first + size), steps, seeds, folder, resume)
-
-
-class _Files(NamedTuple):
-    """Where a group keeps what it has done."""
-
-    entries: Path
-    checkpoints: Path
-
-
 class _Group:
-    """Settings that advance together, and their files."""
+    """Settings that advance together, and their files: entries when finished, checkpoints until then."""
 
     def __init__(
         self,
@@ -269,25 +240,24 @@ class _Group:
         about["settings"] = contender.settings[part]
         self.about: dict[str, Any] = json.loads(json.dumps(about))
         stem = re.sub(r"[^a-z0-9.]+", "-", self.names[0].lower())
-        self.files = None if folder is None else _Files(folder / f"{stem}.json", folder / stem)
+        self.path, self.checkpoints = (folder and folder / name for name in (f"{stem}.json", stem))
 
     def finished(self) -> list[dict[str, Any]]:
         """Returns the entries if they are there; an empty list if seeds are missing, or all of them."""
-        if self.files is None:
+        if self.path is None or self.checkpoints is None:
             return []
-        path = self.files.entries
-        if not self.resume and any(file.exists() for file in self.files):
+        if not self.resume and (self.path.exists() or self.checkpoints.exists()):
             raise ValueError(
-                f"{path.parent} already has results of {self.names[0]}; set `resume` (--resume) to go on "
-                "from them, or use another folder"
+                f"{self.path.parent} already has results of {self.names[0]}; set `resume` (--resume) to go "
+                "on from them, or use another folder"
             )
-        if not path.exists():
+        if not self.path.exists():
             return []
-        found = json.loads(path.read_text())
+        found = json.loads(self.path.read_text())
         there, trained = found.get("about"), found.get("seeds", [])
         if there != self.about or trained != self.all_seeds[: len(trained)]:
             raise ValueError(
-                f"{path} has results of other settings ({there}, seeds {trained} there; {self.about}, "
+                f"{self.path} has results of other settings ({there}, seeds {trained} there; {self.about}, "
                 f"seeds {self.all_seeds} now); use another folder"
             )
         if trained == self.all_seeds:
@@ -312,23 +282,20 @@ class _Group:
             curves[:, index] = grid.train_loss(), grid.test_loss(), grid.test_accuracy()
             curves[:2, index] = np.where(np.isfinite(curves[:2, index]), curves[:2, index], np.inf)
             counter.advance(self.names[0], 0, float(curves[0, index].mean(axis=-1).min()))
-            self._save(grid, curves, index)
+            if self.checkpoints:
+                # As integers, since jax would round them to float32.
+                tree = {"state": grid.state, "curves": curves.view(np.uint32)}
+                save_checkpoint(self.checkpoints, index + 1, tree, self.about | {"seeds": self.seeds})
             if not np.isfinite(curves[0, index]).any():
                 break
         return self._finish(curves)
 
-    def _save(self, grid: RunGrid, curves: np.ndarray, index: int) -> None:
-        if self.files:
-            # As integers, since jax would round them to float32.
-            tree = {"state": grid.state, "curves": curves.view(np.uint32)}
-            save_checkpoint(self.files.checkpoints, index + 1, tree, self.about | {"seeds": self.seeds})
-
     def _restore(self, grid: RunGrid, curves: np.ndarray) -> int:
         """Sets runs and curves to the last checkpoint; returns how many recorded steps it has."""
-        if not self.files or not self.resume:
+        if not self.checkpoints or not self.resume:
             return 0
         template = {"state": jax.eval_shape(lambda: grid.state), "curves": curves.view(np.uint32)}
-        found = load_last_checkpoint(self.files.checkpoints, template, self.about | {"seeds": self.seeds})
+        found = load_last_checkpoint(self.checkpoints, template, self.about | {"seeds": self.seeds})
         if found is None:
             return 0
         count, tree = found
@@ -343,16 +310,12 @@ class _Group:
             about["label"] = self.contender.labels[self.part][index]
             about["setting"] = self.about["settings"][index]
             new = [
-                {"seed": seed} | {name: _json(x) for name, x in zip(MEASURES, values, strict=True)}
+                {"seed": seed} | dict(zip(MEASURES, map(finite_or_none, values), strict=True))
                 for seed, values in zip(self.seeds, curves[:, :, index].transpose(2, 0, 1), strict=True)
             ]
             old = self.kept[index]["curves"] if self.kept else []
             entries.append(about | {"curves": [*old, *new]})
-        if self.files:
-            write_json(self.files.entries, {"about": self.about, "seeds": self.all_seeds, "entries": entries})
-            shutil.rmtree(self.files.checkpoints, ignore_errors=True)
+        if self.path and self.checkpoints:
+            write_json(self.path, {"about": self.about, "seeds": self.all_seeds, "entries": entries})
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
         return entries
-
-
-def _json(values: np.ndarray) -> list[float | None]:
-    return [value if math.isfinite(value) else None for value in values.tolist()]

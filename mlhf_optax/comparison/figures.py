@@ -30,12 +30,9 @@ def save_figure(comparison: Comparison, path: str | Path, title: str, unit: Unit
 
     Args:
       comparison: with at least one optimizer.
-      path: where to write; the ending says the format (png, svg, pdf).
-      title: title of the figure.
+      path: where to write, and what is returned; the ending says the format (png, svg, pdf).
+      title: of the figure.
       unit: ``"step"`` for a logarithmic axis of steps, ``"epoch"`` for one of epochs.
-
-    Returns:
-      The path.
 
     Raises:
       ImportError: if matplotlib is missing.

@@ -104,20 +104,7 @@ def meta_train_task(
 
 
 def draw_batches(task: Task, examples: Any, shape: tuple[int, ...], key: chex.PRNGKey) -> Any:
-    """Returns random mini-batches, augmented as those that networks are trained on.
-
-    Args:
-      task: the task.
-      examples: a part of its data, on the device.
-      shape: leading shape of the result, such as (num_tasks, T + 1, B).
-      key: random key.
-
-    Example:
-      >>> from mlhf_optax.tasks import get_task
-      >>> task = get_task("digits-mlp")
-      >>> draw_batches(task, task.data.meta_train, (3, 2), jax.random.key(0))["label"].shape
-      (3, 2)
-    """
+    """Returns random mini-batches of a part, augmented, with leading axes such as (num_tasks, T + 1, B)."""
     draw_key, augment_key = jax.random.split(key)
     return task.augment_fn(augment_key, sample_batches(examples, draw_key, shape))
 
@@ -131,10 +118,7 @@ def make_record(
     made: Mapping[str, Any],
     command: str,
 ) -> dict[str, Any]:
-    """Returns the record of a meta-training, ``made`` with these settings, and how to use what came of it.
-
-    ``about`` says what it was trained on: ``task``, ``trained_on`` and ``batch_size``.
-    """
+    """Returns the record of a meta-training, ``made`` with these settings, and how to use what came of it."""
     texts = ((output / f"{name}.jsonl").read_text() for name in ("metrics", "validation"))
     metrics, validation = ([json.loads(line) for line in text.splitlines()] for text in texts)
     every = max(1, len(metrics) // _NUM_CURVE_POINTS)
@@ -158,12 +142,7 @@ def make_record(
 
 
 def shown_losses(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Returns the meta-losses among metrics, whichever there are, and the loss of the inner trainings.
-
-    Example:
-      >>> shown_losses({"iteration": 1, "l_p": -0.5, "inner_loss": 2.0, "age": 10.0, "stuck": 0.0})
-      {'l_p': -0.5, 'inner_loss': 2.0}
-    """
+    """Returns the meta-losses among metrics, whichever there are, and the loss of the inner trainings."""
     hidden = _HEALTH | {"iteration", "log_inner_loss", "inner_loss", "age"}
     losses = {name: value for name, value in metrics.items() if name not in hidden}
     return losses | ({"inner_loss": metrics["inner_loss"]} if "inner_loss" in metrics else {})

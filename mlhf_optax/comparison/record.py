@@ -4,9 +4,7 @@ import datetime
 import json
 import os
 import platform
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def machine_info() -> dict[str, str | int]:
-    """Describes the machine that this process runs on.
-
-    Returns:
-      ``cpu`` (model), ``cores`` (that this process may use), ``backend`` and ``device`` of jax,
-      ``num_devices`` and ``platform`` (operating system).
-
-    Example:
-      >>> sorted(machine_info())
-      ['backend', 'cores', 'cpu', 'device', 'num_devices', 'platform']
-    """
+    """Describes the machine: model of the processor, cores that this process may use, devices of jax."""
     devices = jax.devices()
     has_affinity = hasattr(os, "sched_getaffinity")
     return {
@@ -42,47 +31,15 @@ def machine_info() -> dict[str, str | int]:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python, this package and what it computes with.
-
-    Example:
-      >>> sorted(versions())
-      ['flax', 'jax', 'jaxlib', 'mlhf_optax', 'numpy', 'optax', 'python']
-    """
+    """Returns the versions of Python, this package and what it computes with."""
     from mlhf_optax import __version__
 
     own = {"python": platform.python_version(), "mlhf_optax": __version__}
     return own | {package: metadata.version(package) for package in _PACKAGES}
 
 
-def command_line(script: str, arguments: Sequence[str] | None = None) -> str:
-    """Returns the shell command that runs a script of ``benchmarks/``.
-
-    Args:
-      script: path or name of the file.
-      arguments: its arguments; those of this process if None.
-
-    Example:
-      >>> command_line("step_time.py", ["--quick"])
-      'python benchmarks/step_time.py --quick'
-    """
-    given = sys.argv[1:] if arguments is None else arguments
-    return shlex.join(["python", f"benchmarks/{Path(script).name}", *given])
-
-
 def record(command: str, **content: Any) -> dict[str, Any]:
-    """Returns content with what is needed to judge and repeat it, as plain JSON values.
-
-    Args:
-      command: the command line that measured.
-      **content: what was measured.
-
-    Returns:
-      A dict with ``machine``, ``versions``, ``command``, ``date`` and the content.
-
-    Example:
-      >>> sorted(record("python benchmarks/step_time.py", rows=[]))
-      ['command', 'date', 'machine', 'rows', 'versions']
-    """
+    """Returns content with what is needed to judge and repeat it, as plain JSON values."""
     return {
         "machine": machine_info(),
         "versions": versions(),
@@ -93,15 +50,7 @@ def record(command: str, **content: Any) -> dict[str, Any]:
 
 
 def origin(record: Mapping[str, Any]) -> str:
-    """Says in a line by which command, where and when something was measured.
-
-    Args:
-      record: what :func:`record` made.
-
-    Example:
-      >>> origin(record("mlhf-optax train")).startswith("`mlhf-optax train`; ")
-      True
-    """
+    """Says in a line by which command, where and when what :func:`record` made was measured."""
     machine, version = record["machine"], record["versions"]
     device = machine["cpu"] if machine["backend"] == "cpu" else machine["device"]
     cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
@@ -110,15 +59,7 @@ def origin(record: Mapping[str, Any]) -> str:
 
 
 def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
-    """Writes plain JSON values; missing folders are made, so that no measurement is lost for one.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     write_json(f"{folder}/new/rows.json", {"rows": []})
-      ...     print(Path(f"{folder}/new/rows.json").read_text().split())
-      ['{', '"rows":', '[]', '}']
-    """
+    """Writes plain JSON values; missing folders are made, so that no measurement is lost for one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
@@ -126,8 +67,6 @@ def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
 
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
+    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(found, platform.processor() or platform.machine())

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,26 +109,17 @@ class Comparison:
     def curves(self) -> list[Curve]:
         """Returns the mean over seeds of every optimizer, in the order in which they were trained."""
         keys = ("optimizer", "family", "label", "setting", "seconds_per_step")
-        means = [pl.col(name).mean() for name in MEASURES]
-        grouped = self.frame.group_by([*keys, "step"], maintain_order=True)
-        mean = grouped.agg(*means, pl.col("seed").len().alias("seeds"))
-        curves, counts = [], self.record.get("num_seeds", {})
-        for (name, family, label, setting, seconds), part in mean.group_by(keys, maintain_order=True):
-            curves.append(
-                Curve(
-                    optimizer=name,
-                    family=family,
-                    label=label,
-                    setting=json.loads(setting),
-                    seeds=counts.get(name, part["seeds"][0]),
-                    steps=part["step"].to_list(),
-                    train_loss=part["train_loss"].to_list(),
-                    test_accuracy=part["test_accuracy"].to_list(),
-                    seconds_per_step=seconds,
-                    steps_per_epoch=self.record.get("steps_per_epoch"),
-                )
-            )
-        return curves
+        at_step = self.frame.group_by([*keys, "step"], maintain_order=True)
+        means = at_step.agg(pl.col("train_loss", "test_accuracy").mean(), seeds=pl.col("seed").len())
+        lists = means.group_by(keys, maintain_order=True).agg(
+            pl.col("seeds").first(), pl.col("step").alias("steps"), "train_loss", "test_accuracy"
+        )
+        counts, steps_per_epoch = self.record.get("num_seeds", {}), self.record.get("steps_per_epoch")
+        curves = (Curve(**row, steps_per_epoch=steps_per_epoch) for row in lists.iter_rows(named=True))
+        return [
+            one._replace(setting=json.loads(str(one.setting)), seeds=counts.get(one.optimizer, one.seeds))
+            for one in curves
+        ]
 
     def last_losses(self, optimizer: str) -> list[float]:
         """Returns the last training loss of an optimizer, one number per seed."""
@@ -176,22 +167,20 @@ def frame_of(entries: Sequence[Mapping[str, Any]], steps_per_epoch: int | None) 
 def _entries(frame: pl.DataFrame) -> list[dict[str, Any]]:
     """Returns what :func:`frame_of` makes the frame of."""
     entries = []
-    for (name,), own in frame.group_by(["optimizer"], maintain_order=True):
-        first = own.row(0, named=True)
-        curves = []
-        for (seed,), part in own.group_by(["seed"], maintain_order=True):
+    for own in frame.partition_by("optimizer", maintain_order=True):
+        first, curves = own.row(0, named=True), []
+        for part in own.partition_by("seed", maintain_order=True):
             measured = [name for name in MEASURES if not part[name].is_null().all()]
-            columns = {name: [_json(x) for x in part[name]] for name in measured}
-            curves.append({"seed": seed, **columns})
+            curves.append({"seed": part["seed"][0]} | {name: finite_or_none(part[name]) for name in measured})
+        about = {key: first[key] for key in ("optimizer", "family", "label", "seconds_per_step")}
         steps = own["step"].unique(maintain_order=True).to_list()
-        about = {key: first[key] for key in ("family", "label", "seconds_per_step")}
-        setting = json.loads(first["setting"])
-        entries.append({"optimizer": name, **about, "setting": setting, "steps": steps, "curves": curves})
+        entries.append(about | {"setting": json.loads(first["setting"]), "steps": steps, "curves": curves})
     return entries
 
 
-def _json(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def finite_or_none(values: Iterable[float | None]) -> list[float | None]:
+    """Returns values as JSON has them, which knows neither NaN nor infinity."""
+    return [None if value is None or not math.isfinite(value) else float(value) for value in values]
 
 
 def _from_version_0_1(content: dict[str, Any]) -> dict[str, Any]:

@@ -15,12 +15,7 @@ Hyperparameters = Mapping[str, Any]
 
 
 class RunState(NamedTuple):
-    """What a run carries from step to step.
-
-    Attributes:
-      params: parameters of the network.
-      opt_state: state of the optimizer.
-    """
+    """What a run carries from step to step."""
 
     params: Any
     opt_state: Any
@@ -35,10 +30,7 @@ def init_run(
 
 
 def draw_order(task: Task, key: chex.PRNGKey, num_steps: int) -> jax.Array:
-    """Returns the mini-batches of a run as example numbers, shape (num_steps, B).
-
-    They are numbers of the part that is in memory; a stream has an order of its own.
-    """
+    """Returns the mini-batches of a run as numbers of the examples in memory, shape (num_steps, B)."""
     size = num_examples(in_memory(task.data.train))
     return epoch_indices(jax.random.fold_in(key, 1), size, task.batch_size, num_steps)
 
@@ -77,13 +69,6 @@ def mean_loss(task: Task, params: Any, examples: Examples, model_state: Any = No
     """Returns the loss over all examples, taken at once, in nats.
 
     Without ``model_state``, from :func:`evaluation_state`, batch normalisation normalises by these examples.
-
-    Example:
-      >>> from mlhf_optax.tasks import get_task
-      >>> task = get_task("digits-mlp")
-      >>> params = jax.tree.map(jnp.zeros_like, task.init_fn(jax.random.key(0)))
-      >>> round(float(mean_loss(task, params, task.data.test)), 4)  # log 10
-      2.3026
     """
     return task.loss_fn(task.predict_fn(params, _with_state(examples, model_state)), examples)
 

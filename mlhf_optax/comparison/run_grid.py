@@ -5,7 +5,7 @@ whatever the optimizer, so differences between curves are differences between op
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,9 @@ from mlhf_optax.comparison.run import (
     run_step,
 )
 from mlhf_optax.meta_training import runs_in_sequence
-from mlhf_optax.tasks import Examples, ExampleStream, Task, in_memory, num_examples, take
+from mlhf_optax.tasks import Examples, Stream, Task, in_memory, num_examples, take
 
 _EVALUATION_CHUNK = 2048  # examples per forward pass, to bound the memory of an evaluation
-
-
-class _Ready(NamedTuple):
-    """A network that is ready to be evaluated."""
-
-    params: Any
-    model_state: Any
 
 
 class Program:
@@ -46,15 +39,6 @@ class Program:
       task: what to train; mini-batches have its ``batch_size``.
       make_optimizer: returns the optimizer for given hyperparameters; its ``update`` gets ``batch=``.
       sequential: run trainings one after the other; where that is faster if None.
-
-    Example:
-      >>> import optax
-      >>> from mlhf_optax.tasks import get_task
-      >>> program = Program(get_task("digits-mlp"), optax.adam)
-      >>> grid = RunGrid(program, {"learning_rate": np.array([1e-2, 1e-3])}, seeds=[0], num_steps=3)
-      >>> grid.step()
-      >>> grid.train_loss().shape
-      (2, 1)
     """
 
     def __init__(self, task: Task, make_optimizer: MakeOptimizer, sequential: bool | None = None):
@@ -71,28 +55,20 @@ class Program:
             return run_step(task, make_optimizer, setting[1], task.augment_fn(key, fed), state)
 
         def ready(setting, seed, state, examples):
-            return _Ready(state.params, evaluation_state(task, state.params, examples))
+            return state.params, evaluation_state(task, state.params, examples)
 
-        def loss(setting, seed, ready, examples):
-            return mean_loss(task, ready.params, examples, ready.model_state)
-
-        def right(setting, seed, ready, examples):
-            return accuracy(task, ready.params, examples, ready.model_state)
+        def judge(measure):
+            return self.over_runs(lambda setting, seed, run, part: measure(task, run[0], part, run[1]))
 
         self.init = self.over_runs(init)
         self.step = self.over_runs(step, donate=True)
-        self.ready, self.loss, self.accuracy = map(self.over_runs, (ready, loss, right))
+        self.ready, self.loss, self.accuracy = self.over_runs(ready), judge(mean_loss), judge(accuracy)
 
     def over_runs(self, one: Callable, donate: bool = False, jit: bool = True) -> Callable:
         """Maps ``one(setting, per_seed, run, *shared)`` over settings (E), per_seed (S) and runs (E, S).
 
-        Args:
-          one: works on a single run; a setting is its number and its hyperparameters.
-          donate: the runs may be overwritten.
-          jit: compile ``one``; only sequential programs can do without.
-
-        Returns:
-          The function of all.
+        A setting is its number and its hyperparameters. With ``donate`` the runs may be overwritten. Only
+        sequential programs can do without ``jit``.
         """
         donated = 2 if donate else ()
         if self.is_sequential:
@@ -124,23 +100,16 @@ class RunGrid:
       num_steps: length of every run.
 
     Attributes:
-      state: pytree of arrays, all that changes; can be saved, and set to go on from there.
-      steps_done: number of steps taken; to be set with ``state``.
+      state: pytree of arrays, all that changes; set it with ``steps_done`` to go on from there.
+      steps_done: number of steps taken.
 
     Raises:
       ValueError: if there are no seeds, the hyperparameters are of several lengths, or the batch is
         larger than the training part.
-
-    Example:
-      See :class:`Program`.
     """
 
     def __init__(
-        self,
-        program: Program,
-        hyperparameters: Hyperparameters | None,
-        seeds: Sequence[int],
-        num_steps: int,
+        self, program: Program, hyperparameters: Hyperparameters | None, seeds: Sequence[int], num_steps: int
     ):
         if len(seeds) < 1:
             raise ValueError("`seeds` is empty; give at least one seed")
@@ -174,10 +143,7 @@ class RunGrid:
         self.steps_done += 1
 
     def train_loss(self, examples: Examples | None = None) -> np.ndarray:
-        """Returns the loss in nats, shape (E, S), on the training part or on some of its examples.
-
-        Of a stream the part is the sample in memory.
-        """
+        """Returns the loss in nats, shape (E, S), on the training part (a stream's sample) or some of it."""
         return self._mean(self._program.loss, self._train if examples is None else examples)
 
     def test_loss(self) -> np.ndarray:
@@ -206,7 +172,7 @@ class RunGrid:
 class _StreamFeed:
     """Mini-batches of S seeds that are read while they are needed."""
 
-    def __init__(self, stream: ExampleStream, seeds: Sequence[int], batch_size: int):
+    def __init__(self, stream: Stream, seeds: Sequence[int], batch_size: int):
         self._open = lambda step: [stream.batches(seed, batch_size, step) for seed in seeds]
         self._iterators, self._next_step = self._open(0), 0
 

@@ -17,11 +17,15 @@ _MOST_COLUMNS = 7
 
 
 class _Row(NamedTuple):
-    """A row: cells as text, and for each whether it is good (True), bad (False) or neither (None)."""
+    """A row: cells as text, and for those between the first and the last whether they are good."""
 
     cells: list[str]
-    is_good: list[bool | None]
+    are_good: Sequence[bool | None] = ()
     is_new_part: bool = False
+
+    def marked(self) -> list[tuple[str, bool | None]]:
+        inner = self.are_good or [None] * (len(self.cells) - 2)
+        return list(zip(self.cells, [None, *inner, None], strict=True))
 
 
 def comparison_table(
@@ -37,13 +41,6 @@ def comparison_table(
 
     Returns:
       A rich table; print it with a :class:`rich.console.Console`.
-
-    Example:
-      >>> from mlhf_optax.comparison import compare, grid_contenders
-      >>> from mlhf_optax.tasks import get_task
-      >>> sgd = grid_contenders(["sgd"], rates=[0.1])
-      >>> comparison_table(compare(get_task("digits-mlp"), sgd, [2], seeds=[0], timed=False), "SGD").row_count
-      1
     """
     head, *rows = _rows(comparison.curves(), unit, show_all)
     # Narrow enough for a terminal of 80 columns, which is also what rich assumes for a file.
@@ -55,39 +52,28 @@ def comparison_table(
         if row.is_new_part and table.row_count:
             table.add_section()
         styles = {True: "bold green", False: "bold red", None: ""}
-        cells = [Text(cell, styles[good]) for cell, good in zip(row.cells, row.is_good, strict=True)]
-        table.add_row(*cells)
+        table.add_row(*(Text(cell, styles[is_good]) for cell, is_good in row.marked()))
     return table
 
 
 def comparison_markdown(comparison: Comparison, unit: Unit = "step") -> list[str]:
     """Returns the same table as Markdown lines; of every family the setting of lowest loss at the end.
 
-    Args:
-      comparison: with at least one optimizer.
-      unit: what the columns count; with ``"epoch"`` rows compare at equal time, too.
+    By epochs, rows compare at equal time, too.
     """
-    head, *rows = _rows(comparison.curves(), unit, show_all=False, at_end=True)
-    bold = lambda row: [f"**{cell}**" if good else cell for cell, good in zip(*row[:2], strict=True)]
-    return markdown_table([head.cells, *map(bold, rows)])
+    rows = _rows(comparison.curves(), unit, show_all=False, at_end=True)
+    bold = lambda row: [f"**{cell}**" if is_good else cell for cell, is_good in row.marked()]
+    return markdown_table([bold(row) for row in rows])
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the lines of a Markdown table; the first row is its head.
-
-    Example:
-      >>> markdown_table([["step", "loss"], ["10", "0.5"]])
-      ['| step | loss |', '| --- | ---: |', '| 10 | 0.5 |']
-    """
+    """Returns the lines of a Markdown table; the first row is its head."""
     rule = ["---", *["---:"] * (len(rows[0]) - 1)]
     return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
 
 
 def table_steps(curve: Curve, unit: Unit = "step") -> list[int]:
-    """Returns the recorded steps that make columns.
-
-    They are 10, 30, 100, 200, 500 and the last one; of epochs up to seven, evenly spaced in the logarithm.
-    """
+    """Returns the recorded steps that make columns: the usual ones and the last, or up to seven by epochs."""
     if unit == "step":
         return sorted({*(step for step in TABLE_STEPS if step in curve.steps), curve.steps[-1]})
     wanted = np.geomspace(curve.steps[0], curve.steps[-1], _MOST_COLUMNS)
@@ -107,12 +93,7 @@ def losses_by_time(others: Sequence[Curve], curve: Curve) -> list[float]:
 
 
 def format_loss(loss: float) -> str:
-    """Writes a loss in at most 8 characters.
-
-    Example:
-      >>> format_loss(0.1534), format_loss(3.9712e-06), format_loss(float("nan"))
-      ('0.153', '4.0e-6', 'diverged')
-    """
+    """Writes a loss in at most 8 characters."""
     if not math.isfinite(loss):
         return "diverged"
     if loss >= 100 or 0 < loss < 0.01:
@@ -122,12 +103,7 @@ def format_loss(loss: float) -> str:
 
 
 def format_ratio(own: float, best: float) -> str:
-    """Writes one loss as a multiple of another; with two decimals around one.
-
-    Example:
-      >>> format_ratio(1.02, 1.0), format_ratio(0.5, 10.0), format_ratio(31.0, 1.0)
-      ('1.02', '0.05', '31')
-    """
+    """Writes one loss as a multiple of another; with two decimals around one."""
     if not math.isfinite(own):
         return "diverged"
     if not best > 0:
@@ -147,11 +123,11 @@ def _rows(curves: Sequence[Curve], unit: Unit, show_all: bool, at_end: bool = Fa
         "test accuracy",
         "ms per step",
     ]
-    rows = [_plain(head)]
+    rows = [_Row(head)]
     for curve in learned:
         rate = curve.setting.get("learning_rate")
         title = f"{curve.label} lr={rate:g}" if isinstance(rate, int | float) else curve.label
-        rows.append(_plain([title, *_cells(curve, steps)]))
+        rows.append(_Row([title, *_cells(curve, steps)]))
     if learned and others:
         rows += _verdict(learned, others, steps, unit)
     for family in dict.fromkeys(curve.family for curve in others):
@@ -160,12 +136,8 @@ def _rows(curves: Sequence[Curve], unit: Unit, show_all: bool, at_end: bool = Fa
         for index, curve in enumerate(shown):
             is_first = index == 0 and family == others[0].family
             best = [best_at(others, step) is curve or None for step in steps]
-            rows.append(_Row([curve.label, *_cells(curve, steps)], [None, *best, None, None], is_first))
+            rows.append(_Row([curve.label, *_cells(curve, steps)], [*best, None], is_first))
     return rows
-
-
-def _plain(cells: list[str]) -> _Row:
-    return _Row(cells, [None] * len(cells))
 
 
 def _cells(curve: Curve, steps: Sequence[int]) -> list[str]:
@@ -190,14 +162,14 @@ def _verdict(
     times = [curve.seconds_per_step for curve in others if curve.seconds_per_step is not None]
     fastest = min(times, default=None)
     cells = [*map(format_loss, best), _percent(accuracy), _milliseconds(fastest)]
-    rows = [_plain([f"best of the other {len(others)} there", *cells])]
+    rows = [_Row([f"best of the other {len(others)} there", *cells])]
     for curve in learned:
         own = [curve.loss_at(step) for step in steps]
         pairs = list(zip(own, best, strict=True))
         points = 100 * (curve.accuracy - accuracy)
         slower = f"{curve.seconds_per_step / fastest:.1f}x" if fastest and curve.seconds_per_step else "-"
         ratios = [f"{format_ratio(*pair)}x".replace("dx", "d") for pair in pairs]
-        signs = [None, *(a < b for a, b in pairs), points >= -0.5, None]
+        signs = [*(a < b for a, b in pairs), points >= -0.5]
         rows.append(_Row([f"{curve.label} / that best", *ratios, f"{points:+.1f}", slower], signs))
         if unit == "epoch" and fastest and curve.seconds_per_step:
             rows += _by_time(curve, others, steps)
@@ -212,4 +184,4 @@ def _by_time(curve: Curve, others: Sequence[Curve], steps: Sequence[int]) -> lis
     pairs = [(curve.loss_at(step), by_time[step]) for step in steps]
     ratios = [f"{format_ratio(*pair)}x" if math.isfinite(pair[1]) else "-" for pair in pairs]
     signs = [own < other if math.isfinite(other) else None for own, other in pairs]
-    return [_Row([f"{curve.label} / best at equal time", *ratios, "", ""], [None, *signs, None, None])]
+    return [_Row([f"{curve.label} / best at equal time", *ratios, "", ""], [*signs, None])]

@@ -4,9 +4,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Literal, TypeVar
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +22,6 @@ from mlhf_optax.meta_training import runs_in_sequence
 from mlhf_optax.tasks import Task, in_memory
 
 Thunk = Callable[[], object]
-Clock = Literal["wall", "process"]
-_CLOCKS = {"wall": lambda: time.perf_counter(), "process": lambda: time.process_time()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +31,6 @@ class Timing:
     Attributes:
       rounds: seconds per call, one number per round; round n of one contender is comparable with round n of
         another, as they were measured one after the other.
-
-    Example:
-      >>> timing = Timing((4.0, 1.0, 2.0))
-      >>> timing.median, timing.low, timing.high
-      (2.0, 1.0, 4.0)
     """
 
     rounds: tuple[float, ...]
@@ -51,23 +42,19 @@ class Timing:
 
     @property
     def low(self) -> float:
-        """The 10th percentile of the rounds."""
-        return _quantile(self.rounds, 0.1)
+        """The 10th percentile of the rounds; of few rounds the nearest one."""
+        return sorted(self.rounds)[round(0.1 * (len(self.rounds) - 1))]
 
     @property
     def high(self) -> float:
         """The 90th percentile of the rounds."""
-        return _quantile(self.rounds, 0.9)
+        return sorted(self.rounds)[round(0.9 * (len(self.rounds) - 1))]
 
     def over(self, other: "Timing") -> float:
         """Returns how many times as long as ``other`` this took: the median of the ratios of the rounds.
 
         Raises:
           ValueError: if the numbers of rounds differ, so that rounds cannot be paired.
-
-        Example:
-          >>> Timing((4.0, 1.0, 2.0)).over(Timing((2.0, 0.5, 0.5)))
-          2.0
         """
         if len(self.rounds) != len(other.rounds):
             raise ValueError(
@@ -83,7 +70,6 @@ def interleaved(
     repeats: int = 9,
     calls: int | None = None,
     stretch_seconds: float = 0.02,
-    clock: Clock = "wall",
 ) -> dict[str, Timing]:
     """Times functions in turns, so that a busy moment of the machine meets all of them.
 
@@ -97,10 +83,6 @@ def interleaved(
       repeats: rounds.
       calls: calls per stretch; None takes as many as last ``stretch_seconds``.
       stretch_seconds: least length of a stretch where ``calls`` is None.
-      clock: ``"wall"`` for the time that passes, ``"process"`` for the time that processors work.
-
-    Returns:
-      A :class:`Timing` of each, in the order of ``thunks``.
 
     Raises:
       ValueError: if there is nothing to time or a number is below one.
@@ -117,14 +99,13 @@ def interleaved(
         )
     for thunk in thunks.values():
         jax.block_until_ready(thunk())
-    count = lambda thunk: calls or _calls_that_last(thunk, stretch_seconds)
-    counts = {name: count(thunk) for name, thunk in thunks.items()}
     names = list(thunks)
+    counts = {name: calls or _calls_that_last(thunks[name], stretch_seconds) for name in names}
     rounds: dict[str, list[float]] = {name: [] for name in names}
     for done in range(repeats):
         first = done % len(names)
         for name in names[first:] + names[:first]:
-            rounds[name].append(_seconds(thunks[name], counts[name], clock) / counts[name])
+            rounds[name].append(_seconds(thunks[name], counts[name]) / counts[name])
     return {name: Timing(tuple(values)) for name, values in rounds.items()}
 
 
@@ -134,7 +115,6 @@ def seconds_per_step(
     *,
     num_steps: int | None = None,
     repeats: int | None = None,
-    clock: Clock = "wall",
 ) -> dict[str, float]:
     """Measures how long one compiled step of a single run takes, the same way for every optimizer.
 
@@ -146,21 +126,12 @@ def seconds_per_step(
       optimizers: by name, a function that makes the optimizer and its hyperparameters (numbers).
       num_steps: steps per stretch; by default 25, or 5 where steps are long.
       repeats: stretches per optimizer; by default 9, or 5 where steps are long.
-      clock: see :func:`interleaved`.
-
-    Returns:
-      Seconds per step, by name.
 
     Raises:
       ValueError: if there are no optimizers, or ``num_steps`` or ``repeats`` is below one.
 
     Example:
-      >>> import optax
-      >>> from mlhf_optax.tasks import get_task
-      >>> optimizers = {"adam": (optax.adam, {"learning_rate": 1e-2})}
-      >>> times = seconds_per_step(get_task("digits-mlp"), optimizers, num_steps=2, repeats=1)
-      >>> times["adam"] > 0
-      True
+      ``seconds_per_step(task, {"adam": (optax.adam, {"learning_rate": 1e-2})})["adam"]``
     """
     is_slow = runs_in_sequence(task)
     num_steps = (5 if is_slow else 25) if num_steps is None else num_steps
@@ -170,7 +141,7 @@ def seconds_per_step(
             f"`num_steps` and `repeats` must be at least 1, got num_steps={num_steps}, repeats={repeats}"
         )
     stretches = {name: _stretch(task, *given, num_steps) for name, given in optimizers.items()}
-    times = interleaved(stretches, repeats=repeats, calls=1, clock=clock)
+    times = interleaved(stretches, repeats=repeats, calls=1)
     return {name: timing.median / num_steps for name, timing in times.items()}
 
 
@@ -201,52 +172,6 @@ def _stretch(
     return run
 
 
-@dataclasses.dataclass(frozen=True)
-class BenchmarkOptions:
-    """Options that all benchmarks of speed have; each adds its own.
-
-    Raises:
-      ValueError: if ``repeats`` is below one.
-    """
-
-    repeats: int = 9
-    """Rounds."""
-    json: Path | None = None
-    """Write what was measured to this file."""
-    figure: Path | None = None
-    """Draw a figure into this file."""
-    quick: bool = False
-    """Show in minutes that it runs: little work, few rounds."""
-
-    def __post_init__(self):
-        if self.repeats < 1:
-            raise ValueError(f"--repeats must be at least 1, got {self.repeats}")
-
-
-Options = TypeVar("Options")
-
-
-def parse_options(options: type[Options], about: str | None, arguments: Sequence[str] | None) -> Options:
-    """Reads a command line.
-
-    Args:
-      options: frozen dataclass; a field is an option, its docstring the help.
-      about: what the script does.
-      arguments: the arguments; those of this process if None.
-
-    Returns:
-      The options. A mistake ends the process with status 2 and says what is wanted.
-
-    Example:
-      >>> parse_options(BenchmarkOptions, "About.", ["--repeats", "2", "--quick"]).repeats
-      2
-    """
-    import tyro
-
-    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
-    return tyro.cli(options, description=about or "", args=arguments, config=config)
-
-
 def _calls_that_last(thunk: Thunk, seconds: float) -> int:
     """Returns a number of calls that take at least ``seconds``."""
     count = 1
@@ -257,17 +182,9 @@ def _calls_that_last(thunk: Thunk, seconds: float) -> int:
     return count
 
 
-def _seconds(thunk: Thunk, count: int, clock: Clock = "wall") -> float:
-    now = _CLOCKS[clock]
-    start = now()
-    result = None
+def _seconds(thunk: Thunk, count: int) -> float:
+    start, result = time.perf_counter(), None
     for _ in range(count):
         result = thunk()
     jax.block_until_ready(result)
-    return now() - start
-
-
-def _quantile(values: Sequence[float], fraction: float) -> float:
-    """Returns the value at a rank; of few values the nearest one, without interpolation."""
-    ordered = sorted(values)
-    return ordered[round(fraction * (len(ordered) - 1))]
+    return time.perf_counter() - start

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import chex
@@ -14,31 +14,31 @@ from mlhf_optax.controllers.protocol import Quotient, Scale
 
 
 class Inputs(NamedTuple):
-    """What the LSTMs look at, trees shaped like the parameters.
+    """What the LSTMs look at, trees shaped like the parameters."""
 
-    Attributes:
-      direction: d0, the previous direction.
-      residual: r0, the previous residual, or the current starting residual for LSTM_p.
-      gradient: g.
-    """
-
-    direction: chex.ArrayTree
-    residual: chex.ArrayTree
+    direction: chex.ArrayTree  # d0, the previous one
+    residual: chex.ArrayTree  # r0, the previous one, or the current starting residual for LSTM_p
     gradient: chex.ArrayTree
 
 
-def _require(is_met: Callable[[float], bool], wanted: str, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not is_met(value):
-            raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
+def _positive(default: float) -> Any:
+    return dataclasses.field(default=default, metadata={"a positive number": lambda x: 0 < x < math.inf})
 
 
-def _require_positive(**values: Any) -> None:
-    _require(lambda x: 0 < x < math.inf, "a positive number", values)
+def _at_least_zero(default: float) -> Any:
+    return dataclasses.field(default=default, metadata={"a number >= 0": lambda x: 0 <= x < math.inf})
 
 
-def _require_at_least_zero(**values: Any) -> None:
-    _require(lambda x: 0 <= x < math.inf, "a number >= 0", values)
+class _Checked:
+    """A dataclass whose numbers must be what their fields say."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            for wanted, is_met in field.metadata.items():
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not (is_number and is_met(value)):
+                    raise ValueError(f"`{field.name}` must be {wanted}, got {value!r}")
 
 
 # Features.
@@ -46,12 +46,7 @@ def _require_at_least_zero(**values: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TanhFeatures:
-    """The tanh of d0, r0 and g (paper): late in training, when all are tiny, they cannot be told from zero.
-
-    Example:
-      >>> TanhFeatures().count
-      3
-    """
+    """The tanh of d0, r0 and g (paper), which late in training, when all are tiny, is like zero."""
 
     count: ClassVar[int] = 3
 
@@ -65,28 +60,18 @@ class TanhFeatures:
 
 
 @dataclasses.dataclass(frozen=True)
-class LogFeatures:
+class LogFeatures(_Checked):
     """Two features per quantity, clipped log magnitude and clipped scaled value, which tell 1e-3 from 1e-6.
 
     Args:
-      log_range: magnitudes from ``exp(-log_range)`` to 1 are resolved.
+      log_range: magnitudes from ``exp(-log_range)`` to 1 are resolved; > 0.
       has_shared: also the log of each quantity's root mean square over all parameters.
-
-    Raises:
-      ValueError: for a range that is not positive.
-
-    Example:
-      >>> LogFeatures().count, LogFeatures(has_shared=False).count
-      (9, 6)
 
     Source: Andrychowicz et al. 2016, appendix A.
     """
 
-    log_range: float = 16.0
+    log_range: float = _positive(16.0)
     has_shared: bool = True
-
-    def __post_init__(self):
-        _require_positive(log_range=self.log_range)
 
     @property
     def count(self) -> int:
@@ -96,13 +81,11 @@ class LogFeatures:
     def own(self, inputs: Inputs) -> chex.ArrayTree:
         """Returns each parameter's own features, leaves ``(F, *shape)`` in at least float32."""
 
+        def two(x):
+            return self._log_magnitude(jnp.abs(x)), jnp.clip(x * math.exp(self.log_range), -1.0, 1.0)
+
         def stack(*quantities):
-            features = []
-            for quantity in quantities:
-                x = trees.at_least_f32(quantity)
-                features += [self._log_magnitude(jnp.abs(x))]
-                features += [jnp.clip(x * math.exp(self.log_range), -1.0, 1.0)]
-            return jnp.stack(features)
+            return jnp.stack([feature for x in quantities for feature in two(trees.at_least_f32(x))])
 
         return jax.tree.map(stack, *inputs)
 
@@ -122,49 +105,25 @@ class LogFeatures:
 
 
 @dataclasses.dataclass(frozen=True)
-class Softplus:
-    """``softplus(scale * output + c)`` (paper).
+class Softplus(_Checked):
+    """``softplus(scale * output + c)`` (paper), ``initial`` where the output is zero; ``scale`` > 0."""
 
-    Args:
-      scale: factor on the output.
-
-    Raises:
-      ValueError: for a scale that is not positive.
-    """
-
-    scale: float = 1.0
-
-    def __post_init__(self):
-        _require_positive(scale=self.scale)
+    scale: float = _positive(1.0)
 
     def __call__(self, output: jax.Array, initial: float) -> jax.Array:
-        """Returns positive values, ``initial`` where the output is zero."""
+        """Returns positive values."""
         offset = initial + math.log(-math.expm1(-initial))  # softplus^-1
         return jax.nn.softplus(self.scale * output + offset)
 
 
 @dataclasses.dataclass(frozen=True)
-class Exponential:
-    """``initial * exp(scale * output)``, which reaches several decades.
+class Exponential(_Checked):
+    """``initial * exp(scale * output)``, which reaches several decades; ``scale`` > 0."""
 
-    Args:
-      scale: factor on the output.
-
-    Raises:
-      ValueError: for a scale that is not positive.
-
-    Example:
-      >>> Exponential(1.0)(jnp.zeros(()), 30.0).round(2)
-      Array(30., dtype=float32)
-    """
-
-    scale: float = 3.0
-
-    def __post_init__(self):
-        _require_positive(scale=self.scale)
+    scale: float = _positive(3.0)
 
     def __call__(self, output: jax.Array, initial: float) -> jax.Array:
-        """Returns positive values, ``initial`` where the output is zero."""
+        """Returns positive values."""
         # exp(+-30) keeps every later product of such values inside float32.
         return jnp.exp(jnp.clip(self.scale * output + math.log(initial), -30.0, 30.0))
 
@@ -173,15 +132,14 @@ class Exponential:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
+class Unit(_Checked):
     """The unit of s and P, ``rms(g)^gradient_power / rms(w0)^parameter_power`` over all parameters.
 
     Near a minimum of a cross-entropy the GGN shrinks with the loss. A damping that shrinks with the
-    gradient, as in regularised Newton methods (Fan and Yuan 2005), keeps its size relative to it, and the
-    LSTMs only have to learn the ratio. With both powers 1 the unit has the dimension of curvature, loss over
-    parameter squared: the outputs then mean the same on wide networks, whose parameters are smaller, as on
-    narrow ones. The size of the parameters is measured at the start: they grow while they are trained,
-    and a damping that sinks as they do lets the noise of mini-batches in.
+    gradient, as in regularised Newton methods (Fan and Yuan 2005), keeps its size relative to it. With both
+    powers 1 the unit has the dimension of curvature, loss over parameter squared, and the outputs mean the
+    same on wide networks, whose parameters are smaller, as on narrow ones. The size of the parameters is
+    measured at the start: a damping that sinks as they grow lets the noise of mini-batches in.
 
     Args:
       gradient_power: 0 for the paper.
@@ -198,14 +156,10 @@ class Unit:
       2.0
     """
 
-    gradient_power: float = 1.0
-    parameter_power: float = 0.0
-    gradient_floor: float = 1e-5
-    parameter_floor: float = 1e-3
-
-    def __post_init__(self):
-        _require_positive(gradient_floor=self.gradient_floor, parameter_floor=self.parameter_floor)
-        _require_at_least_zero(gradient_power=self.gradient_power, parameter_power=self.parameter_power)
+    gradient_power: float = _at_least_zero(1.0)
+    parameter_power: float = _at_least_zero(0.0)
+    gradient_floor: float = _positive(1e-5)
+    parameter_floor: float = _positive(1e-3)
 
     def __call__(self, gradient: chex.ArrayTree, initial_rms: jax.Array) -> jax.Array:
         """Returns a positive scalar; 1 where both powers are 0."""
@@ -218,7 +172,7 @@ class Unit:
         return unit
 
 
-# What P is.
+# What P is, made of the values of LSTM_p and the damping.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,11 +204,16 @@ class Jacobi:
         return Quotient(jax.tree.map(jnp.add, damping, values))
 
 
-_KINDS = (TanhFeatures, LogFeatures, Softplus, Exponential, Unit, Divide, Multiply, Jacobi)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "features": (TanhFeatures, LogFeatures),
+    "output": (Softplus, Exponential),
+    "unit": (Unit,),
+    "preconditioner": (Divide, Multiply, Jacobi),
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(_Checked):
     """What the LSTMs see and what their outputs mean.
 
     The defaults are what measurement chose on handwritten digits: with tanh features, softplus and an
@@ -285,40 +244,23 @@ class Settings:
     output: Softplus | Exponential = Exponential()
     unit: Unit = Unit()
     preconditioner: Divide | Multiply | Jacobi = Jacobi()
-    initial_damping: float = 30.0
-    initial_preconditioner: float = 30.0
-    damping_floor: float = 0.0
+    initial_damping: float = _positive(30.0)
+    initial_preconditioner: float = _positive(30.0)
+    damping_floor: float = _at_least_zero(0.0)
     sees_current_residual: bool = False
 
     def __post_init__(self):
-        kinds = {
-            "features": (TanhFeatures, LogFeatures),
-            "output": (Softplus, Exponential),
-            "unit": (Unit,),
-            "preconditioner": (Divide, Multiply, Jacobi),
-        }
-        for name, allowed in kinds.items():
+        for name, allowed in _KINDS.items():
             value = getattr(self, name)
             if not isinstance(value, allowed):
                 names = " or ".join(kind.__name__ for kind in allowed)
                 raise TypeError(f"`{name}` must be a {names}, got {value!r}")
-        _require_positive(
-            initial_damping=self.initial_damping, initial_preconditioner=self.initial_preconditioner
-        )
-        _require_at_least_zero(damping_floor=self.damping_floor)
+        super().__post_init__()
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the settings as plain JSON values; each object names its kind.
-
-        Example:
-          >>> Settings().to_json()["output"]
-          {'kind': 'Exponential', 'scale': 3.0}
-        """
-        as_json = lambda value: {"kind": type(value).__name__, **dataclasses.asdict(value)}
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {
-            name: as_json(value) if isinstance(value, _KINDS) else value for name, value in fields.items()
-        }
+        """Returns the settings as plain JSON values; each object names its kind."""
+        values = dataclasses.asdict(self)
+        return values | {name: {"kind": type(getattr(self, name)).__name__} | values[name] for name in _KINDS}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Settings":
@@ -327,12 +269,8 @@ class Settings:
         Raises:
           ValueError: for an unknown kind or a value out of range.
           TypeError: for an unknown field.
-
-        Example:
-          >>> Settings.from_json(AUTHORS_SETTINGS.to_json()) == AUTHORS_SETTINGS
-          True
         """
-        kinds = {kind.__name__: kind for kind in _KINDS}
+        kinds = {kind.__name__: kind for some in _KINDS.values() for kind in some}
 
         def restored(value: Any) -> Any:
             if not isinstance(value, Mapping):

@@ -26,6 +26,7 @@ FORMAT = "mlhf-optax meta-parameters"
 VERSION = 2  # 1 was a pair of .npz and .json
 
 _ENDING = ".safetensors"
+_FOREIGN_ENDINGS = (".npz", ".npy", ".json", ".msgpack", ".pkl", ".pickle")  # a name like v1.5 has none
 _REMEDY = (
     "if a newer mlhf_optax wrote the file, upgrade; otherwise restore it from a copy, or write it again with "
     "`save_meta_params`"
@@ -96,7 +97,7 @@ def save_meta_params(path: str | os.PathLike, meta_params: Any, record: Mapping[
     The file appears whole or not at all, and equal arguments give equal bytes.
 
     Args:
-      path: where to write, with or without the ending.
+      path: where to write, with or without the ending ``.safetensors``.
       meta_params: the meta-parameters, float32.
       record: plain JSON values. ``optimizer`` names the learned optimizer, ``task`` what it was meta-trained
         on, ``batch_size`` the examples per mini-batch. Recommended arguments of the optimizer go beside
@@ -108,8 +109,8 @@ def save_meta_params(path: str | os.PathLike, meta_params: Any, record: Mapping[
 
     Raises:
       TypeError: if ``meta_params`` are not those of the optimizer that the record names.
-      ValueError: if an array is not finite, not float32 or of a wrong shape, or if ``record`` lacks
-        a key, has a value out of range or is not plain JSON.
+      ValueError: if an array is not finite, not float32 or of a wrong shape, if ``record`` lacks
+        a key, has a value out of range or is not plain JSON, or if ``path`` has the ending of another format.
       OSError: if the file cannot be written.
 
     Example:
@@ -122,6 +123,8 @@ def save_meta_params(path: str | os.PathLike, meta_params: Any, record: Mapping[
       ...     load_meta_params(path).learning_rate
       1.0
     """
+    if Path(path).suffix in _FOREIGN_ENDINGS:
+        raise ValueError(f"`path` must end in {_ENDING} or have no ending, got {os.fspath(path)!r}")
     if problem := _record_problem(record):
         raise ValueError(f"`record` cannot be saved: {problem}")
     try:
@@ -156,9 +159,6 @@ def load_meta_params(path: str | os.PathLike) -> Pretrained:
 
     Args:
       path: the file, with or without the ending ``.safetensors``.
-
-    Returns:
-      A :class:`Pretrained`.
 
     Raises:
       FileNotFoundError: if the file is not there.

@@ -14,7 +14,7 @@ from mlhf_optax.tasks.cifar10 import cifar10_resnet9 as cifar10_resnet9
 from mlhf_optax.tasks.cifar10 import load_cifar10 as load_cifar10
 from mlhf_optax.tasks.data import Dataset as Dataset
 from mlhf_optax.tasks.data import Examples as Examples
-from mlhf_optax.tasks.data import ExampleStream as ExampleStream
+from mlhf_optax.tasks.data import Stream as Stream
 from mlhf_optax.tasks.data import epoch_indices as epoch_indices
 from mlhf_optax.tasks.data import in_memory as in_memory
 from mlhf_optax.tasks.data import num_examples as num_examples
@@ -35,8 +35,7 @@ from mlhf_optax.tasks.resnet import ResNet as ResNet
 from mlhf_optax.tasks.resnet import batch_statistics as batch_statistics
 from mlhf_optax.tasks.resnet import mini_resnet as mini_resnet
 from mlhf_optax.tasks.resnet import resnet18 as resnet18
-from mlhf_optax.tasks.streaming import Stream as Stream
-from mlhf_optax.tasks.task import AugmentFn as AugmentFn
+from mlhf_optax.tasks.task import FileOptions as FileOptions
 from mlhf_optax.tasks.task import Task as Task
 from mlhf_optax.tasks.task import check_batch_size as check_batch_size
 from mlhf_optax.tasks.task import image_task as image_task

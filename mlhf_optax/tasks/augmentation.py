@@ -13,16 +13,10 @@ from jax import lax
 
 
 def standardize(images: jax.Array) -> jax.Array:
-    """Gives every image mean zero and standard deviation one.
+    """Gives every image, shape (..., height, width, channels), mean 0 and standard deviation 1, as float32.
 
     The deviation is taken as at least ``1 / sqrt(number of values)``, so that an image of one colour
     becomes zeros rather than noise.
-
-    Args:
-      images: shape (..., height, width, channels), of any type.
-
-    Returns:
-      The same shape, float32.
 
     Example:
       >>> standardize(jnp.array([0, 100, 100, 0], jnp.uint8).reshape(2, 2, 1)).ravel()
@@ -52,8 +46,7 @@ def augment_images(key: chex.PRNGKey, images: jax.Array, pad: int = 4, flip: boo
       ValueError: if ``pad`` is negative or the images have fewer than three axes.
 
     Example:
-      >>> images = jnp.zeros((5, 2, 32, 32, 3), jnp.uint8)
-      >>> augment_images(jax.random.key(0), images).shape
+      >>> augment_images(jax.random.key(0), jnp.zeros((5, 2, 32, 32, 3), jnp.uint8)).shape
       (5, 2, 32, 32, 3)
     """
     if pad < 0 or images.ndim < 3:

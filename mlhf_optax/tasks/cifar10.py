@@ -3,12 +3,13 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 from mlhf_optax.tasks.data import Dataset
 from mlhf_optax.tasks.models import ConvNet, Convolution
 from mlhf_optax.tasks.prepared import cache_folder, data_folder, decode_parts, open_sources
 from mlhf_optax.tasks.resnet import mini_resnet
-from mlhf_optax.tasks.task import Task, image_task
+from mlhf_optax.tasks.task import FileOptions, Task, file_task
 
 IMAGE_SHAPE = (32, 32, 3)
 SIZES = {"train": 50_000, "test": 10_000}
@@ -19,8 +20,7 @@ def load_cifar10(data_dir: str | Path | None = None, cache_dir: str | Path | Non
     """Returns CIFAR-10: 60,000 images of 32x32 pixels in 10 classes.
 
     The first 3/5 of the training set are for meta-training, the last 2/5 for training, in the order in
-    which the dataset was published, which is that of the paper. Decoded once and kept in a file; the
-    second time it takes a moment.
+    which the dataset was published, which is that of the paper. Decoded once, then kept in a file.
 
     Args:
       data_dir: folder of prepared datasets (:func:`mlhf_optax.tasks.prepared.data_folder`).
@@ -52,26 +52,18 @@ def _load(folder: Path, cache_dir: Path) -> Dataset:
             f"the dataset 'cifar10' in {folder} must have {SIZES} examples, it has {found}; it was prepared "
             "only in part: delete it and prepare it again"
         )
-
     whole = decode_parts(sources, "cifar10", folder, "cifar10", cache_dir, IMAGE_SHAPE, 10)
     boundary = round(META_TRAIN_SHARE * SIZES["train"])
-    rows = lambda part, rows: {key: array[rows] for key, array in part.items()}
-    return Dataset(
-        meta_train=rows(whole["train"], slice(None, boundary)),
-        train=rows(whole["train"], slice(boundary, None)),
-        test=whole["test"],
-    )
+    rows = lambda chosen: {key: array[chosen] for key, array in whole["train"].items()}
+    return Dataset(rows(slice(boundary)), rows(slice(boundary, None)), whole["test"])
 
 
 def cifar10_convnet(
     channels: Sequence[int] = (32, 64),
     hidden: Sequence[int] = (32,),
-    batch_size: int = 128,
-    meta_batch_size: int = 64,
-    augment: bool = True,
-    data_dir: str | Path | None = None,
-    cache_dir: str | Path | None = None,
+    *,
     convolution: Convolution | None = None,
+    **options: Unpack[FileOptions],
 ) -> Task:
     """Returns the task of the paper's section 4.1: CUDA-convnet on CIFAR-10.
 
@@ -79,12 +71,8 @@ def cifar10_convnet(
       channels: output channels of the 5x5 convolutions; ``(8, 16)`` with ``hidden=(16,)`` is a narrow
         network that is cheap to meta-train on.
       hidden: widths of the dense layers before the last one.
-      batch_size: examples per mini-batch when networks are trained.
-      meta_batch_size: examples per mini-batch in meta-training.
-      augment: crop and mirror training images at random.
-      data_dir: where the data lie (:func:`load_cifar10`).
-      cache_dir: where decoded images are kept.
       convolution: see :class:`mlhf_optax.tasks.ConvNet`.
+      **options: see :class:`mlhf_optax.tasks.FileOptions`; batches are of 128, in meta-training of 64.
 
     Returns:
       The task. Variants carry what differs in their name, as in ``"cifar10-convnet-8-16-dense-16"``.
@@ -100,45 +88,30 @@ def cifar10_convnet(
     if isinstance(channels, int):
         raise TypeError(f"`channels` must be one number per convolution, such as (8, 16), got {channels}")
     channels, hidden = tuple(channels), tuple(hidden)
-    dashed = lambda widths: "".join(f"-{width}" for width in widths)
-    listed = lambda widths: " and ".join(str(width) for width in widths)
+    joined = lambda sign, widths: sign.join(map(str, widths))
     name = "cifar10-convnet"
-    if channels != (32, 64):
-        name += dashed(channels)
-    if hidden != (32,):
-        name += "-dense" + dashed(hidden)
-    return image_task(
+    name += "" if channels == (32, 64) else f"-{joined('-', channels)}"
+    name += "" if hidden == (32,) else f"-{joined('-', ('dense', *hidden))}"
+    return file_task(
         name,
-        f"CIFAR-10 (32x32, 10 classes), 5x5 convolutions {listed(channels)}, dense {listed((*hidden, 10))}",
+        f"CIFAR-10 (32x32, 10 classes), 5x5 convolutions {joined(' and ', channels)}, dense "
+        f"{joined(' and ', (*hidden, 10))}",
         ConvNet(channels, hidden, convolution=convolution),
         IMAGE_SHAPE,
-        load_data=functools.partial(load_cifar10, data_dir, cache_dir),
+        load_cifar10,
+        {"batch_size": 128, "meta_batch_size": 64, **options},
         num_classes=10,
-        batch_size=batch_size,
-        meta_batch_size=meta_batch_size,
-        augment=augment,
         pad=4,
         pretrained="cifar10",
     )
 
 
-def cifar10_resnet9(
-    channels: int = 16,
-    batch_size: int = 128,
-    meta_batch_size: int = 128,
-    augment: bool = True,
-    data_dir: str | Path | None = None,
-    cache_dir: str | Path | None = None,
-) -> Task:
+def cifar10_resnet9(channels: int = 16, **options: Unpack[FileOptions]) -> Task:
     """Returns the task of the paper's section 4.4: the mini ResNet v2 of 9 blocks on CIFAR-10.
 
     Args:
-      channels: channels of the first three blocks; the others have two and four times as many.
-      batch_size: examples per mini-batch when networks are trained.
-      meta_batch_size: examples per mini-batch in meta-training.
-      augment: crop and mirror training images at random.
-      data_dir: where the data lie (:func:`load_cifar10`).
-      cache_dir: where decoded images are kept.
+      channels: channels of the first three blocks, one number; the others have two and four times as many.
+      **options: see :class:`mlhf_optax.tasks.FileOptions`; all batches are of 128.
 
     Raises:
       TypeError: if ``channels`` is not a number.
@@ -151,16 +124,14 @@ def cifar10_resnet9(
     if not isinstance(channels, int):
         raise TypeError(f"`channels` must be one number, those of the first blocks, got {channels!r}")
     widths = ", ".join(f"3x{width * channels}" for width in (1, 2, 4))
-    return image_task(
+    return file_task(
         "cifar10-resnet9" if channels == 16 else f"cifar10-resnet9-{channels}",
         f"CIFAR-10 (32x32, 10 classes), ResNet v2 of 9 blocks of {widths} channels",
         mini_resnet(10, channels),
         IMAGE_SHAPE,
-        load_data=functools.partial(load_cifar10, data_dir, cache_dir),
+        load_cifar10,
+        {"batch_size": 128, "meta_batch_size": 128, **options},
         num_classes=10,
-        batch_size=batch_size,
-        meta_batch_size=meta_batch_size,
-        augment=augment,
         pad=4,
         pretrained="cifar10_resnet",
     )

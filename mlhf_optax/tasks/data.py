@@ -6,7 +6,7 @@ paper meta-trains on 3/5 of CIFAR-10 and trains on the rest (section 4.1).
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import chex
@@ -17,21 +17,78 @@ import numpy as np
 Examples = dict[str, Any]
 
 
-class ExampleStream(Protocol):
-    """A part that does not fit in memory, such as :class:`mlhf_optax.tasks.Stream`."""
-
-    @property
-    def sample(self) -> Examples:
-        """Some of the examples, in memory."""
-        ...
+class Source(Protocol):
+    """Examples by number, each with ``"image"``, ``"label"`` and maybe more."""
 
     def __len__(self) -> int:
         """Number of examples."""
         ...
 
-    def batches(self, seed: int, batch_size: int, start: int = 0) -> Iterator[Examples]:
-        """Returns mini-batches by shuffled epochs, without end, from number ``start`` on."""
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        """Returns an example."""
         ...
+
+
+# transform(example, random numbers) -> one example of a batch; all have the same shapes
+Transform = Callable[[Mapping[str, Any], np.random.Generator], Examples]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Examples that are read, decoded and transformed when they are needed, in a shuffled order.
+
+    Order and random numbers follow from seed and position alone: a training that is resumed at any step
+    sees what it would have seen without a break, however many workers there are.
+
+    Attributes:
+      source: gives examples by number; picklable if there are workers.
+      transform: makes an example ready, with random numbers of its own.
+      sample: some of the examples, ready and in memory, for where the whole would be too many: the
+        training loss, statistics and measurements of time.
+      num_workers: processes that read ahead; 0 for threads of this one.
+      read_ahead: batches that every worker has ready.
+
+    Example:
+      >>> source = [{"x": number} for number in range(5)]
+      >>> stream = Stream(source, lambda example, rng: {"x": np.int32(example["x"])}, sample={})
+      >>> batches = stream.batches(seed=0, batch_size=2)
+      >>> len({int(x) for _ in range(2) for x in next(batches)["x"]})
+      4
+    """
+
+    source: Source
+    transform: Transform
+    sample: Examples
+    num_workers: int = 0
+    read_ahead: int = 4
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.source)
+
+    def batches(self, seed: int, batch_size: int, start: int = 0) -> Iterator[Examples]:
+        """Returns mini-batches without end: dicts of arrays with leading size ``batch_size``.
+
+        Epochs are shuffled anew. What is left over at the end of one, fewer than ``batch_size`` examples,
+        is dropped. Leaving out batches up to ``start`` costs nothing.
+
+        Raises:
+          ImportError: if grain is missing.
+          ValueError: if ``batch_size`` is out of range or ``start`` negative.
+        """
+        require_batch_fits(batch_size, len(self))
+        if start < 0:
+            raise ValueError(f"`start` must be at least 0, got {start}")
+        grain = _import_grain()
+        dataset = grain.MapDataset.source(self.source).seed(seed).shuffle().random_map(self.transform)
+        dataset = dataset.batch(batch_size, drop_remainder=True).repeat()[start:]
+        threads = 1 if self.num_workers else self.read_ahead
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self.read_ahead)
+        dataset = dataset.to_iter_dataset(options)
+        if self.num_workers:
+            workers = grain.multiprocessing.MultiprocessingOptions(self.num_workers, self.read_ahead)
+            dataset = dataset.mp_prefetch(workers)
+        return iter(dataset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,27 +102,17 @@ class Dataset:
     """
 
     meta_train: Examples
-    train: Examples | ExampleStream
+    train: Examples | Stream
     test: Examples
 
 
-def in_memory(part: Examples | ExampleStream) -> Examples:
-    """Returns the part itself or, of a stream, the sample of it that is held in memory.
-
-    Example:
-      >>> in_memory({"label": np.zeros(3)})
-      {'label': array([0., 0., 0.])}
-    """
+def in_memory(part: Examples | Stream) -> Examples:
+    """Returns the part itself or, of a stream, the sample of it that is held in memory."""
     return part if isinstance(part, dict) else part.sample
 
 
-def part_size(part: Examples | ExampleStream) -> int:
-    """Returns the number of examples of a part, in memory or not.
-
-    Example:
-      >>> part_size({"label": np.zeros(3)})
-      3
-    """
+def part_size(part: Examples | Stream) -> int:
+    """Returns the number of examples of a part, in memory or not."""
     return num_examples(part) if isinstance(part, dict) else len(part)
 
 
@@ -79,25 +126,17 @@ def num_examples(data: chex.ArrayTree) -> int:
       >>> num_examples({"image": np.zeros((5, 8, 8, 1)), "label": np.zeros(5)})
       5
     """
-    sizes = {leaf.shape[0] if leaf.shape else None for leaf in jax.tree.leaves(data)}
-    size = next(iter(sizes)) if len(sizes) == 1 else None
-    if size is None:
+    sizes: Any = {leaf.shape[0] if leaf.shape else None for leaf in jax.tree.leaves(data)}
+    if len(sizes) != 1 or None in sizes:
         raise ValueError(
             "`data` must be arrays with the examples first, all of one leading size, got leading sizes "
             f"{sorted(map(str, sizes))}"
         )
-    return size
+    return sizes.pop()
 
 
 def take(data: chex.ArrayTree, indices: jax.Array) -> chex.ArrayTree:
-    """Returns the examples with the given numbers.
-
-    Args:
-      data: pytree of arrays with the examples first.
-      indices: integers of any shape.
-
-    Returns:
-      A pytree like ``data`` with leaves of shape ``(*indices.shape, ...)``.
+    """Returns the examples numbered by ``indices``, of any shape, as leaves ``(*indices.shape, ...)``.
 
     Example:
       >>> take({"x": np.array([10, 20, 30])}, jnp.array([2, 0]))
@@ -109,15 +148,7 @@ def take(data: chex.ArrayTree, indices: jax.Array) -> chex.ArrayTree:
 def require_batch_fits(
     batch_size: int, available: int, argument: str = "batch_size", examples: str = "examples"
 ) -> None:
-    """Raises a ValueError unless ``batch_size`` lies in [1, available].
-
-    ``argument`` names where the size came from, ``examples`` what is drawn from, for the message.
-
-    Example:
-      >>> require_batch_fits(11, 10)
-      Traceback (most recent call last):
-      ValueError: `batch_size` must lie between 1 and the number of examples, 10, got 11; ...
-    """
+    """Raises a ValueError unless ``batch_size``, named ``argument``, lies in [1, available]."""
     if not 1 <= batch_size <= available:
         raise ValueError(
             f"`{argument}` must lie between 1 and the number of {examples}, {available}, got {batch_size}; "
@@ -131,17 +162,11 @@ def epoch_indices(key: chex.PRNGKey, num_examples: int, batch_size: int, num_ste
     Every epoch is a fresh shuffle, cut into whole batches. What is left over at its end (fewer than
     ``batch_size`` examples, different ones each time) is dropped. Can be used under ``jit`` and ``vmap``.
 
-    Args:
-      key: random key.
-      num_examples: number of examples N.
-      batch_size: examples per batch B, at most N.
-      num_steps: number of batches.
-
     Returns:
-      Shape (num_steps, B), int32 in [0, N); no example repeats within an epoch.
+      Shape (num_steps, batch_size), int32 in [0, num_examples); no example repeats within an epoch.
 
     Raises:
-      ValueError: if ``batch_size`` is not in [1, N] or ``num_steps`` is negative.
+      ValueError: if ``batch_size`` is not in [1, num_examples] or ``num_steps`` is negative.
 
     Example:
       >>> epoch_indices(jax.random.key(0), num_examples=10, batch_size=4, num_steps=3).shape
@@ -167,17 +192,14 @@ def sample_batches(data: chex.ArrayTree, key: chex.PRNGKey, shape: tuple[int, ..
     Args:
       data: pytree of arrays with the examples first.
       key: random key.
-      shape: leading shape of the result with the batch last, such as (T + 1, B) for an unroll.
-
-    Returns:
-      A pytree like ``data`` with leaves of shape ``(*shape, ...)``; can be used under ``jit``.
+      shape: leading shape of the leaves of the result, with the batch last, such as (T + 1, B) for an
+        unroll.
 
     Raises:
       ValueError: if the arrays differ in their leading size, there are none, or B is larger than it.
 
     Example:
-      >>> batches = sample_batches({"x": np.arange(6)}, jax.random.key(0), (3, 2))
-      >>> batches["x"].shape
+      >>> sample_batches({"x": np.arange(6)}, jax.random.key(0), (3, 2))["x"].shape
       (3, 2)
     """
     available = num_examples(data)
@@ -186,12 +208,21 @@ def sample_batches(data: chex.ArrayTree, key: chex.PRNGKey, shape: tuple[int, ..
 
 
 def freeze(**arrays: np.ndarray) -> Examples:
-    """Returns examples of read-only arrays: writing into shared data would change later trainings.
-
-    Example:
-      >>> freeze(label=np.zeros(2))["label"].flags.writeable
-      False
-    """
+    """Returns examples of read-only arrays: writing into shared data would change later trainings."""
     for array in arrays.values():
         array.setflags(write=False)
     return arrays
+
+
+def _import_grain() -> Any:
+    try:
+        import grain
+        from absl import flags
+    except ImportError as error:
+        raise ImportError(
+            f"data that do not fit in memory are read with grain, but {error.name} is not installed; run "
+            "`pip install 'mlhf-optax[data]'`"
+        ) from error
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain's workers look at flags, which only absl's own programs parse
+    return grain

@@ -6,15 +6,14 @@ Crops of the training images are made by worker processes while the device compu
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from mlhf_optax.tasks.data import Dataset, Examples
+from mlhf_optax.tasks.data import Dataset, Examples, Source, Stream
 from mlhf_optax.tasks.prepared import cache_folder, data_folder, decode_parts, open_sources
 from mlhf_optax.tasks.resnet import Stem, resnet18
-from mlhf_optax.tasks.streaming import Source, Stream
-from mlhf_optax.tasks.task import Task, image_task
+from mlhf_optax.tasks.task import FileOptions, Task, file_task
 
 NUM_CLASSES = 1000
 _CROP_AREA = (0.08, 1.0)
@@ -29,27 +28,18 @@ def load_imagenet(
     num_held: int = 5000,
     num_workers: int = 8,
 ) -> Dataset:
-    """Returns ImageNet: 1.28 million training images in 1000 classes, streamed.
+    """Returns ImageNet: 1.28 million training images, uint8, in 1000 classes, streamed.
 
-    Held in memory are the first ``num_held`` training images for meta-training, as many of the
-    others for taking the training loss, and as many validation images for testing. All that is not for
-    meta-training is streamed for training. (In its files the dataset is shuffled, so the first images
-    are a random sample.)
+    Held in memory are the first ``num_held`` training images for meta-training, as many of the others for
+    taking the training loss, and as many validation images for testing. All that is not for meta-training
+    is streamed for training. (In its files the dataset is shuffled: the first images are a random sample.)
 
     Args:
-      data_dir: folder of prepared datasets (:func:`mlhf_optax.tasks.prepared.data_folder`).
-      cache_dir: folder of decoded arrays (:func:`mlhf_optax.tasks.prepared.cache_folder`).
+      data_dir: as for :func:`load_cifar10`, and so are ``cache_dir`` and the errors.
+      cache_dir: likewise.
       image_size: height and width of the crops.
       num_held: images of each part that is held in memory.
       num_workers: processes that decode.
-
-    Returns:
-      A :class:`Dataset` whose part ``train`` is a :class:`Stream`; images are uint8.
-
-    Raises:
-      FileNotFoundError: if the dataset is not there; it says how to get it.
-      ImportError: if tensorflow-datasets is missing.
-      ValueError: if the files are damaged.
 
     Example:
       ``len(load_imagenet("/data/tensorflow_datasets").train)`` is 1,276,167.
@@ -82,12 +72,7 @@ def _load(folder: Path, cache_dir: Path, image_size: int, num_held: int, num_wor
 
 
 class Stretch:
-    """The examples of a source from one number up to another, each transformed if so wished.
-
-    Example:
-      >>> list(Stretch("abcde", 1, 3, str.upper))
-      ['B', 'C']
-    """
+    """The examples of a source from one number up to another, each transformed if so wished."""
 
     def __init__(self, source: Source, start: int, stop: int, transform: Callable[[Any], Any] | None = None):
         self._source, self._numbers, self._transform = source, range(start, stop), transform
@@ -106,11 +91,6 @@ def random_crop(example: Mapping[str, Any], rng: np.random.Generator, image_size
     The part has 8 % to 100 % of the area and sides in a ratio of 3:4 to 4:3; where ten attempts do not
     fit into the image, it is the largest square in the middle.
 
-    Args:
-      example: ``"image"``, uint8 of shape (height, width, 3), and ``"label"``.
-      rng: random numbers.
-      image_size: height and width of the result.
-
     Returns:
       ``"image"``, uint8 of shape (image_size, image_size, 3), and ``"label"``, int32.
     """
@@ -126,12 +106,7 @@ def random_crop(example: Mapping[str, Any], rng: np.random.Generator, image_size
 
 
 def central_crop(example: Mapping[str, Any], image_size: int, share: float = 0.875) -> Examples:
-    """Cuts out the middle square, whose side is a share of the shorter side; else as :func:`random_crop`.
-
-    Example:
-      >>> central_crop({"image": np.zeros((40, 60, 3), np.uint8), "label": 3}, 8)["image"].shape
-      (8, 8, 3)
-    """
+    """Cuts out the middle square, whose side is a share of the shorter side; else as :func:`random_crop`."""
     height, width = example["image"].shape[:2]
     side = max(1, round(share * min(height, width)))
     left, top = (width - side) // 2, (height - side) // 2
@@ -150,30 +125,20 @@ def imagenet_resnet18(
     channels: int = 64,
     stem: Stem = "imagenet",
     image_size: int = 224,
-    batch_size: int = 64,
-    meta_batch_size: int = 64,
-    augment: bool = True,
+    *,
     num_workers: int = 8,
-    data_dir: str | Path | None = None,
-    cache_dir: str | Path | None = None,
+    **options: Unpack[FileOptions],
 ) -> Task:
     """Returns the task that the paper's section 4.4 carries MLHF over to: ResNet-18 v2 on ImageNet.
 
     The training part is streamed; worker processes crop it at random.
 
     Args:
-      channels: channels of the first stage; they double three times.
+      channels: channels of the first stage, at least 1; they double three times.
       stem: see :class:`mlhf_optax.tasks.ResNet`.
       image_size: height and width of the images that the network sees.
-      batch_size: examples per mini-batch when networks are trained.
-      meta_batch_size: examples per mini-batch in meta-training.
-      augment: mirror training images at random.
       num_workers: processes that read and decode.
-      data_dir: where the data lie (:func:`load_imagenet`).
-      cache_dir: where decoded images are kept.
-
-    Raises:
-      ValueError: if a number is below one.
+      **options: see :class:`mlhf_optax.tasks.FileOptions`; all batches are of 64.
 
     Example:
       >>> imagenet_resnet18().num_classes
@@ -183,17 +148,13 @@ def imagenet_resnet18(
     name += "" if channels == 64 else f"-{channels}"
     name += "" if stem == "imagenet" else f"-{stem}-stem"
     name += "" if image_size == 224 else f"-{image_size}px"
-    return image_task(
+    return file_task(
         name,
         f"ImageNet ({image_size}x{image_size}, 1000 classes), ResNet-18 v2 from {channels} channels",
         resnet18(NUM_CLASSES, stem, channels),
         (image_size, image_size, 3),
-        load_data=functools.partial(
-            load_imagenet, data_dir, cache_dir, image_size=image_size, num_workers=num_workers
-        ),
+        functools.partial(load_imagenet, image_size=image_size, num_workers=num_workers),
+        {"batch_size": 64, "meta_batch_size": 64, **options},
         num_classes=NUM_CLASSES,
-        batch_size=batch_size,
-        meta_batch_size=meta_batch_size,
-        augment=augment,
         pretrained="cifar10_resnet",
     )

@@ -14,12 +14,8 @@ from mlhf_optax.convolution import convolve
 
 Convolution = Callable[..., jax.Array]  # called like jax.lax.conv_general_dilated
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": nn.relu,
-    "sigmoid": nn.sigmoid,
-    "tanh": nn.tanh,
-    "gelu": nn.gelu,
-}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]]
+ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": nn.tanh, "gelu": nn.gelu}
 
 
 class MLP(nn.Module):
@@ -34,8 +30,7 @@ class MLP(nn.Module):
       ValueError: for an unknown ``activation`` or a width below one.
 
     Example:
-      >>> model = MLP(hidden=(32,))
-      >>> params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+      >>> params = MLP(hidden=(32,)).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
       >>> sum(leaf.size for leaf in jax.tree.leaves(params))
       2410
     """
@@ -92,12 +87,8 @@ class ConvNet(nn.Module):
     kernel_size: int = 5
 
     def __post_init__(self):
-        _require_positive(
-            channels=self.channels,
-            hidden=self.hidden,
-            num_outputs=self.num_outputs,
-            kernel_size=self.kernel_size,
-        )
+        sizes = {"num_outputs": self.num_outputs, "kernel_size": self.kernel_size}
+        _require_positive(channels=self.channels, hidden=self.hidden, **sizes)
         super().__post_init__()
 
     @nn.compact
@@ -118,13 +109,6 @@ def max_pool(images: jax.Array, window: int = 2) -> jax.Array:
 
     A reshape and a maximum over the window axes: the derivative of the usual ``reduce_window``
     repeats the search for the maximum in every GGN product and made a whole step 2.5 times slower.
-
-    Raises:
-      ValueError: if ``window`` does not divide height and width.
-
-    Example:
-      >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0]
-      Array([[ 5.,  7.], [13., 15.]], dtype=float32)
     """
     batch, height, width, channels = images.shape
     if height % window or width % window:

@@ -14,19 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from mlhf_optax.tasks.data import Examples, freeze
-from mlhf_optax.tasks.streaming import Source
+from mlhf_optax.files import write_atomically
+from mlhf_optax.tasks.data import Examples, Source, freeze
 
 
 def data_folder(data_dir: str | Path | None = None) -> Path:
-    """Returns the folder of prepared datasets, whether it is there or not.
+    """Returns ``data_dir`` or, if it is None, ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
 
-    That is ``data_dir`` or, if it is None, the environment variable ``TFDS_DATA_DIR`` or
-    ``~/tensorflow_datasets``, where tensorflow-datasets puts them.
-
-    Example:
-      >>> data_folder("/data/tfds").name
-      'tfds'
+    It is the folder of prepared datasets, and may not be there.
     """
     return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
@@ -38,11 +33,6 @@ def open_sources(name: str, folder: Path) -> dict[str, Source]:
       FileNotFoundError: if the dataset is not there; it says how to get it.
       ImportError: if tensorflow-datasets is missing.
       ValueError: if the dataset is there but cannot be opened.
-
-    Example:
-      >>> open_sources("cifar10", Path("/nowhere"))
-      Traceback (most recent call last):
-      FileNotFoundError: there is no prepared dataset 'cifar10' in /nowhere; ...
     """
     if not _descriptions(name, folder):
         raise FileNotFoundError(
@@ -67,18 +57,10 @@ def open_sources(name: str, folder: Path) -> dict[str, Source]:
 def decode_parts(
     parts: Mapping[str, Source], name: str, folder: Path, cache_name: str, cache_dir: Path, *form: Any
 ) -> dict[str, Examples]:
-    """Decodes parts of a prepared dataset once, and from then on reads them from a file of the cache.
+    """Decodes parts of the dataset ``name`` in ``folder`` once; then reads them from a file of the cache.
 
-    Args:
-      parts: sources of decoded examples, by name.
-      name: name of the dataset.
-      folder: where it lies.
-      cache_name: name of the file in the cache; what tells versions of the dataset apart is added.
-      cache_dir: see :func:`cache_folder`.
-      *form: ``shape`` and ``num_classes`` of :func:`decode_split`.
-
-    Returns:
-      The parts, read-only.
+    To ``cache_name`` is added what tells versions of the dataset apart. ``form`` is ``shape`` and
+    ``num_classes`` of :func:`decode_split`. The parts are read-only.
 
     Raises:
       ValueError: if an example or the file in the cache is damaged.
@@ -101,13 +83,6 @@ def decode_split(
 
     Files of tensorflow-datasets are shuffled; the ids restore the order in which the dataset was
     published. Examples without ids stay as they are. Shows a progress bar on a terminal.
-
-    Args:
-      source: gives decoded examples by number.
-      name: name of the dataset, for messages, as ``folder``.
-      folder: where it lies.
-      shape: what every image must be.
-      num_classes: labels must lie below it.
 
     Returns:
       ``"image"``, uint8 of shape (N, *shape), and ``"label"``, int32 of shape (N,).
@@ -133,13 +108,9 @@ def decode_split(
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Returns the folder for files that can be made anew at any time, whether it is there or not.
+    """Returns ``cache_dir`` or, if it is None, ``mlhf_optax`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
-    That is ``cache_dir`` or, if it is None, ``mlhf_optax`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
-
-    Example:
-      >>> cache_folder("/tmp/arrays").name
-      'arrays'
+    It is for files that can be made anew at any time, and may not be there yet.
     """
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlhf_optax"
     return Path(default if cache_dir is None else cache_dir).expanduser()
@@ -150,23 +121,14 @@ def cached_arrays(
 ) -> dict[str, np.ndarray]:
     """Returns arrays from the file ``name``.npz of the cache, or makes them and writes the file.
 
-    The name must change with whatever leads to other arrays. The file is written under another name and
-    renamed, so it is whole or absent; later damage is noticed by the checksums of the zip format.
-
-    Raises:
-      ValueError: if the file is damaged.
-
-    Example:
-      >>> import tempfile
-      >>> folder = tempfile.mkdtemp()
-      >>> first = cached_arrays("ones", lambda: {"x": np.ones(2)}, folder)
-      >>> cached_arrays("ones", lambda: {"x": np.zeros(2)}, folder)
-      {'x': array([1., 1.])}
+    The name must change with whatever leads to other arrays. The file is whole or absent; later damage
+    is noticed by the checksums of the zip format and raises a ValueError.
     """
     path = cache_folder(cache_dir) / f"{name}.npz"
     if not path.exists():
         arrays = dict(make())
-        _write(path, arrays)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
         return arrays
     try:
         return read_arrays(path)
@@ -182,17 +144,6 @@ def read_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, np.
     # The file is opened here, as numpy leaves a damaged one open.
     with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
         return {name: file[name] for name in (names or file.files)}
-
-
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _with_progress(numbers: range, title: str) -> Iterable[int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from mlhf_optax.tasks.cifar10 import cifar10_convnet, cifar10_resnet9
 from mlhf_optax.tasks.digits import digits_convnet, digits_mlp
 from mlhf_optax.tasks.imagenet import imagenet_resnet18
-from mlhf_optax.tasks.task import Task
+from mlhf_optax.tasks.task import FileOptions, Task
 from mlhf_optax.tasks.tiny_imagenet import tiny_imagenet_resnet18
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -20,14 +20,9 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def get_task(name: str, **options) -> Task:
-    """Builds a task by name.
+    """Builds a task by its name in :data:`TASKS`; its data are not loaded yet.
 
-    Args:
-      name: a key of :data:`TASKS`.
-      **options: arguments of the function registered there, such as ``hidden=(16,)`` for ``"digits-mlp"``.
-
-    Returns:
-      The task; its data are not loaded yet.
+    ``options`` are arguments of the function registered there, such as ``hidden=(16,)`` for ``"digits-mlp"``.
 
     Raises:
       ValueError: if there is no such task.
@@ -39,9 +34,10 @@ def get_task(name: str, **options) -> Task:
     """
     if name not in TASKS:
         raise ValueError(f"`name` must be one of {', '.join(map(repr, TASKS))}, got {name!r}")
-    known = list(inspect.signature(TASKS[name]).parameters)
-    unknown = sorted(set(options) - set(known))
-    if unknown:
+    parameters = inspect.signature(TASKS[name]).parameters
+    shared = FileOptions.__annotations__ if "options" in parameters else {}
+    known = [*(parameter for parameter in parameters if parameter != "options"), *shared]
+    if unknown := sorted(set(options) - set(known)):
         raise TypeError(
             f"the task {name!r} has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}"
         )

@@ -1,10 +1,9 @@
 """Residual networks with pre-activation (v2) and batch normalisation.
 
-Batch normalisation has two modes, chosen by the call. While training, outputs are normalised by the
-statistics of the mini-batch itself, so a network is a function of parameters and mini-batch, which is
-all that an optimizer sees. For evaluation, statistics of the training data are given; they are computed
-anew at the current parameters by :func:`batch_statistics`, rather than averaged along the way: an
-average over past steps belongs to parameters that are gone, and would be one more state to carry.
+While training, outputs are normalised by the statistics of the mini-batch itself, so a network is a
+function of parameters and mini-batch, which is all that an optimizer sees. Statistics for evaluation are
+computed anew at the current parameters by :func:`batch_statistics`: an average over past steps belongs to
+parameters that are gone, and would be one more state to carry.
 """
 
 import functools
@@ -66,14 +65,11 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, use_running_average: bool = False) -> jax.Array:
-        """Returns logits of shape (B, C).
+        """Returns logits of shape (B, C) for images of shape (B, height, width, channels).
 
-        Args:
-          images: shape (B, height, width, channels).
-          use_running_average: normalise by the collection ``batch_stats`` rather than by the mini-batch.
+        With ``use_running_average`` it normalises by the collection ``batch_stats``, not by the mini-batch.
         """
-        convolution = self.convolution or convolve
-        conv = functools.partial(nn.Conv, use_bias=False, conv_general_dilated=convolution)
+        conv = functools.partial(nn.Conv, use_bias=False, conv_general_dilated=self.convolution or convolve)
         norm = functools.partial(
             nn.BatchNorm, use_running_average=use_running_average, momentum=self.momentum
         )
@@ -91,19 +87,12 @@ class ResNet(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Adds to its input, or a 1x1 projection of it, two convolutions, each after norm and ReLU.
-
-    Attributes:
-      channels: output channels.
-      stride: of the first convolution and of the projection.
-      conv: makes a convolution from channels, kernel size and strides.
-      norm: makes a normalisation.
-    """
+    """Adds to its input, or a 1x1 projection of it, two convolutions, each after norm and ReLU."""
 
     channels: int
-    stride: int
-    conv: Any
-    norm: Any
+    stride: int  # of the first convolution and of the projection
+    conv: Any  # conv(channels, kernel_size, strides=...) -> layer
+    norm: Any  # norm() -> layer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -117,16 +106,8 @@ class BasicBlock(nn.Module):
         return shortcut + self.conv(self.channels, (3, 3))(x)
 
 
-def mini_resnet(num_outputs: int = 10, channels: int = 16, convolution: Convolution | None = None) -> ResNet:
-    """Returns the paper's mini ResNet: 9 blocks of 16, 16, 16, 32, 32, 32, 64, 64, 64 channels.
-
-    Args:
-      num_outputs: number of outputs.
-      channels: channels of the first three blocks; the others have two and four times as many.
-      convolution: see :class:`ResNet`.
-
-    Returns:
-      The network, for small images.
+def mini_resnet(num_outputs: int = 10, channels: int = 16) -> ResNet:
+    """Returns the paper's mini ResNet for small images: 9 blocks, of once, twice and four times ``channels``.
 
     Example:
       >>> mini_resnet(channels=4).stages
@@ -134,33 +115,17 @@ def mini_resnet(num_outputs: int = 10, channels: int = 16, convolution: Convolut
 
     Source: paper, section 4.4.
     """
-    stages = tuple((3, width * channels) for width in (1, 2, 4))
-    return ResNet(stages, num_outputs, convolution=convolution)
+    return ResNet(tuple((3, width * channels) for width in (1, 2, 4)), num_outputs)
 
 
-def resnet18(
-    num_outputs: int = 1000,
-    stem: Stem = "imagenet",
-    channels: int = 64,
-    convolution: Convolution | None = None,
-) -> ResNet:
-    """Returns ResNet-18 v2.
-
-    Args:
-      num_outputs: number of outputs.
-      stem: see :class:`ResNet`, as ``convolution``.
-      channels: channels of the first stage; they double three times.
-      convolution: the convolution.
-
-    Returns:
-      The network.
+def resnet18(num_outputs: int = 1000, stem: Stem = "imagenet", channels: int = 64) -> ResNet:
+    """Returns ResNet-18 v2; ``channels`` are those of the first stage, and double three times.
 
     Example:
       >>> resnet18().stages
       ((2, 64), (2, 128), (2, 256), (2, 512))
     """
-    stages = tuple((2, width * channels) for width in (1, 2, 4, 8))
-    return ResNet(stages, num_outputs, stem, convolution)
+    return ResNet(tuple((2, width * channels) for width in (1, 2, 4, 8)), num_outputs, stem)
 
 
 def batch_statistics(model: ResNet, params: Any, images: jax.Array, batch_size: int = 256) -> Any:
@@ -174,18 +139,13 @@ def batch_statistics(model: ResNet, params: Any, images: jax.Array, batch_size: 
       batch_size: images at once; whole batches only are used, or all images if there are fewer.
 
     Returns:
-      The collection ``batch_stats``: means and variances, averaged over the batches.
+      The collection ``"batch_stats"`` of the network.
 
     Raises:
       ValueError: if there are no images or ``batch_size`` is below one.
 
     Example:
-      >>> model = ResNet(stages=((1, 4),))
-      >>> images = jnp.ones((2, 8, 8, 3))
-      >>> variables = model.init(jax.random.key(0), images)
-      >>> statistics = batch_statistics(model, variables["params"], images)
-      >>> jax.tree.structure(statistics) == jax.tree.structure(variables["batch_stats"])
-      True
+      ``batch_statistics(model, params, images[:1024])``
     """
     if batch_size < 1 or not len(images):
         raise ValueError(
@@ -195,22 +155,14 @@ def batch_statistics(model: ResNet, params: Any, images: jax.Array, batch_size: 
     size = min(batch_size, len(images))
     batches = images[: len(images) // size * size].reshape(-1, size, *images.shape[1:])
     exact = model.clone(momentum=0.0)  # what is collected are then the statistics of the batch alone
-
-    def statistics(batch: jax.Array) -> Any:
-        return exact.apply({"params": params}, batch, mutable=["batch_stats"])[1]["batch_stats"]
-
-    return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), jax.lax.map(statistics, batches))
+    statistics = lambda batch: exact.apply({"params": params}, batch, mutable=["batch_stats"])[1]
+    return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), jax.lax.map(statistics, batches))["batch_stats"]
 
 
 def overlapping_max_pool(images: jax.Array) -> jax.Array:
     """Takes the maximum over windows of 3x3 at stride 2, padded by one, as in the stem for ImageNet.
 
-    Images of shape (B, height, width, C) become (B, ceil(height / 2), ceil(width / 2), C). The maximum of
-    nine strided copies: unlike ``reduce_window``, its derivative repeats no search in every GGN product.
-
-    Example:
-      >>> overlapping_max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0]
-      Array([[ 5.,  7.], [13., 15.]], dtype=float32)
+    The maximum of nine strided copies: unlike that of ``reduce_window``, its derivative repeats no search.
     """
     height, width = images.shape[1:3]
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)

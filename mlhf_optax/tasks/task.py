@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypedDict
 
 import chex
 import jax.numpy as jnp
@@ -43,13 +44,12 @@ class Task:
       meta_batch_size: the same when optimizers are meta-trained.
       pretrained: name of the shipped meta-parameters recommended for this task.
       augment_fn: ``augment_fn(key, batch) -> batch``, applied to every mini-batch that is trained on, in
-        comparisons as in meta-training, and never in evaluation. The batch has the leaves of
-        ``data.train`` with any leading axes, such as (num_tasks, T + 1, B), in the place of N. It can be
-        used under ``jit``.
+        comparisons as in meta-training, and never in evaluation. The batch has any leading axes, such as
+        (num_tasks, T + 1, B), in the place of N. It can be used under ``jit``.
       model_state_fn: for networks with batch normalisation, ``model_state_fn(params, examples) ->
-        model_state``: what ``predict_fn`` normalises by in evaluation, from a part of the data.
-        It reaches ``predict_fn`` as ``batch["model_state"]``; without that entry, as in training,
-        ``predict_fn`` normalises by the batch itself. None for other networks.
+        model_state``: what ``predict_fn`` normalises by in evaluation. It reaches ``predict_fn`` as
+        ``batch["model_state"]``; without that entry, as in training, ``predict_fn`` normalises by the
+        batch itself. None for other networks.
     """
 
     name: str
@@ -77,16 +77,9 @@ class Task:
 
 
 def check_batch_size(task: Task, part: Literal["train", "meta_train"] = "train") -> None:
-    """Raises a ValueError if a task's batches are larger than the data that they are drawn from.
+    """Raises a ValueError if ``batch_size`` (or ``meta_batch_size``) is below one or larger than its part.
 
     To be called before anything of the size of a batch is allocated. Loads the data.
-
-    Args:
-      task: the task.
-      part: ``"train"`` to check ``task.batch_size``, ``"meta_train"`` for ``task.meta_batch_size``.
-
-    Raises:
-      ValueError: if the batch size is below one or above the number of examples of the part.
 
     Example:
       >>> from mlhf_optax.tasks import get_task
@@ -94,12 +87,9 @@ def check_batch_size(task: Task, part: Literal["train", "meta_train"] = "train")
       Traceback (most recent call last):
       ValueError: `batch_size` must lie between 1 and the number of training examples ... 719, got 1000; ...
     """
-    argument, examples = {
-        "train": ("batch_size", "training examples"),
-        "meta_train": ("meta_batch_size", "meta-training examples"),
-    }[part]
-    available = part_size(getattr(task.data, part))
-    require_batch_fits(getattr(task, argument), available, argument, f"{examples} of {task.name!r}")
+    prefix, kind = {"train": ("", "training"), "meta_train": ("meta_", "meta-training")}[part]
+    argument, available = f"{prefix}batch_size", part_size(getattr(task.data, part))
+    require_batch_fits(getattr(task, argument), available, argument, f"{kind} examples of {task.name!r}")
 
 
 def image_task(
@@ -119,14 +109,10 @@ def image_task(
       description: of the task.
       model: the network. A :class:`mlhf_optax.tasks.ResNet` is evaluated by statistics of the training
         part.
-      image_shape: height, width and channels. Where the data are 8-bit arrays, the network sees
-        standardised images.
+      image_shape: height, width and channels. 8-bit images are standardised for the network.
       augment: crop and mirror training images at random.
       pad: how far crops move (:func:`mlhf_optax.tasks.augment_images`).
       **fields: other fields of :class:`Task`.
-
-    Returns:
-      The task.
 
     Example:
       >>> import jax
@@ -160,3 +146,33 @@ def image_task(
         model_state_fn=model_state_fn if is_resnet else None,
         **fields,
     )
+
+
+class FileOptions(TypedDict, total=False):
+    """Options of every task whose data lie in files."""
+
+    batch_size: int
+    """Examples per mini-batch when networks are trained."""
+    meta_batch_size: int
+    """Examples per mini-batch in meta-training."""
+    augment: bool
+    """Crop and mirror training images at random; True by default. Streamed ones are cropped in any case."""
+    data_dir: str | Path | None
+    """Where the data lie; see the function that loads them."""
+    cache_dir: str | Path | None
+    """Where decoded images are kept."""
+
+
+def file_task(
+    name: str,
+    description: str,
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    load: Callable[..., Dataset],
+    options: FileOptions,
+    **fields: Any,
+) -> Task:
+    """Returns an :func:`image_task` whose data come from ``load(data_dir, cache_dir)``."""
+    given = {"augment": True, "data_dir": None, "cache_dir": None, **options}
+    load_data = functools.partial(load, given.pop("data_dir"), given.pop("cache_dir"))
+    return image_task(name, description, model, image_shape, load_data=load_data, **given, **fields)

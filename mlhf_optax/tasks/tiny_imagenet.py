@@ -9,13 +9,14 @@ import io
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
 from mlhf_optax.tasks.data import Dataset, freeze
 from mlhf_optax.tasks.prepared import DAMAGE, cache_folder, cached_arrays, data_folder, read_arrays
 from mlhf_optax.tasks.resnet import Stem, resnet18
-from mlhf_optax.tasks.task import Task, image_task
+from mlhf_optax.tasks.task import FileOptions, Task, file_task
 
 IMAGE_SHAPE = (64, 64, 3)
 META_TRAIN_SHARE = 1 / 5
@@ -45,10 +46,6 @@ def load_tiny_imagenet(
       FileNotFoundError: if there is no such file; it says how to make it.
       ImportError: if pillow is missing.
       ValueError: if the file is damaged or has other classes, or the folder holds several.
-
-    Example:
-      ``load_tiny_imagenet("tiny_imagenet.npz").test["image"].shape`` is ``(5000, 64, 64, 3)`` for 100
-      classes.
     """
     path = _find_file(data_folder(data_dir))
     data, found = _load(path, cache_folder(cache_dir))
@@ -91,12 +88,8 @@ def _load(path: Path, cache_dir: Path) -> tuple[Dataset, int]:
         image=images[f"{split}_image"][rows], label=packed[f"y_{split}"][rows].astype(np.int32)
     )
     boundary = round(META_TRAIN_SHARE * len(packed["y_train"]))
-    data = Dataset(
-        meta_train=part("train", slice(None, boundary)),
-        train=part("train", slice(boundary, None)),
-        test=part("test", slice(None)),
-    )
-    return data, num_classes
+    parts = (part("train", slice(boundary)), part("train", slice(boundary, None)), part("test", slice(None)))
+    return Dataset(*parts), num_classes
 
 
 def _decode(path: Path, packed: dict[str, np.ndarray], split: str) -> np.ndarray:
@@ -125,19 +118,11 @@ def _damaged(path: Path, problem: object) -> ValueError:
 
 
 def pack_tiny_imagenet(folder: str | Path, path: str | Path, num_classes: int = 200) -> Path:
-    """Makes the file that :func:`load_tiny_imagenet` reads, of the folder that is distributed.
+    """Makes the file that :func:`load_tiny_imagenet` reads of the folder that is distributed.
 
     The classes are the first in the order of their names. Images of the training set follow each other
     class by class in turns, so that every stretch of them holds all classes. The validation set, whose
     labels are public, is for testing.
-
-    Args:
-      folder: ``tiny-imagenet-200``, unpacked.
-      path: where to write.
-      num_classes: classes to keep.
-
-    Returns:
-      The path.
 
     Raises:
       FileNotFoundError: if the folder is not that of Tiny-ImageNet.
@@ -172,29 +157,15 @@ def _pack(split: str, files: Sequence[tuple[Path, int]]) -> dict[str, np.ndarray
 
 
 def tiny_imagenet_resnet18(
-    channels: int = 64,
-    stem: Stem = "small",
-    num_classes: int = 100,
-    batch_size: int = 64,
-    meta_batch_size: int = 64,
-    augment: bool = True,
-    data_dir: str | Path | None = None,
-    cache_dir: str | Path | None = None,
+    channels: int = 64, stem: Stem = "small", num_classes: int = 100, **options: Unpack[FileOptions]
 ) -> Task:
     """Returns the stand-in for ``imagenet-resnet18``: ResNet-18 v2 on Tiny-ImageNet.
 
     Args:
-      channels: channels of the first stage; they double three times.
+      channels: channels of the first stage, at least 1; they double three times.
       stem: see :class:`mlhf_optax.tasks.ResNet`; ``"imagenet"`` costs a tenth and is less accurate.
       num_classes: classes in the file.
-      batch_size: examples per mini-batch when networks are trained.
-      meta_batch_size: examples per mini-batch in meta-training.
-      augment: crop and mirror training images at random.
-      data_dir: where the data lie (:func:`load_tiny_imagenet`).
-      cache_dir: where decoded images are kept.
-
-    Raises:
-      ValueError: if a number is below one.
+      **options: see :class:`mlhf_optax.tasks.FileOptions`; all batches are of 64.
 
     Example:
       >>> tiny_imagenet_resnet18(channels=8).name
@@ -203,16 +174,14 @@ def tiny_imagenet_resnet18(
     name = "tiny-imagenet-resnet18"
     name += "" if channels == 64 else f"-{channels}"
     name += "" if stem == "small" else f"-{stem}-stem"
-    return image_task(
+    return file_task(
         name,
         f"Tiny-ImageNet (64x64, {num_classes} classes), ResNet-18 v2 from {channels} channels",
         resnet18(num_classes, stem, channels),
         IMAGE_SHAPE,
-        load_data=functools.partial(load_tiny_imagenet, data_dir, cache_dir, num_classes),
+        functools.partial(load_tiny_imagenet, num_classes=num_classes),
+        {"batch_size": 64, "meta_batch_size": 64, **options},
         num_classes=num_classes,
-        batch_size=batch_size,
-        meta_batch_size=meta_batch_size,
-        augment=augment,
         pad=8,
         pretrained="cifar10_resnet",
     )

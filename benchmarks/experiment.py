@@ -1,35 +1,92 @@
-"""Options of the comparisons on image tasks, which scripts in ``benchmarks/`` add to, and their report."""
+"""What the scripts share: options, the command line, and the comparisons on image tasks with their report."""
 
 import dataclasses
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import tyro
 from rich.console import Console
 
-from mlhf_optax.comparison.contenders import Contender, learned_contender
-from mlhf_optax.comparison.engine import compare, epoch_steps
-from mlhf_optax.comparison.figures import require_matplotlib, save_figure
-from mlhf_optax.comparison.progress import progress_bar
-from mlhf_optax.comparison.results import Comparison
-from mlhf_optax.comparison.tables import comparison_table
+from mlhf_optax.comparison import (
+    Comparison,
+    Contender,
+    compare,
+    comparison_table,
+    epoch_steps,
+    learned_contender,
+    save_figure,
+)
+from mlhf_optax.comparison.figures import require_matplotlib
+from mlhf_optax.comparison.progress import comparison_bar
+from mlhf_optax.comparison.record import record, write_json
 from mlhf_optax.learned import LEARNED
-from mlhf_optax.pretrained import load_pretrained
-from mlhf_optax.pretrained.files import Pretrained
-from mlhf_optax.tasks import Dataset, Task
+from mlhf_optax.pretrained import Pretrained, load_pretrained
+from mlhf_optax.tasks import Dataset, Task, cifar10_convnet
 
 UNTRAINED = "untrained"
 _UNTRAINED_RECORD = {"learning_rate": 1.0, "num_cg_steps": 4, "max_update_ratio": 0.25, "batch_size": 128}
 
+Options = TypeVar("Options")
+
+
+def parse_options(options: type[Options], about: str | None, arguments: Sequence[str] | None) -> Options:
+    """Reads a command line into a frozen dataclass; a field is an option, its docstring the help.
+
+    A mistake ends the process with status 2 and says what is wanted.
+    """
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    return tyro.cli(options, description=about or "", args=arguments, config=config)
+
+
+def command_line(script: str, arguments: Sequence[str] | None = None) -> str:
+    """Returns the shell command that runs a script; its arguments are those of this process if None."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *given])
+
+
+def save_drawing(path: Path, draw: Callable[..., None], content: Any) -> None:
+    """Writes the figure that ``draw(figure, content)`` draws."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    draw(figure, content)
+    figure.savefig(path, dpi=150)
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkOptions:
+    """Options that all benchmarks of speed have; each adds its own."""
+
+    repeats: int = 9
+    """Rounds."""
+    json: Path | None = None
+    """Write what was measured to this file."""
+    figure: Path | None = None
+    """Draw a figure into this file."""
+    quick: bool = False
+    """Show in minutes that it runs: little work, few rounds."""
+
+    def __post_init__(self):
+        if self.repeats < 1:
+            raise ValueError(f"--repeats must be at least 1, got {self.repeats}")
+
+    def save(self, command: str, draw: Callable[..., None], **content: Any) -> None:
+        """Writes the content, and draws it with ``draw(figure, content)``, where that is asked for."""
+        content = record(command, **content)
+        if self.json:
+            write_json(self.json, content)
+        if self.figure:
+            save_drawing(self.figure, draw, content)
+
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentOptions:
-    """Options that all comparisons for epochs have.
-
-    Raises:
-      ValueError: if a number is below one.
-    """
+    """Options that all comparisons for epochs have."""
 
     epochs: int = 250
     """Length of every training; the paper's is 250."""
@@ -75,41 +132,21 @@ class ExperimentOptions:
 
 
 def find_meta_params(task: Task, name_or_path: str | None) -> tuple[str, Pretrained]:
-    """Returns meta-parameters for a task, and where they came from.
-
-    Args:
-      task: the task.
-      name_or_path: a shipped name, a path, ``"untrained"``, or None for those recommended for the task.
-
-    Returns:
-      Name or path, and the meta-parameters with their record.
-
-    Raises:
-      FileNotFoundError: if there are no such meta-parameters.
-    """
+    """Returns meta-parameters (``"untrained"``, or if None those for the task), and where they are from."""
     source = name_or_path or task.pretrained
     if source != UNTRAINED:
         return source, load_pretrained(source)
     name, family = next(iter(LEARNED.items()))
     learned = family.learned(family.options())
     assert learned.init is not None  # those of the registry have one
-    fresh = learned.init(jax.random.key(0), task)
-    return source, Pretrained(fresh, {"optimizer": name, **_UNTRAINED_RECORD})
+    return source, Pretrained(learned.init(jax.random.key(0), task), {"optimizer": name, **_UNTRAINED_RECORD})
 
 
 def learned_contenders(task: Task, options: ExperimentOptions) -> list[Contender]:
     """Returns the learned optimizer and, if wanted, cheaper variants of it.
 
-    Args:
-      task: the task.
-      options: whose meta-parameters, and which variants.
-
-    Returns:
-      The optimizer with the whole batch for its curvature, and one contender for each of
-      ``options.cg_steps`` with ``options.curvature_share`` of it; none if ``options.only`` leaves it out.
-
-    Raises:
-      FileNotFoundError: if there are no such meta-parameters.
+    The first has the whole batch for its curvature; then comes one contender for each of
+    ``options.cg_steps`` with ``options.curvature_share`` of it. None if ``options.only`` leaves it out.
     """
     source, learned = find_meta_params(task, options.meta_params)
     if options.only and learned.family.name not in options.only:
@@ -128,27 +165,16 @@ def learned_contenders(task: Task, options: ExperimentOptions) -> list[Contender
 def run_experiment(
     task: Task, contenders: Sequence[Contender], options: ExperimentOptions, title: str, command: str
 ) -> Comparison:
-    """Trains the task with all contenders; prints a table, writes results and figure.
-
-    Args:
-      task: what to train.
-      contenders: what to train it with.
-      options: how long, and where results go: ``results.json`` and ``figure.png`` in the output folder.
-      title: of table and figure.
-      command: the command line, for the record.
-
-    Returns:
-      The comparison.
+    """Trains the task with all contenders; prints a table, writes ``results.json`` and ``figure.png``.
 
     Raises:
       ValueError: as :func:`mlhf_optax.comparison.compare`, and for unknown families in ``options.only``.
     """
     known = dict.fromkeys(contender.family for contender in contenders)
-    unknown = sorted(set(options.only) - {*known, *LEARNED})
-    if unknown:
+    if unknown := sorted(set(options.only) - {*known, *LEARNED}):
         raise ValueError(f"--only must be among {', '.join(known)}, got {', '.join(unknown)}")
     require_matplotlib()
-    with progress_bar() as on_progress:
+    with comparison_bar() as on_progress:
         comparison = compare(
             task,
             [contender for contender in contenders if contender.family in (options.only or known)],
@@ -161,7 +187,8 @@ def run_experiment(
             on_progress=on_progress,
         )
     if not comparison.frame.is_empty():
-        length = f"{_count(options.epochs, 'epoch')}, {_count(options.seeds, 'seed')}"
+        count = lambda number, noun: f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+        length = f"{count(options.epochs, 'epoch')}, {count(options.seeds, 'seed')}"
         title = f"{title}: {task.name}, {length}, batch {task.batch_size}"
         Console(highlight=False).print(comparison_table(comparison, title, unit="epoch"))
     if comparison.is_complete:
@@ -176,14 +203,31 @@ def limit_data(task: Task, num_meta_train: int, num_train: int, num_test: int) -
     """Returns the task with the first examples of every part of its data only."""
 
     def load() -> Dataset:
-        first = lambda part, count: jax.tree.map(lambda leaf: leaf[:count], part)
-        data = task.data
-        return Dataset(
-            first(data.meta_train, num_meta_train), first(data.train, num_train), first(data.test, num_test)
-        )
+        data, first = task.data, lambda part, count: {name: array[:count] for name, array in part.items()}
+        parts = ((data.meta_train, num_meta_train), (data.train, num_train), (data.test, num_test))
+        return Dataset(*(first(*part) for part in parts))
 
     return dataclasses.replace(task, load_data=load)
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+@dataclasses.dataclass(frozen=True)
+class ConvnetOptions(ExperimentOptions):
+    """Options of a comparison on CUDA-convnet."""
+
+    channels: tuple[int, ...] = (32, 64)
+    """Channels of the convolutions; 8 16 is narrow."""
+    hidden: tuple[int, ...] = (32,)
+    """Widths of the dense layers."""
+
+    def make_task(self, sizes: tuple[int, int, int], **more: Any) -> Task:
+        """Returns the task; a quick one is narrow and has parts of ``sizes``."""
+        options = self.shortened(channels=(8, 16), hidden=(16,))
+        task = cifar10_convnet(
+            channels=options.channels,
+            hidden=options.hidden,
+            batch_size=options.batch_size,
+            data_dir=options.data_dir,
+            cache_dir=options.cache_dir,
+            **more,
+        )
+        return limit_data(task, *sizes) if self.quick else task

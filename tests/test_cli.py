@@ -197,7 +197,10 @@ def test_a_curvature_batch_beyond_the_batch_is_explained(capsys, meta_params):
         (["--nonsense"], "Unrecognized options: --nonsense"),
         (["--hidden", "4,x"], "must be whole numbers separated by commas, like 32 or 32,32, got '4,x'"),
         (["--channels", "x"], "must be whole numbers separated by commas"),
-        (["--optimizers", "mlhf,lion"], "must be among mlhf,adam_rates,sgd,rmsprop,adam,muon,gauss_newton"),
+        (
+            ["--optimizers", "mlhf,lion"],
+            "mlhf,mlhf_general,adam_rates,sgd,rmsprop,adam,muon,gauss_newton",
+        ),
         (["--optimizers", ""], "must be among mlhf,"),
         (["--curvature-batch-size", "half"], "no type matching INT|FLOAT"),
     ],
@@ -307,7 +310,10 @@ def test_options_of_image_tasks_reach_them():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimizer", "l2l"], "there is no learned optimizer 'l2l'; there are mlhf, adam_rates"),
+        (
+            ["--optimizer", "l2l"],
+            "no learned optimizer 'l2l'; there are mlhf, mlhf_general, adam_rates",
+        ),
         (["cifar10-convnet", "--data-dir", "nowhere"], "no prepared dataset 'cifar10' in nowhere"),
         (["--batch-size", "1000000"], "must lie between 1 and the number of meta-training examples"),
         (["--start", "nowhere"], "there is no such file"),
@@ -414,7 +420,7 @@ def test_help(command, flag, capsys):
 def test_no_arguments_show_the_help_and_unknown_commands_are_refused(capsys):
     assert run() == 0
     assert "usage: mlhf-optax" in capsys.readouterr().out
-    assert "Available subcommands: train, meta-train, list" in wrong_usage(capsys, "tarin")
+    assert "Available subcommands: train, meta-train, meta-train-long, list" in wrong_usage(capsys, "tarin")
 
 
 def python(*arguments):

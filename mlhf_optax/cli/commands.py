@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.text import Text
 import mlhf_optax
 from mlhf_optax import comparison
 from mlhf_optax import meta_training as mt
-from mlhf_optax.cli.options import MetaTrain, Train, parse
+from mlhf_optax.cli.options import MetaTrain, MetaTrainLong, Train, parse
 from mlhf_optax.comparison import (
     Contender,
     constant_contender,
@@ -26,12 +26,23 @@ from mlhf_optax.comparison import (
 )
 from mlhf_optax.comparison.contenders import CONSTANT, FAMILIES, PAPER_FAMILIES
 from mlhf_optax.comparison.figures import require_matplotlib
+from mlhf_optax.comparison.meta_train_long import RECIPE, meta_train_on_tiny_tasks
 from mlhf_optax.comparison.meta_train_task import meta_train_task, shown_losses
 from mlhf_optax.comparison.progress import comparison_bar, progress_bar
 from mlhf_optax.comparison.record import machine_info
 from mlhf_optax.learned import LEARNED
+from mlhf_optax.meta_training.driver import Progress
 from mlhf_optax.pretrained import Pretrained, list_pretrained, load_pretrained
-from mlhf_optax.tasks import TASKS, Task, check_batch_size, get_task, in_memory, num_examples
+from mlhf_optax.tasks import (
+    TASKS,
+    Task,
+    check_batch_size,
+    get_task,
+    in_memory,
+    num_examples,
+    tiny_tasks,
+    tiny_validation_tasks,
+)
 
 STOPPED = 130  # the exit status of a program that Ctrl-C ended
 _RATES = rates_per_decade(1e-3, 1.0)  # for optimizers that the paper's grid does not have
@@ -53,7 +64,9 @@ def run(arguments: Sequence[str]) -> int:
             options = parse(arguments)
         if isinstance(options, Train):
             return train(options, command)
-        return meta_train(options, command) if isinstance(options, MetaTrain) else list_all()
+        if isinstance(options, MetaTrain):
+            return meta_train(options, command)
+        return meta_train_long(options, command) if isinstance(options, MetaTrainLong) else list_all()
     except KeyboardInterrupt:
         return STOPPED
 
@@ -118,6 +131,65 @@ def meta_train(options: MetaTrain, command: str) -> int:
         schedule = _from_options(mt.Schedule, options)
         config = _from_options(mt.MetaTrainingConfig, options, decay_iterations=options.iterations)
     output = options.output or Path("runs") / options.task
+
+    def run(on_progress: Progress) -> Path:
+        return meta_train_task(
+            task,
+            LEARNED[options.optimizer],
+            options.optimizer_options,
+            output,
+            schedule,
+            config,
+            start=options.start,
+            validation_steps=options.validation_steps,
+            seed=options.seed,
+            resume=options.resume,
+            command=command,
+            on_progress=on_progress,
+        )
+
+    return _meta_train(run, schedule, output, options.optimizer, options.task)
+
+
+def meta_train_long(options: MetaTrainLong, command: str) -> int:
+    """Meta-trains over long horizons; says and returns what :func:`meta_train` does."""
+    with errors_explained(TypeError):
+        schedule = _from_options(mt.Schedule, options)
+        changes = {name: getattr(options, name) for name in _RECIPE_OPTIONS}
+        config = dataclasses.replace(RECIPE, **changes, decay_iterations=options.iterations)
+        known = tiny_tasks(options.data_dir)
+        names = [task.name for task in known]
+        if unknown := sorted(set(options.only) - set(names)):
+            raise ValueError(f"`only` must be among {', '.join(names)}, got {', '.join(unknown)}")
+        validation = tiny_validation_tasks(options.data_dir)
+
+    def run(on_progress: Progress) -> Path:
+        return meta_train_on_tiny_tasks(
+            [task for task in known if task.name in (options.only or names)],
+            validation,
+            LEARNED[options.optimizer],
+            options.optimizer_options,
+            options.output,
+            schedule,
+            config,
+            start=options.start,
+            validation_steps=options.validation_steps,
+            seed=options.seed,
+            resume=options.resume,
+            command=command,
+            on_progress=on_progress,
+        )
+
+    return _meta_train(run, schedule, options.output, options.optimizer, next(iter(TASKS)))
+
+
+_RECIPE_OPTIONS = ("num_pairs", "truncation", "horizons", "sigma", "meta_learning_rate")
+
+
+def _meta_train(
+    run: Callable[[Progress], Path], schedule: mt.Schedule, output: Path, optimizer: str, task: str
+) -> int:
+    """Runs a meta-training with a progress bar; says where the result is and how to use it."""
     console = Console(highlight=False, soft_wrap=True)
 
     def on_progress(iteration: int, metrics: dict[str, float]) -> None:
@@ -126,20 +198,7 @@ def meta_train(options: MetaTrain, command: str) -> int:
 
     try:
         with progress_bar("meta-training") as update, errors_explained():
-            path = meta_train_task(
-                task,
-                LEARNED[options.optimizer],
-                options.optimizer_options,
-                output,
-                schedule,
-                config,
-                start=options.start,
-                validation_steps=options.validation_steps,
-                seed=options.seed,
-                resume=options.resume,
-                command=command,
-                on_progress=on_progress,
-            )
+            path = run(on_progress)
     except KeyboardInterrupt:
         again = f"the same command with --resume goes on from the last checkpoint in {output}"
         console.print(f"Stopped: {again}.", markup=False)
@@ -148,8 +207,8 @@ def meta_train(options: MetaTrain, command: str) -> int:
     console.print(
         f"best meta-parameters by validation: iteration {best} of {schedule.last}, in {path}", markup=False
     )
-    use = f"--optimizers {options.optimizer},adam --meta-params {path}"
-    console.print(f"try them: mlhf-optax train {options.task} {use}", markup=False)
+    use = f"--optimizers {optimizer},adam --meta-params {path}"
+    console.print(f"try them: mlhf-optax train {task} {use}", markup=False)
     return 0
 
 
@@ -276,7 +335,7 @@ def _legend(task: Task, contenders: Sequence[Contender], show_all: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _from_options(cls: type, options: MetaTrain, **others: Any) -> Any:
+def _from_options(cls: type, options: MetaTrain | MetaTrainLong, **others: Any) -> Any:
     """Returns a ``cls`` made of the options that have the names of its fields."""
     names = {field.name for field in dataclasses.fields(cls)} - set(others)
     return cls(**{name: value for name, value in vars(options).items() if name in names}, **others)

@@ -13,11 +13,13 @@ from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 from tyro.constructors import PrimitiveConstructorSpec, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from mlhf_optax.comparison.contenders import CONSTANT, FAMILIES, PAPER_FAMILIES
+from mlhf_optax.comparison.meta_train_long import RECIPE
 from mlhf_optax.learned import LEARNED, LearnedFamily, get_learned
 from mlhf_optax.tasks import ACTIVATIONS, TASKS
 
 _DEFAULT_TASK = next(iter(TASKS))
 _DEFAULT_OPTIMIZER = next(iter(LEARNED))
+_DEFAULT_GENERAL = next(name for name, family in LEARNED.items() if family.fits_any)
 
 
 def _separated(metavar: str, parse: Callable[[list[str]], Any]) -> PrimitiveConstructorSpec:
@@ -164,12 +166,60 @@ class MetaTrain(TaskOptions):
     # An instance of the learned optimizer's own class of options, whose fields become options beside these.
 
     def __post_init__(self):
-        steps = self.validation_steps
-        is_ascending = steps[0] >= 1 and steps == tuple(sorted(set(steps)))
-        _require(is_ascending, "validation_steps", "ascending numbers, like 10,30,100", _joined(steps))
+        _require_ascending(self.validation_steps)
         for name in ("meta_learning_rate", "age_scale"):
             value = getattr(self, name)
             _require(value is None or 0 < value < math.inf, name, "a positive number", value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetaTrainLong:
+    """Meta-train a learned optimizer over long horizons, on tiny tasks of many kinds.
+
+    Needs CIFAR-10, of which only the part for meta-training is used. It can be stopped at any time and
+    continued with --resume. The result is a file that --meta-params of `mlhf-optax train` takes.
+    """
+
+    optimizer: Annotated[str, arg(metavar="|".join(LEARNED))] = _DEFAULT_GENERAL
+    """The learned optimizer; each has options of its own, which --help shows below."""
+    data_dir: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where CIFAR-10 lies; by default $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    only: Annotated[tuple[str, ...], _separated("NAMES", tuple)] = ()
+    """Names of the tiny tasks to train on, separated by commas; all by default."""
+    output: Annotated[Path, arg(metavar="DIR")] = Path("runs/long")
+    """Folder for checkpoints, metrics and the result."""
+    iterations: int = 6000
+    """Meta-iterations, each one truncation of every pair of trainings."""
+    stop_after: int | None = None
+    """Write the result after so many meta-iterations; --resume with a larger number goes on."""
+    num_pairs: int = RECIPE.num_pairs
+    """Pairs of trainings per task."""
+    truncation: int = RECIPE.truncation
+    """Steps of every training per meta-iteration."""
+    horizons: Numbers = RECIPE.horizons
+    """Length of the shortest and of the longest training."""
+    sigma: float = RECIPE.sigma
+    """Standard deviation of the noise on the meta-parameters."""
+    meta_learning_rate: float = RECIPE.meta_learning_rate
+    """Peak learning rate of the meta-optimizer; it falls along a cosine."""
+    seed: int = 0
+    """Decides everything that is random."""
+    resume: bool = False
+    """Go on from the last checkpoint in the folder."""
+    checkpoint_every: int = 50
+    """Meta-iterations between checkpoints."""
+    validate_every: int = 500
+    """Meta-iterations between validations on larger networks."""
+    validation_steps: Numbers = (10, 30, 100, 300, 1000)
+    """Steps after which a validation records the loss."""
+    start: Annotated[str | None, arg(metavar="NAME|FILE")] = None
+    """Meta-parameters to go on from."""
+    optimizer_options: Any
+    # As in MetaTrain.
+
+    def __post_init__(self):
+        _require(len(self.horizons) == 2, "horizons", "two numbers, like 20,3000", _joined(self.horizons))
+        _require_ascending(self.validation_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,10 +227,10 @@ class List:
     """List the tasks, the optimizers, and the meta-parameters that come with the package."""
 
 
-COMMANDS = {"train": Train, "meta-train": MetaTrain, "list": List}
+COMMANDS = {"train": Train, "meta-train": MetaTrain, "meta-train-long": MetaTrainLong, "list": List}
 
 
-def parse(arguments: Sequence[str]) -> Train | MetaTrain | List:
+def parse(arguments: Sequence[str]) -> Train | MetaTrain | MetaTrainLong | List:
     """Returns the command in what follows ``mlhf-optax``.
 
     Raises:
@@ -213,7 +263,8 @@ def parse(arguments: Sequence[str]) -> Train | MetaTrain | List:
 
 def _family(arguments: Sequence[str]) -> LearnedFamily:
     """Finds ``--optimizer`` before anything else is parsed, since it decides what options there are."""
-    name = _DEFAULT_OPTIMIZER
+    is_long = bool(arguments) and COMMANDS.get(arguments[0]) is MetaTrainLong
+    name = _DEFAULT_GENERAL if is_long else _DEFAULT_OPTIMIZER
     for argument, following in pairwise([*arguments, name]):
         flag, equals, value = argument.partition("=")
         if flag == "--optimizer":
@@ -227,7 +278,7 @@ def _registry(family: LearnedFamily) -> tyro.constructors.ConstructorRegistry:
 
     @registry.struct_rule
     def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
-        if info.type not in (Train, MetaTrain, List, family.options):
+        if info.type not in (*COMMANDS.values(), family.options):
             return None
         hints = get_type_hints(info.type, include_extras=True)
         hints["optimizer_options"] = Annotated[OmitArgPrefixes[family.options], arg(name=family.name)]
@@ -254,6 +305,11 @@ def _help(cls: type) -> dict[str, str]:
         params = docstring_parser.parse_from_object(base).params
         texts |= {one.arg_name: " ".join((one.description or "").split()) for one in params}
     return texts
+
+
+def _require_ascending(steps: tuple[int, ...]) -> None:
+    is_ascending = steps[0] >= 1 and steps == tuple(sorted(set(steps)))
+    _require(is_ascending, "validation_steps", "ascending numbers, like 10,30,100", _joined(steps))
 
 
 def _require(is_met: bool, name: str, wanted: str, value: Any) -> None:

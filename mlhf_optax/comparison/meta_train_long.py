@@ -15,11 +15,28 @@ from mlhf_optax.learned import LearnedFamily
 from mlhf_optax.pretrained import save_meta_params
 from mlhf_optax.tasks.tiny import TinyTask
 
+RECIPE = mt.LongHorizonConfig(
+    num_pairs=4,
+    sigma=0.05,
+    horizons=(20, 3000),
+    init_spread=0.5,
+    loss_floor=3e-3,
+    loss_ceiling=3.0,
+    early_steps=50.0,
+    difference_bound=0.4,
+    meta_learning_rate=3e-3,
+    final_rate_share=0.05,
+    meta_gradient_clip=3.0,
+    average_decay=0.98,
+    task_axis="vmap",
+)
+"""How the shipped general meta-parameters were made."""
+
 _JUDGED = 2000  # examples on which validation takes the loss
 _FLOOR = 1e-6
 
 
-def meta_train_long(
+def meta_train_on_tiny_tasks(
     tasks: Sequence[TinyTask],
     validation_tasks: Sequence[TinyTask],
     family: LearnedFamily,
@@ -61,7 +78,7 @@ def meta_train_long(
       OSError: if ``start`` is not there, or ``output`` is in use or cannot be written to.
 
     Example:
-      ``mlhf-optax meta-train-long --optimizer mlhf_general --iterations 5000 --output runs/general``
+      ``mlhf-optax meta-train-long --iterations 6000 --output runs/general``
     """
     known = load_start(family, start)
     options = family.resolve(options, known)

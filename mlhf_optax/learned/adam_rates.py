@@ -115,4 +115,5 @@ ADAM_RATES = LearnedFamily(
     arguments=(),
     record=lambda options: {},
     template=_template,
+    fits_any=True,
 )

@@ -140,4 +140,5 @@ MLHF_GENERAL = LearnedFamily(
     resolve=_resolve,
     template=_template,
     check_record=_check_record,
+    fits_any=True,
 )

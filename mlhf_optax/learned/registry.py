@@ -41,6 +41,7 @@ class LearnedFamily:
       optimizer: ``optimizer(meta_params, predict_fn, loss_fn, **arguments)``, the optax transformation as
         it is used; all arguments have defaults.
       arguments: names of those that a record may recommend.
+      fits_any: meta-parameters fit networks of any kind, whatever they were meta-trained on.
       record: ``record(options)``, what the record of a meta-training with these options recommends; JSON.
       structure: ``structure(meta_params)``, the JSON that ``template`` needs.
       template: ``template(structure)``, a tree of shapes (anything with ``shape`` and ``dtype``) with the
@@ -62,3 +63,4 @@ class LearnedFamily:
     structure: Callable[[Any], dict[str, Any]] = _no_structure
     resolve: Callable[[Any, Any], Any] = _unchanged
     check_record: Callable[[Mapping[str, Any]], str | None] = _no_problem
+    fits_any: bool = False

@@ -1,0 +1,111 @@
+"""Tiny tasks, and meta-training over long horizons on them by the command line, on made-up images."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlhf_optax import load_pretrained
+from mlhf_optax.cli.commands import run
+from mlhf_optax.learned.mlhf_general import MLHFGeneralOptions
+from mlhf_optax.tasks import Dataset, tiny, tiny_tasks, tiny_validation_tasks
+
+
+@pytest.fixture
+def images(monkeypatch):
+    """Forty random images in the place of CIFAR-10."""
+    random = np.random.default_rng(0)
+    part = {
+        "image": random.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8),
+        "label": random.integers(0, 10, 40).astype(np.int32),
+    }
+    monkeypatch.setattr(tiny, "load_cifar10", lambda *folders: Dataset(part, {}, {}))
+    monkeypatch.setattr(tiny, "_HALF", 20)
+    return part
+
+
+def test_every_network_has_finite_losses_and_gradients_on_batches_of_its_size(images):
+    for task in [*tiny_tasks(), *tiny_validation_tasks()]:
+        batch = task.draw(jax.random.key(1), (2,))
+        assert {leaf.shape[:2] for leaf in jax.tree.leaves(batch)} == {(2, task.batch_size)}, task.name
+        first = jax.tree.map(lambda leaf: leaf[0], batch)
+        loss_of = lambda p: task.loss_fn(task.predict_fn(p, first), first)  # noqa: B023
+        loss, gradient = jax.value_and_grad(loss_of)(task.init_fn(jax.random.key(0)))
+        assert np.isfinite(loss), task.name
+        for leaf in jax.tree.leaves(gradient):
+            assert np.all(np.isfinite(leaf)), task.name
+            assert np.any(leaf != 0), task.name
+
+
+def test_training_and_validation_share_no_image_of_cifar10(images):
+    by_name = {task.name: task for task in (*tiny_tasks(), *tiny_validation_tasks())}
+    means = images["image"].reshape(40, 8, 4, 8, 4, 3).mean((2, 4))
+    for name, rows in (("conv", slice(0, 20)), ("wide", slice(20, 40))):
+        part = means[rows]
+        expected = (part - part.mean()) / part.std()
+        np.testing.assert_allclose(by_name[name].examples["image"], expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(by_name[name].examples["label"], images["label"][rows])
+    assert np.mean(by_name["sparse"].examples["image"] == 0) > 0.5
+
+
+def test_a_batch_of_all_examples_holds_each_once():
+    task = tiny._regression("regression")
+    batch = task.draw(jax.random.key(0), (3,))
+    np.testing.assert_array_equal(batch["image"][2], task.examples["image"])
+
+
+def test_patches_are_convolutions():
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    kernel = jax.random.normal(jax.random.key(1), (2, 2, 3, 5))
+    wanted = jax.lax.conv_general_dilated(
+        x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(tiny._patches(x, 2) @ kernel.reshape(-1, 5), wanted, rtol=1e-4, atol=1e-5)
+
+
+def arguments(folder, *more):
+    small = ["--num-pairs", "2", "--truncation", "2", "--horizons", "2,4", "--validation-steps", "1,2"]
+    own = ["--only", "regression", "--units", "2", "--output", str(folder)]
+    return ["meta-train-long", *own, *small, "--iterations", "4", "--validate-every", "2", *more]
+
+
+def test_the_command_line_meta_trains_and_goes_on_to_equal_bits(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "mlhf_optax.cli.commands.tiny_validation_tasks", lambda folder: [tiny._regression("other")]
+    )
+    assert run(arguments(tmp_path / "whole")) == 0
+    assert run(arguments(tmp_path / "parts", "--stop-after", "2")) == 0
+    assert run(arguments(tmp_path / "parts", "--resume")) == 0
+    whole, parts = (
+        load_pretrained(tmp_path / name / "meta_params.safetensors") for name in ("whole", "parts")
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole.meta_params, parts.meta_params)
+    record = whole.record
+    assert record["optimizer"] == "mlhf_general"
+    assert record["trained_on"] == "regression"
+    assert len(record["validation"]) == 2
+    assert record["meta_training"]["config"]["horizons"] == [2, 4]
+    assert (record["num_cg_steps"], record["curvature_batch_size"]) == (2, 0.25)
+    tx = whole.optimizer(lambda p, b: b["x"] @ p, lambda z, b: jnp.mean(z**2))
+    assert tx.init(jnp.ones((3, 2)))[0].controller.hidden.shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--only", "mnist"], "`only` must be among digits, tanh"),
+        (["--horizons", "5"], "`horizons` must be two numbers, like 20,3000, got 5"),
+        (["--horizons", "9,5"], "`horizons` must be two ascending numbers"),
+        (["--units", "0"], "`units` must lie between 1 and 4096, got 0"),
+    ],
+)
+def test_wrong_options_are_explained(images, tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit) as caught:
+        run(arguments(tmp_path, *more))
+    assert caught.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_wrong_options_of_the_optimizer_are_refused():
+    with pytest.raises(ValueError, match="`curvature_batch_size`"):
+        MLHFGeneralOptions(curvature_batch_size=0)

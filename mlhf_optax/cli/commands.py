@@ -183,7 +183,7 @@ def meta_train_long(options: MetaTrainLong, command: str) -> int:
     return _meta_train(run, schedule, options.output, options.optimizer, next(iter(TASKS)))
 
 
-_RECIPE_OPTIONS = ("num_pairs", "truncation", "horizons", "sigma", "meta_learning_rate")
+_RECIPE_OPTIONS = ("num_pairs", "truncation", "horizons", "sigma", "meta_learning_rate", "average_decay")
 
 
 def _meta_train(

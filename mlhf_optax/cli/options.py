@@ -202,6 +202,8 @@ class MetaTrainLong:
     """Standard deviation of the noise on the meta-parameters."""
     meta_learning_rate: float = RECIPE.meta_learning_rate
     """Peak learning rate of the meta-optimizer; it falls along a cosine."""
+    average_decay: float = RECIPE.average_decay
+    """Decay per meta-iteration of the running mean that is validated and kept."""
     seed: int = 0
     """Decides everything that is random."""
     resume: bool = False

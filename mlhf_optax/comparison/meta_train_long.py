@@ -12,6 +12,7 @@ import numpy as np
 from mlhf_optax import meta_training as mt
 from mlhf_optax.comparison.meta_train_task import load_start, make_record
 from mlhf_optax.learned import LearnedFamily
+from mlhf_optax.meta_training.learned_optimizer import task_loss
 from mlhf_optax.pretrained import save_meta_params
 from mlhf_optax.tasks.tiny import TinyTask
 
@@ -33,7 +34,7 @@ RECIPE = mt.LongHorizonConfig(
 """How the shipped general meta-parameters were made."""
 
 _JUDGED = 2000  # examples on which validation takes the loss
-_FLOOR = 1e-6
+_START = 2  # seed of every validation
 
 
 def meta_train_on_tiny_tasks(
@@ -117,22 +118,30 @@ def meta_train_on_tiny_tasks(
 
 
 class _Validator:
-    """Whole trainings of each task; the score is the mean log of the loss over that of the untrained."""
+    """Whole trainings of each task; the score is the mean log of the loss over that of the untrained.
+
+    Both losses have a floor, a share of the loss before the first step: how small the loss of a solved
+    problem is would otherwise outweigh everything else.
+    """
 
     def __init__(self, tasks: Sequence[TinyTask], learned: mt.LearnedOptimizer, untrained: Any, steps: tuple):
         self._untrained, self._reference = untrained, None
-        self._runs = []
+        self._runs, floors = [], []
         for task in tasks:
             batches = task.draw(jax.random.key(1), (steps[-1],))
             judged = jax.tree.map(lambda leaf: jnp.asarray(leaf[:_JUDGED]), task.examples)
             losses = jax.jit(mt.training_losses(task, learned, steps))
             self._runs.append((losses, batches, judged))
+            floors.append(
+                RECIPE.loss_floor * float(task_loss(task, task.init_fn(jax.random.key(_START)), judged))
+            )
+        self._floors = np.array(floors)[:, None]
 
     def __call__(self, meta_params: Any) -> mt.Validation:
         if self._reference is None:
             self._reference = self._losses(self._untrained)
         losses = self._losses(meta_params)
-        relative = np.log((losses + _FLOOR) / (self._reference + _FLOOR))
+        relative = np.log((losses + self._floors) / (self._reference + self._floors))
         return mt.Validation(
             score=jnp.asarray(relative.mean()),
             losses=jnp.asarray(np.exp(relative.mean(axis=0))),
@@ -141,6 +150,7 @@ class _Validator:
 
     def _losses(self, meta_params: Any) -> np.ndarray:
         """Losses of shape (tasks, steps); what is not finite counts as 1000."""
-        key = jax.random.key(2)
-        losses = [np.asarray(run(meta_params, *data, key), float) for run, *data in self._runs]
+        losses = [
+            np.asarray(run(meta_params, *data, jax.random.key(_START)), float) for run, *data in self._runs
+        ]
         return np.nan_to_num(np.stack(losses), nan=1e3, posinf=1e3)

@@ -10,14 +10,14 @@ What is finished is kept: ``--resume`` goes on after a stop. ``--quick`` takes m
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from experiment import command_line, parse_options, save_drawing
+from held_out_tasks import TASKS
 
 from mlhf_optax import load_pretrained
 from mlhf_optax.comparison import (
@@ -33,8 +33,7 @@ from mlhf_optax.comparison import (
 from mlhf_optax.comparison.progress import comparison_bar
 from mlhf_optax.comparison.record import record, write_json
 from mlhf_optax.comparison.results import Curve, best_at
-from mlhf_optax.tasks import MLP, ConvNet, Dataset, Task, cifar10_convnet, digits_mlp, image_task
-from mlhf_optax.tasks.prepared import cache_folder, data_folder, decode_parts, open_sources
+from mlhf_optax.tasks import Task
 
 STEPS = (10, 30, 100, 300, 1000, 3000)
 BEST_CONSTANT = {
@@ -83,33 +82,6 @@ class Options:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
 
 
-def load_mnist(data_dir: Path | None, cache_dir: Path | None) -> Dataset:
-    """Returns MNIST: 60,000 examples to train on, 10,000 to test on, none for meta-training."""
-    folder = data_folder(data_dir)
-    form = ((28, 28, 1), 10)
-    parts = decode_parts(
-        open_sources("mnist", folder), "mnist", folder, "mnist", cache_folder(cache_dir), *form
-    )
-    nothing = {name: np.empty_like(array[:0]) for name, array in parts["train"].items()}
-    return Dataset(nothing, parts["train"], parts["test"])
-
-
-def mnist_task(name: str, model: Any, options: Options) -> Task:
-    """Returns the task of classifying MNIST with a network."""
-    load = functools.partial(load_mnist, options.data_dir, options.cache_dir)
-    return image_task(name, f"MNIST, {name}", model, (28, 28, 1), load_data=load, num_classes=10)
-
-
-TASKS: dict[str, Callable[[Options], Task]] = {
-    "digits-mlp": lambda options: digits_mlp(hidden=(64, 64)),
-    "mnist-mlp": lambda options: mnist_task("mnist-mlp", MLP((100, 100)), options),
-    "mnist-conv": lambda options: mnist_task("mnist-conv", ConvNet((8, 16), (32,)), options),
-    "cifar10-conv": lambda options: cifar10_convnet(
-        (8, 16), (16,), data_dir=options.data_dir, cache_dir=options.cache_dir
-    ),
-}
-
-
 def contenders_for(task: Task, options: Options) -> list[Contender]:
     """Returns MLHF and its rivals."""
     return [
@@ -137,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command, rows = command_line(__file__, arguments), []
     steps = [step for step in STEPS if step <= options.steps] or [options.steps]
     for name in options.tasks or TASKS:
-        task = TASKS[name](options)
+        task = TASKS[name]((options.data_dir, options.cache_dir))
         with comparison_bar() as on_progress:
             found = compare(
                 task,
@@ -178,7 +150,12 @@ def row_of(name: str, comparison: Comparison, steps: Sequence[int]) -> dict[str,
 
 def print_row(row: dict[str, Any]) -> None:
     """Prints a task: one line per rival."""
-    print(f"\n{row['task']}: accuracy {row['accuracy']:.3f}, best Adam {row['best_adam_accuracy']:.3f}")
+    accuracies = (
+        ""
+        if math.isnan(row["accuracy"])
+        else (f": accuracy {row['accuracy']:.3f}, best Adam {row['best_adam_accuracy']:.3f}")
+    )
+    print(f"\n{row['task']}{accuracies}")
     print(f"{'loss over that of':20s}" + "".join(f"{step:>9}" for step in row["steps"]))
     for rival in RIVALS:
         values = [row["ratios"][step][rival] for step in row["steps"]]

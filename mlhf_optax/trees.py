@@ -1,10 +1,12 @@
 """Arithmetic on pytrees of arrays that optax.tree lacks: scalars in float32, derivatives that stay finite."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def at_least_f32(array: jax.Array) -> jax.Array:
@@ -19,7 +21,18 @@ def vdot(a: Any, b: Any) -> Any:
         dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
         return jnp.sum(x.astype(dtype) * y.astype(dtype))
 
-    return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)))
+    return total(jax.tree.leaves(jax.tree.map(leaf, a, b)))
+
+
+def total(parts: Sequence[jax.Array]) -> Any:
+    """Returns the sum of scalars, one per leaf of a tree; 0 for none.
+
+    A chain of additions would be fused, whole, into every pass that uses the sum: programs and the time to
+    compile them would grow with the square of the number of leaves.
+    """
+    if len(parts) < 3:
+        return sum(parts)
+    return jnp.sum(lax.optimization_barrier(jnp.stack(parts)))
 
 
 def norm(tree: chex.ArrayTree) -> jax.Array:
@@ -52,14 +65,13 @@ def is_finite(tree: chex.ArrayTree) -> jax.Array:
     """Returns whether every number in the tree is finite."""
     # One flag per leaf: `all` of every leaf fuses into the pass that made it.
     flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    # The smallest flag, by sorting: a chain of `and` would be fused, whole, into every pass that selects
-    # by it, and programs and the time to compile them would grow with the square of the number of leaves.
-    return jnp.sort(jnp.stack(flags))[0] if flags else jnp.asarray(True)
+    return jnp.all(lax.optimization_barrier(jnp.stack(flags))) if flags else jnp.asarray(True)
 
 
 def is_any_nonzero(tree: chex.ArrayTree) -> jax.Array:
     """Returns whether any number in the tree is not zero."""
-    return jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)]))
+    flags = [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)]
+    return jnp.any(lax.optimization_barrier(jnp.stack(flags)))
 
 
 def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
@@ -73,7 +85,7 @@ def zero_unless(condition: jax.Array, tree: Any) -> Any:
 
 
 def _sum_of_squares(tree: chex.ArrayTree) -> Any:
-    return sum(jnp.sum(jnp.square(at_least_f32(leaf))) for leaf in jax.tree.leaves(tree))
+    return total([jnp.sum(jnp.square(at_least_f32(leaf))) for leaf in jax.tree.leaves(tree)])
 
 
 def _safe_sqrt(x: Any) -> jax.Array:

@@ -36,7 +36,7 @@ class Reference:
         self.w0 = rms_of_all(self.w)
         zeros = lambda: [np.zeros_like(p) for p in self.w]
         self.d, self.mean, self.square = zeros(), zeros(), zeros()
-        self.mean_weight = self.square_weight = 0.0
+        self.mean_weight = self.square_weight = self.largest = 0.0
         rows, columns = self.w[1].shape
         self.factors = [np.zeros((rows, rows)), np.zeros((columns, columns))]
         self.powers = [np.eye(rows), np.eye(columns)]
@@ -59,7 +59,10 @@ class Reference:
         ggn = np.kron(ones.T @ ones, np.eye(columns)) / error.size
         damping = np.zeros_like(ggn)
         running = [v / self.square_weight for v in self.square]
-        unit = max(rms_of_all(g), np.sqrt(sum(map(np.sum, running)) / sum(v.size for v in running))) / self.w0
+        running_size = np.sqrt(sum(map(np.sum, running)) / sum(v.size for v in running))
+        self.largest = max(self.largest, running_size)
+        size = max(rms_of_all(g), running_size)
+        unit = size * max(1, self.largest / size) ** 0.2 / self.w0
         metrics = [
             np.diag(self.diagonal(running[0], 0.5)),
             self.matrix_metric(running[1], said["diagonal"][1]),

@@ -188,7 +188,7 @@ class MetaTrainLong:
     """Names of the tiny tasks to train on, separated by commas; all by default."""
     output: Annotated[Path, arg(metavar="DIR")] = Path("runs/long")
     """Folder for checkpoints, metrics and the result."""
-    iterations: int = 6000
+    iterations: int = 2000
     """Meta-iterations, each one truncation of every pair of trainings."""
     stop_after: int | None = None
     """Write the result after so many meta-iterations; --resume with a larger number goes on."""
@@ -210,7 +210,7 @@ class MetaTrainLong:
     """Go on from the last checkpoint in the folder."""
     checkpoint_every: int = 50
     """Meta-iterations between checkpoints."""
-    validate_every: int = 500
+    validate_every: int = 250
     """Meta-iterations between validations on larger networks."""
     validation_steps: Numbers = (10, 30, 100, 300, 1000)
     """Steps after which a validation records the loss."""

@@ -23,18 +23,19 @@ RECIPE = mt.LongHorizonConfig(
     init_spread=0.5,
     loss_floor=3e-3,
     loss_ceiling=3.0,
-    early_steps=50.0,
+    early_steps=150.0,
     difference_bound=0.4,
     meta_learning_rate=3e-3,
     final_rate_share=0.05,
     meta_gradient_clip=3.0,
-    average_decay=0.98,
+    average_decay=0.99,
     task_axis="vmap",
 )
 """How the shipped general meta-parameters were made."""
 
 _JUDGED = 2000  # examples on which validation takes the loss
-_START = 2  # seed of every validation
+_STARTS = 2  # trainings of every validation task
+_WORST = 10.0  # a spike, which may have passed a step later, counts as so many times the constant's loss
 
 
 def meta_train_on_tiny_tasks(
@@ -79,7 +80,7 @@ def meta_train_on_tiny_tasks(
       OSError: if ``start`` is not there, or ``output`` is in use or cannot be written to.
 
     Example:
-      ``mlhf-optax meta-train-long --iterations 6000 --output runs/general``
+      ``mlhf-optax meta-train-long --iterations 2000 --output runs/general``
     """
     known = load_start(family, start)
     options = family.resolve(options, known)
@@ -128,13 +129,13 @@ class _Validator:
         self._untrained, self._reference = untrained, None
         self._runs, floors = [], []
         for task in tasks:
-            batches = task.draw(jax.random.key(1), (steps[-1],))
             judged = jax.tree.map(lambda leaf: jnp.asarray(leaf[:_JUDGED]), task.examples)
             losses = jax.jit(mt.training_losses(task, learned, steps))
-            self._runs.append((losses, batches, judged))
-            floors.append(
-                RECIPE.loss_floor * float(task_loss(task, task.init_fn(jax.random.key(_START)), judged))
-            )
+            for start in range(_STARTS):
+                batches = task.draw(jax.random.key(2 * start + 1), (steps[-1],))
+                key = jax.random.key(2 * start + 2)
+                self._runs.append((losses, batches, judged, key))
+                floors.append(RECIPE.loss_floor * float(task_loss(task, task.init_fn(key), judged)))
         self._floors = np.array(floors)[:, None]
 
     def __call__(self, meta_params: Any) -> mt.Validation:
@@ -143,14 +144,12 @@ class _Validator:
         losses = self._losses(meta_params)
         relative = np.log((losses + self._floors) / (self._reference + self._floors))
         return mt.Validation(
-            score=jnp.asarray(relative.mean()),
+            score=jnp.asarray(np.minimum(relative, np.log(_WORST)).mean()),
             losses=jnp.asarray(np.exp(relative.mean(axis=0))),
             worst_loss=jnp.asarray(np.exp(relative.max())),
         )
 
     def _losses(self, meta_params: Any) -> np.ndarray:
-        """Losses of shape (tasks, steps); what is not finite counts as 1000."""
-        losses = [
-            np.asarray(run(meta_params, *data, jax.random.key(_START)), float) for run, *data in self._runs
-        ]
+        """Losses of shape (trainings, steps); what is not finite counts as 1000."""
+        losses = [np.asarray(run(meta_params, *data), float) for run, *data in self._runs]
         return np.nan_to_num(np.stack(losses), nan=1e3, posinf=1e3)

@@ -74,7 +74,12 @@ def mean_loss(task: Task, params: Any, examples: Examples, model_state: Any = No
 
 
 def accuracy(task: Task, params: Any, examples: Examples, model_state: Any = None) -> jax.Array:
-    """Returns the share of examples whose largest logit is that of the label; what is not finite is wrong."""
+    """Returns the share of examples whose largest logit is that of the label; what is not finite is wrong.
+
+    NaN for a task without classes.
+    """
+    if task.num_classes is None:
+        return jnp.full((), jnp.nan)
     outputs = task.predict_fn(params, _with_state(examples, model_state))
     is_right = jnp.argmax(outputs, axis=-1) == examples["label"]
     return jnp.mean(is_right & jnp.all(jnp.isfinite(outputs), axis=-1))

@@ -56,6 +56,7 @@ class Constants(NamedTuple):
       refresh_every: steps between two eigendecompositions.
       max_rate: largest factor on the direction.
       update_ratio: the network is told when an update exceeds so much of the norm of the parameters.
+      largest_share: share of the largest gradient so far in the unit of damping, as an exponent.
     """
 
     damping: float = 10.0
@@ -71,6 +72,7 @@ class Constants(NamedTuple):
     refresh_every: int = 10
     max_rate: float = 1.5
     update_ratio: float = 0.25
+    largest_share: float = 0.2
 
 
 CONSTANTS = Constants()
@@ -160,6 +162,7 @@ class TensorLSTMState(NamedTuple):
       square: running mean of squared gradients, shaped like the parameters.
       square_weight: sum of the weights in it.
       factors: one entry per tensor, the Kronecker factors of a matrix or None.
+      largest: largest root mean square of gradients so far, a running mean.
       losses: shape (4,): log of the loss, its running means over 10 and 100 steps, and its first value.
       residual: shape (n,), norm of the residual over that of the right-hand side in the last solve.
       damped_share: shape (n,), share of damping in the curvature along the last direction.
@@ -175,6 +178,7 @@ class TensorLSTMState(NamedTuple):
     square: chex.ArrayTree
     square_weight: jax.Array
     factors: tuple[Any, ...]
+    largest: jax.Array
     losses: jax.Array
     residual: jax.Array
     damped_share: jax.Array
@@ -229,6 +233,7 @@ def _init(units: int, constants: Constants, params: chex.ArrayTree) -> TensorLST
         square=zeros(),
         square_weight=scalar(),
         factors=tuple(init_sides(leaf.shape, constants.block) for leaf in leaves),
+        largest=scalar(),
         losses=jnp.zeros(4),
         residual=each(1.0),
         damped_share=each(1.0),
@@ -247,6 +252,7 @@ def _control(meta_params: TensorLSTM, constants: Constants, view: View, state: T
         square=jax.tree.map(mix, state.square, view.gradient),
         square_weight=decay * state.square_weight + (1 - decay),
     )
+    state = state._replace(largest=jnp.maximum(state.largest, _running_size(state)))
     outputs, hidden, cell = _network(meta_params, _features(view, state, constants), state)
     said = say(outputs, constants)
     share = 1 / said.memory
@@ -282,9 +288,11 @@ def _new_factors(view: View, state: TensorLSTMState, count: jax.Array, constants
 def _operators(constants: Constants, view: View, signal: _Signal) -> Operators:
     said, state = signal
     treedef = jax.tree.structure(view.gradient)
-    running = jnp.sqrt(_mean_square(state.square) / state.square_weight)
     # A training that is nearly done has steps with a tiny gradient; with damping as small they jump away.
-    size = jnp.maximum(trees.root_mean_square(view.gradient), running)
+    size = jnp.maximum(trees.root_mean_square(view.gradient), _running_size(state))
+    # Even the running mean falls without end where every example is solved, and curvature with it. Damping
+    # falls more slowly, so that such a training comes to rest.
+    size = size * (jnp.maximum(state.largest, size) / jnp.maximum(size, _TINY)) ** constants.largest_share
     size = jnp.maximum(size, _SMALLEST) / _initial_rms(view)
     damping = treedef.unflatten(list(size * said.damping))
     trust = treedef.unflatten(list(said.trust))
@@ -347,6 +355,10 @@ def _times_metric(x: jax.Array, diagonal: jax.Array, sides: Any, inverse: bool) 
         return (x / diagonal if inverse else x * diagonal).astype(x.dtype)
     half = lax.rsqrt(diagonal) if inverse else jnp.sqrt(diagonal)
     return (half * times_sides(sides, half * x, inverse)).astype(x.dtype)
+
+
+def _running_size(state: TensorLSTMState) -> jax.Array:
+    return jnp.sqrt(_mean_square(state.square) / state.square_weight)
 
 
 # What the network sees.

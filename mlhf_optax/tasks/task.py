@@ -36,10 +36,10 @@ class Task:
       name: short name, such as ``"digits-mlp"``.
       description: one line for people.
       init_fn: ``init_fn(key) -> params``.
-      predict_fn: ``predict_fn(params, batch) -> outputs``, logits of shape (B, num_classes).
+      predict_fn: ``predict_fn(params, batch) -> outputs``, logits of shape (B, num_classes) for classes.
       loss_fn: ``loss_fn(outputs, batch) -> scalar``, nats per example.
       load_data: returns the data; called when :attr:`data` is first looked at.
-      num_classes: number of classes.
+      num_classes: number of classes; None for what has no accuracy, such as regression.
       batch_size: examples per mini-batch when networks are trained.
       meta_batch_size: the same when optimizers are meta-trained.
       pretrained: name of the shipped meta-parameters recommended for this task.
@@ -58,7 +58,7 @@ class Task:
     predict_fn: PredictFn
     loss_fn: LossFn
     load_data: Callable[[], Dataset]
-    num_classes: int
+    num_classes: int | None
     batch_size: int = 128
     meta_batch_size: int = 64
     pretrained: str = "digits"
@@ -72,8 +72,8 @@ class Task:
 
     @property
     def chance_loss(self) -> float:
-        """Loss of equal probabilities for all classes, in nats: where a stuck training stays."""
-        return math.log(self.num_classes)
+        """Loss of equal probabilities for all classes, in nats: where a stuck training stays; NaN without."""
+        return math.nan if self.num_classes is None else math.log(self.num_classes)
 
 
 def check_batch_size(task: Task, part: Literal["train", "meta_train"] = "train") -> None:

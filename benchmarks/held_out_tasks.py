@@ -1,0 +1,203 @@
+"""Tasks that no meta-training of general meta-parameters has met, sized for two processor cores."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mlhf_optax import SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError
+from mlhf_optax.tasks import MLP, ConvNet, Dataset, Task, cifar10_convnet, digits_mlp, image_task
+from mlhf_optax.tasks.data import freeze
+from mlhf_optax.tasks.prepared import cache_folder, data_folder, decode_parts, open_sources
+
+Folders = tuple[Path | None, Path | None]  # of data, and of decoded data
+_SEQUENCE = 32  # characters that a network reads at a time
+
+
+def load_mnist(data_dir: Path | None, cache_dir: Path | None) -> Dataset:
+    """Returns MNIST: 60,000 examples to train on, 10,000 to test on, none for meta-training."""
+    folder = data_folder(data_dir)
+    form = ((28, 28, 1), 10)
+    parts = decode_parts(
+        open_sources("mnist", folder), "mnist", folder, "mnist", cache_folder(cache_dir), *form
+    )
+    return _without_meta_training(parts["train"], parts["test"])
+
+
+def load_shakespeare(data_dir: Path | None, cache_dir: Path | None) -> Dataset:
+    """Returns Tiny Shakespeare as sequences of 33 characters, int32 of shape (N, 33), and their count."""
+    del cache_dir
+    sources = open_sources("tiny_shakespeare", data_folder(data_dir))
+    texts = {name: bytes(next(iter(source))["text"]) for name, source in sources.items()}
+    known = np.unique(np.frombuffer(texts["train"], np.uint8))
+    number = np.zeros(256, np.int32)
+    number[known] = np.arange(len(known))
+    parts = []
+    for name in ("train", "test"):
+        text = number[np.frombuffer(texts[name], np.uint8)]
+        rows = (len(text) - 1) // _SEQUENCE
+        starts = np.arange(rows)[:, None] * _SEQUENCE
+        both = text[starts + np.arange(_SEQUENCE + 1)]
+        parts.append(freeze(image=both[:, :-1], label=both[:, 1:]))
+    return _without_meta_training(*parts)
+
+
+def load_diabetes() -> Dataset:
+    """Returns scikit-learn's diabetes data: 342 patients to train on, 100 to test on; all standardised."""
+    from sklearn import datasets
+
+    inputs, targets = datasets.load_diabetes(return_X_y=True)
+    order = np.random.Generator(np.random.PCG64(0)).permutation(len(inputs))
+    standard = lambda x: ((x - x.mean(0)) / x.std(0)).astype(np.float32)[order]
+    x, y = standard(inputs), standard(targets[:, None])
+    return _without_meta_training(*(freeze(image=x[s], target=y[s]) for s in (np.s_[:342], np.s_[342:])))
+
+
+def poisson_points() -> Dataset:
+    """Returns random points of the square [-1, 1]^2: 1,024 to train on, 1,024 to test on."""
+    random = np.random.Generator(np.random.PCG64(1))
+    points = lambda: freeze(
+        image=random.uniform(-1, 1, (1024, 2)).astype(np.float32), target=np.zeros((1024, 1), np.float32)
+    )
+    return _without_meta_training(points(), points())
+
+
+def _without_meta_training(train: Any, test: Any) -> Dataset:
+    return Dataset({name: np.empty_like(array[:0]) for name, array in train.items()}, train, test)
+
+
+class _LSTM(nn.Module):
+    """Characters -> embedding -> LSTM -> logits."""
+
+    width: int
+    characters: int
+
+    @nn.compact
+    def __call__(self, text: jax.Array) -> jax.Array:
+        x = nn.Embed(self.characters, self.width)(text)
+        return nn.Dense(self.characters)(nn.RNN(nn.OptimizedLSTMCell(self.width))(x))
+
+
+class _Transformer(nn.Module):
+    """A causal transformer of two layers with normalisation before attention."""
+
+    width: int
+    characters: int
+
+    @nn.compact
+    def __call__(self, text: jax.Array) -> jax.Array:
+        x = nn.Embed(self.characters, self.width)(text)
+        x = x + self.param("position", nn.initializers.normal(0.02), x.shape[-2:])
+        mask = nn.make_causal_mask(text)
+        for _ in range(2):
+            x = x + nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(x), mask=mask)
+            x = x + nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
+        return nn.Dense(self.characters)(nn.LayerNorm()(x))
+
+
+class _GroupNormNet(nn.Module):
+    """Convolutions that halve height and width, each with group normalisation."""
+
+    channels: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = images
+        for channels in self.channels:
+            x = nn.relu(nn.GroupNorm(num_groups=4)(nn.Conv(channels, (3, 3), strides=(2, 2))(x)))
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+def _diabetes() -> Task:
+    model = MLP((32, 32), 1, "tanh")
+    loss_fn = SquaredError(targets="target")
+    return _flax("diabetes", model, jnp.zeros((1, 10)), loss_fn, load_diabetes, 64)
+
+
+def _mnist(name: str, model: Any, folders: Folders, batch_size: int = 128) -> Task:
+    load = functools.partial(load_mnist, *folders)
+    shape = (28, 28, 1)
+    return image_task(
+        name, f"MNIST, {name}", model, shape, load_data=load, num_classes=10, batch_size=batch_size
+    )
+
+
+def _flax(name: str, model: nn.Module, example: Any, loss_fn: Any, load: Callable, batch_size: int) -> Task:
+    return Task(
+        name=name,
+        description=name,
+        init_fn=lambda key: model.init(key, example)["params"],
+        predict_fn=lambda params, batch: model.apply({"params": params}, batch["image"]),
+        loss_fn=loss_fn,
+        load_data=load,
+        num_classes=None,
+        batch_size=batch_size,
+    )
+
+
+def _characters(name: str, make: Callable[..., nn.Module], width: int, folders: Folders) -> Task:
+    load = functools.partial(load_shakespeare, *folders)
+    text = jnp.zeros((1, _SEQUENCE), jnp.int32)
+    return _flax(name, make(width, 65), text, SoftmaxCrossEntropy(), load, 64)
+
+
+def _autoencoder(folders: Folders) -> Task:
+    """The deep autoencoder of Hinton and Salakhutdinov (2006) at an eighth of its width."""
+
+    def load() -> Dataset:
+        data = load_mnist(*folders)
+        to_pixels = lambda part: freeze(
+            image=part["image"],
+            target=part["image"].reshape(len(part["image"]), 784).astype(np.float32) / 255,
+        )
+        return Dataset(*map(to_pixels, (data.meta_train, data.train, data.test)))
+
+    model = MLP((125, 62, 31, 12, 31, 62, 125), 784, "tanh")
+    task = _mnist("mnist-autoencoder", model, folders)
+    return dataclasses.replace(
+        task, load_data=load, loss_fn=SigmoidCrossEntropy(targets="target"), num_classes=None
+    )
+
+
+def _poisson() -> Task:
+    """A network u(x) with -lap u = f in a square and 0 at its edge; the outputs are the residuals.
+
+    f is such that the solution is sin(pi x) sin(pi y). A factor makes u vanish at the edge.
+    """
+    model = MLP((32, 32), 1, "tanh")
+    task = _flax("poisson", model, jnp.zeros((1, 2)), SquaredError(targets="target"), poisson_points, 1024)
+
+    def predict_fn(params: Any, batch: Any) -> jax.Array:
+        edge = lambda x: (1 - x[0] ** 2) * (1 - x[1] ** 2)
+        u = lambda x: edge(x) * model.apply({"params": params}, x[None])[0, 0]
+        laplacian = lambda x: jnp.trace(jax.hessian(u)(x))
+        f = lambda x: 2 * jnp.pi**2 * jnp.sin(jnp.pi * x[0]) * jnp.sin(jnp.pi * x[1])
+        return jax.vmap(lambda x: (laplacian(x) + f(x)) / 10)(batch["image"])[:, None]
+
+    return dataclasses.replace(task, predict_fn=predict_fn)
+
+
+TASKS: dict[str, Callable[[Folders], Task]] = {
+    "digits-mlp": lambda folders: digits_mlp(hidden=(64, 64)),
+    "mnist-mlp": lambda folders: _mnist("mnist-mlp", MLP((100, 100)), folders),
+    "mnist-mlp-1024": lambda folders: _mnist("mnist-mlp-1024", MLP((100, 100)), folders, 1024),
+    "mnist-conv": lambda folders: _mnist("mnist-conv", ConvNet((8, 16), (32,)), folders),
+    "mnist-groupnorm": lambda folders: _mnist("mnist-groupnorm", _GroupNormNet((8, 16)), folders),
+    "cifar10-conv": lambda folders: cifar10_convnet(
+        (8, 16), (16,), data_dir=folders[0], cache_dir=folders[1]
+    ),
+    "mnist-autoencoder": _autoencoder,
+    "shakespeare-lstm": lambda folders: _characters("shakespeare-lstm", _LSTM, 48, folders),
+    "shakespeare-transformer": lambda folders: _characters(
+        "shakespeare-transformer", _Transformer, 32, folders
+    ),
+    "diabetes": lambda folders: _diabetes(),
+    "poisson": lambda folders: _poisson(),
+}
+"""A function of folders for every task, by name."""

@@ -142,20 +142,17 @@ def row_of(name: str, comparison: Comparison, steps: Sequence[int]) -> dict[str,
         "steps": list(steps),
         "ratios": {step: {k: finite(v) for k, v in ratios(comparison, step).items()} for step in steps},
         "losses": [finite(own.loss_at(step)) for step in steps],
-        "accuracy": own.accuracy,
-        "best_adam_accuracy": max(adams),
+        "accuracy": finite(own.accuracy),
+        "best_adam_accuracy": finite(max(adams)),
         "seconds_per_step": {curve.optimizer: curve.seconds_per_step for curve in (own, *others)},
     }
 
 
 def print_row(row: dict[str, Any]) -> None:
     """Prints a task: one line per rival."""
-    accuracies = (
-        ""
-        if math.isnan(row["accuracy"])
-        else (f": accuracy {row['accuracy']:.3f}, best Adam {row['best_adam_accuracy']:.3f}")
-    )
-    print(f"\n{row['task']}{accuracies}")
+    accuracies = [row["accuracy"], row["best_adam_accuracy"]]
+    about = "" if None in accuracies else ": accuracy {:.3f}, best Adam {:.3f}".format(*accuracies)
+    print(f"\n{row['task']}{about}")
     print(f"{'loss over that of':20s}" + "".join(f"{step:>9}" for step in row["steps"]))
     for rival in RIVALS:
         values = [row["ratios"][step][rival] for step in row["steps"]]

@@ -1,0 +1,79 @@
+"""The comparison on tasks that were never met: each task's loss, and the table, figure and JSON of one."""
+
+import json
+import math
+
+import held_out
+import held_out_tasks
+import jax
+import numpy as np
+import pytest
+
+from mlhf_optax.comparison import engine
+from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
+from mlhf_optax.pretrained import save_meta_params
+from mlhf_optax.tasks import Dataset
+
+
+@pytest.fixture
+def made_up_data(monkeypatch):
+    """Eight random images and lines of text in the place of MNIST and Shakespeare."""
+    random = np.random.default_rng(0)
+    images = {
+        "image": random.integers(0, 256, (8, 28, 28, 1), dtype=np.uint8),
+        "label": np.arange(8, dtype=np.int32),
+    }
+    text = {name: random.integers(0, 65, (8, 32)).astype(np.int32) for name in ("image", "label")}
+    for name, part in (("load_mnist", images), ("load_shakespeare", text)):
+        monkeypatch.setattr(held_out_tasks, name, lambda *folders, part=part: Dataset(part, part, part))
+
+
+NAMES = sorted(set(held_out_tasks.TASKS) - {"cifar10-conv", "mnist-mlp-1024"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_task_starts_at_the_loss_of_knowing_nothing(made_up_data, name):
+    task = held_out_tasks.TASKS[name]((None, None))
+    params = jax.jit(task.init_fn)(jax.random.key(0))
+    batch = jax.tree.map(lambda leaf: leaf[:8], task.data.train)
+    loss_of = lambda p: task.loss_fn(task.predict_fn(p, batch), batch)
+    loss, gradient = jax.jit(jax.value_and_grad(loss_of))(params)
+    chance = {"shakespeare-lstm": math.log(65), "shakespeare-transformer": math.log(65), "poisson": 0.7}
+    chance |= {"mnist-autoencoder": math.log(2), "diabetes": 0.5}
+    assert float(loss) == pytest.approx(chance.get(name, math.log(10)), rel=0.6)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+
+
+def test_the_poisson_residual_is_zero_for_the_solution():
+    task = held_out_tasks.TASKS["poisson"]((None, None))
+    points = {"image": np.array([[0.3, -0.2], [0.5, 0.5]], np.float32)}
+    zero = jax.tree.map(np.zeros_like, task.init_fn(jax.random.key(0)))
+    # Of u = 0 the residual is f: 2 pi^2 sin(pi x) sin(pi y), in units of ten.
+    f = 2 * np.pi**2 * np.prod(np.sin(np.pi * points["image"]), axis=1)
+    np.testing.assert_allclose(task.predict_fn(zero, points)[:, 0], f / 10, rtol=1e-4)
+
+
+def test_ratios_and_losses_are_printed_written_and_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(held_out, "RATES", {"adam": [1e-2], "sgd": [1e-1], "muon": [1e-2]})
+    monkeypatch.setattr(held_out, "STEPS", (1, 4))
+    monkeypatch.setattr(engine, "seconds_per_step", lambda task, optimizers: dict.fromkeys(optimizers, 0.5))
+    record = {"optimizer": "mlhf_general", "learning_rate": 1.0, "num_cg_steps": 2, "batch_size": 64}
+    record |= {"task": "none", "max_update_ratio": 0.25}
+    path = save_meta_params(tmp_path / "general", init_tensor_lstm(jax.random.key(0)), record)
+    arguments = ["--tasks", "diabetes", "--steps", "4", "--seeds", "1", "--meta-params", str(path)]
+    held_out.main([*arguments, "--output", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    (row,) = results["rows"]
+    assert (row["task"], row["steps"], row["accuracy"]) == ("diabetes", [1, 4], None)
+    assert set(row["ratios"]["4"]) == set(held_out.RIVALS)
+    assert 0 < row["ratios"]["4"]["default Adam"] < 1
+    assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "best Adam or SGD" in printed
+    assert "median over tasks" in printed
+
+
+def test_unknown_tasks_are_named(capsys):
+    with pytest.raises(SystemExit):
+        held_out.main(["--tasks", "mnist-transformer"])
+    assert "--tasks must be among" in " ".join(capsys.readouterr().err.replace("│", " ").split())

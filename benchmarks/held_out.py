@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from experiment import command_line, parse_options, save_drawing
-from held_out_tasks import TASKS
+from held_out_tasks import LENGTHS, TASKS
 
 from mlhf_optax import load_pretrained
 from mlhf_optax.comparison import (
@@ -59,9 +59,9 @@ class Options:
     """Which tasks; all by default."""
     meta_params: str = "general"
     """Shipped name or path."""
-    steps: int = 3000
-    """Length of every training."""
-    seeds: int = 3
+    steps: int | None = None
+    """Length of every training; by default what takes some minutes per task on two cores."""
+    seeds: int = 1
     """Trainings of every optimizer."""
     data_dir: Path | None = None
     """Where MNIST and CIFAR-10 lie; by default $TFDS_DATA_DIR."""
@@ -78,8 +78,8 @@ class Options:
         if unknown := sorted(set(self.tasks) - set(TASKS)):
             raise ValueError(f"--tasks must be among {', '.join(TASKS)}, got {', '.join(unknown)}")
         for name in ("steps", "seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
 
 
 def contenders_for(task: Task, options: Options) -> list[Contender]:
@@ -107,9 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         options = dataclasses.replace(options, tasks=("digits-mlp",), steps=100, seeds=1)
     command, rows = command_line(__file__, arguments), []
-    steps = [step for step in STEPS if step <= options.steps] or [options.steps]
     for name in options.tasks or TASKS:
         task = TASKS[name]((options.data_dir, options.cache_dir))
+        length = options.steps or LENGTHS[name]
+        steps = [step for step in STEPS if step < length] + [length]
         with comparison_bar() as on_progress:
             found = compare(
                 task,
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(row_of(name, found, steps))
         print_row(rows[-1])
     print_median(rows)
-    content = record(command, steps=steps, rows=rows)
+    content = record(command, seeds=options.seeds, rows=rows)
     write_json(options.output / "results.json", content)
     save_drawing(options.output / "figure.png", draw, content)
 
@@ -162,12 +163,13 @@ def print_row(row: dict[str, Any]) -> None:
 
 def print_median(rows: Sequence[dict[str, Any]]) -> None:
     """Prints the median over tasks of every ratio."""
-    print("\nmedian over tasks")
+    steps = sorted({step for row in rows for step in row["steps"] if step in STEPS})
+    print("\nmedian over tasks" + "".join(f"{step:>9}" for step in steps))
     for rival in RIVALS:
-        values = [
-            np.median([row["ratios"][step][rival] or math.inf for row in rows]) for step in rows[0]["steps"]
-        ]
-        print(f"{rival:20s}" + "".join(f"{value:9.2f}" for value in values), flush=True)
+        of = lambda step: [row["ratios"][step][rival] for row in rows if step in row["ratios"]]  # noqa: B023
+        medians = [np.median([math.inf if x is None else x for x in of(step)]) for step in steps]
+        print(f"{rival:17s}" + "".join(f"{value:9.2f}" for value in medians), flush=True)
+    print(f"{'(tasks)':17s}" + "".join(f"{sum(step in row['steps'] for row in rows):9d}" for step in steps))
 
 
 def draw(figure: Any, content: dict[str, Any]) -> None:

@@ -201,3 +201,18 @@ TASKS: dict[str, Callable[[Folders], Task]] = {
     "poisson": lambda folders: _poisson(),
 }
 """A function of folders for every task, by name."""
+
+LENGTHS = {
+    "digits-mlp": 3000,
+    "mnist-mlp": 1000,
+    "mnist-mlp-1024": 300,
+    "mnist-conv": 300,
+    "mnist-groupnorm": 1000,
+    "cifar10-conv": 300,
+    "mnist-autoencoder": 1000,
+    "shakespeare-lstm": 300,
+    "shakespeare-transformer": 300,
+    "diabetes": 3000,
+    "poisson": 300,
+}
+"""Steps of a training of every task."""

@@ -44,6 +44,10 @@ def test_every_task_starts_at_the_loss_of_knowing_nothing(made_up_data, name):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
 
 
+def test_every_task_has_a_length():
+    assert set(held_out_tasks.LENGTHS) == set(held_out_tasks.TASKS)
+
+
 def test_the_poisson_residual_is_zero_for_the_solution():
     task = held_out_tasks.TASKS["poisson"]((None, None))
     points = {"image": np.array([[0.3, -0.2], [0.5, 0.5]], np.float32)}

@@ -98,7 +98,7 @@ def ratios(comparison: Comparison, step: int) -> dict[str, float]:
     best = lambda families: best_at([curve for curve in grid if curve.family in families], step)
     rivals: tuple[Curve, ...] = (constant, default, best(("adam", "sgd")), best(("muon",)))
     losses = [rival.loss_at(step) for rival in rivals]
-    return dict(zip(RIVALS, (own.loss_at(step) / loss for loss in losses), strict=True))
+    return dict(zip(RIVALS, (own.loss_at(step) / loss if loss else math.nan for loss in losses), strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

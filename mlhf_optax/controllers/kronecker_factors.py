@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlhf_optax import trees
 
@@ -113,27 +114,43 @@ def times_sides(sides: Sides, vector: jax.Array, inverse: bool = False) -> jax.A
 
 
 def _refreshed(floor: float, pairs: list[tuple[Sides, jax.Array]]) -> list[tuple[Sides, jax.Array]]:
-    fresh, done = [], jnp.zeros(())
-    for sides, power in pairs:
-        left, done = _with_powers(sides[0], power, floor, done)
-        right, done = _with_powers(sides[1], power, floor, done)
-        fresh.append(((left, right), power))
-    return fresh
+    by_size: dict[int, list[tuple[int, int]]] = {}
+    for index, (sides, _) in enumerate(pairs):
+        for which, side in enumerate(sides):
+            by_size.setdefault(side.factor.shape[1], []).append((index, which))
+    fresh, done = {}, jnp.zeros(())
+    for places in by_size.values():
+        sides = [pairs[index][0][which] for index, which in places]
+        powers = jnp.stack([pairs[index][1] for index, _ in places])
+        new, done = _with_powers(sides, powers, floor, done)
+        fresh |= dict(zip(places, new, strict=True))
+    return [((fresh[index, 0], fresh[index, 1]), power) for index, (_, power) in enumerate(pairs)]
 
 
-def _with_powers(side: Side, power: jax.Array, floor: float, before: jax.Array) -> tuple[Side, jax.Array]:
+def _with_powers(
+    sides: list[Side], powers: jax.Array, floor: float, before: jax.Array
+) -> tuple[list[Side], jax.Array]:
+    """Takes the powers of sides with blocks of one size in one decomposition, however many there are."""
+    counts = [side.factor.shape[0] for side in sides]
+    owner = np.repeat(np.arange(len(sides)), counts)  # the side that a block belongs to
+    of_sides = lambda x: jax.ops.segment_sum(x, owner, len(sides)) / np.array(counts, np.float32)
     # Each decomposition waits for the one before: on CPUs, several at once in a loop may all wait for the
     # same thread, and never end.
-    factor = side.factor + 0.0 * before
-    mean = jnp.mean(jnp.trace(factor, axis1=1, axis2=2)) / factor.shape[1]
-    eigenvalues, vectors = jnp.linalg.eigh(factor / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
-    values = (jnp.maximum(eigenvalues, 0.0) + floor) ** power
-    values = values / jnp.mean(values)
+    factors = jnp.concatenate([side.factor for side in sides]) + 0.0 * before
+    mean = of_sides(jnp.trace(factors, axis1=1, axis2=2) / factors.shape[1])
+    units = jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)[owner][:, None, None]
+    eigenvalues, vectors = jnp.linalg.eigh(factors / units)
+    values = (jnp.maximum(eigenvalues, 0.0) + floor) ** powers[owner][:, None]
+    values = values / of_sides(jnp.mean(values, axis=1))[owner][:, None]
     product = lambda scale: jnp.einsum("bij,bj,bkj->bik", vectors, scale, vectors)
-    fresh = product(values), product(1.0 / values)
-    is_sound = (mean > 0) & trees.is_finite(fresh)
-    power_of, inverse = trees.select(is_sound, fresh, (side.power, side.inverse))
-    return Side(side.factor, power_of, inverse), jnp.ravel(power_of)[0]
+    power, inverse = product(values), product(1.0 / values)
+    is_finite = jnp.all(jnp.isfinite(power) & jnp.isfinite(inverse), axis=(1, 2))
+    is_sound = (mean > 0) & (of_sides(is_finite.astype(jnp.float32)) == 1)
+    fresh, ends = [], np.cumsum(counts)
+    for number, (side, end, count) in enumerate(zip(sides, ends, counts, strict=True)):
+        new = power[end - count : end], inverse[end - count : end]
+        fresh.append(Side(side.factor, *trees.select(is_sound[number], new, (side.power, side.inverse))))
+    return fresh, jnp.ravel(power)[0]
 
 
 def _blocked(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -321,12 +321,11 @@ def _operators(constants: Constants, view: View, signal: _Signal) -> Operators:
 
 
 def _observe(view: View, outcome: Outcome, state: TensorLSTMState) -> Observed:
-    d, r, b, s_d = map(
-        jax.tree.leaves, (outcome.direction, outcome.residual, outcome.right_hand_side, outcome.damped)
-    )
-    curvature = _dots(d, b) - _dots(d, r)  # <d, (G + S) d>
-    share = jnp.clip(_dots(d, s_d) / jnp.where(curvature > 0, curvature, 1e30), 0.0, 1.0)
-    residual = jnp.sqrt(_dots(r, r) / (_dots(b, b) + _TINY))
+    d, r, b, s_d = range(4)
+    gram = _gram(outcome.direction, outcome.residual, outcome.right_hand_side, outcome.damped)
+    curvature = gram[:, d, b] - gram[:, d, r]  # <d, (G + S) d>
+    share = jnp.clip(gram[:, d, s_d] / jnp.where(curvature > 0, curvature, 1e30), 0.0, 1.0)
+    residual = jnp.sqrt(gram[:, r, r] / (gram[:, b, b] + _TINY))
     keep = lambda new, old: jnp.where(outcome.is_sound, new, old)
     state = state._replace(
         residual=keep(residual, state.residual), damped_share=keep(share, state.damped_share)
@@ -366,21 +365,24 @@ def _running_size(state: TensorLSTMState) -> jax.Array:
 
 def _features(view: View, state: TensorLSTMState, constants: Constants) -> jax.Array:
     """Returns statistics without scale within [-1, 1], shape (tensors, FEATURES)."""
-    params, g, d, old_mean, square = map(
-        jax.tree.leaves, (view.params, view.gradient, view.direction, state.mean, state.square)
-    )
-    sizes = jnp.array([leaf.size for leaf in g], jnp.float32)
-    means = [
-        0.9 * m / jnp.maximum(state.mean_weight, 1e-3) + 0.1 * x for m, x in zip(old_mean, g, strict=True)
-    ]
-    rms = lambda xs: jnp.sqrt(_dots(xs, xs) / sizes + _TINY)
+    leaves = jax.tree.leaves(view.gradient)
+    sizes = jnp.array([leaf.size for leaf in leaves], jnp.float32)
+    # Inner products of parameters, gradient, direction and mean of gradients, each with each.
+    w, g, d, old = range(4)
+    gram = _gram(view.params, view.gradient, view.direction, state.mean)
+    old_share, new_share = 0.9 / jnp.maximum(state.mean_weight, 1e-3), 0.1  # of the mean with this gradient
+    m_m = old_share**2 * gram[:, old, old] + new_share**2 * gram[:, g, g]
+    m_m = jnp.maximum(m_m + 2 * old_share * new_share * gram[:, old, g], 0.0)
+    m_d = old_share * gram[:, old, d] + new_share * gram[:, g, d]
+    rms = lambda squares: jnp.sqrt(squares / sizes + _TINY)
     total = lambda each: jnp.sqrt(jnp.sum(sizes * jnp.square(each)) / jnp.sum(sizes) + _TINY)
-    cosine = lambda xs, ys: _dots(xs, ys) / (jnp.sqrt(_dots(xs, xs) * _dots(ys, ys)) + _TINY)
-    rms_w, rms_d, rms_m, rms_g = map(rms, (params, d, means, g))
-    rms_v = jnp.sqrt(jnp.stack([jnp.mean(v) for v in square]) / state.square_weight + _TINY)
+    cosine = lambda x_y, x_x, y_y: x_y / (jnp.sqrt(x_x * y_y) + _TINY)
+    rms_w, rms_g, rms_d, rms_m = map(rms, (gram[:, w, w], gram[:, g, g], gram[:, d, d], m_m))
+    squares = jnp.stack([jnp.mean(v) for v in jax.tree.leaves(state.square)]).astype(jnp.float32)
+    rms_v = jnp.sqrt(squares / state.square_weight + _TINY)
     all_w, all_d, all_m, all_v = map(total, (rms_w, rms_d, rms_m, rms_v))
     is_started = (state.count > 0).astype(jnp.float32)
-    is_vector = jnp.array([1.0 if matrix_shape(leaf.shape) is None else -1.0 for leaf in g])
+    is_vector = jnp.array([1.0 if matrix_shape(leaf.shape) is None else -1.0 for leaf in leaves])
     of_tensors = [
         _bounded(_log(rms_m / all_m), 3.0),
         _bounded(_log(rms_v / all_v), 3.0),
@@ -388,9 +390,9 @@ def _features(view: View, state: TensorLSTMState, constants: Constants) -> jax.A
         _bounded(_log(rms_w / all_w), 3.0),
         is_started * _bounded(_log(rms_d / (rms_w + 0.1 * all_w)) + 4, 3.0),
         is_started * _bounded(_log(rms_d / all_d), 3.0),
-        cosine(g, d),
-        cosine(g, old_mean),
-        cosine(means, d),
+        cosine(gram[:, g, d], gram[:, g, g], gram[:, d, d]),
+        cosine(gram[:, g, old], gram[:, g, g], gram[:, old, old]),
+        cosine(m_d, m_m, gram[:, d, d]),
         is_started * _bounded(_log(state.residual), 2.0),
         is_started * (2 * state.damped_share - 1),
         is_vector,
@@ -410,7 +412,7 @@ def _features(view: View, state: TensorLSTMState, constants: Constants) -> jax.A
         _bounded(_log(all_w / _initial_rms(view)), 1.0),
         _bounded(_log(jnp.minimum(1.0, constants.update_ratio / jnp.maximum(ratio, _TINY))), 1.0),
     ]
-    shared = jnp.broadcast_to(jnp.stack(of_all), (len(g), SHARED_FEATURES))
+    shared = jnp.broadcast_to(jnp.stack(of_all), (len(leaves), SHARED_FEATURES))
     return jnp.concatenate([jnp.stack(of_tensors, 1), shared], 1).astype(jnp.float32)
 
 
@@ -467,9 +469,19 @@ def say(outputs: jax.Array, constants: Constants = CONSTANTS) -> Said:
     )
 
 
-def _dots(xs: list, ys: list) -> jax.Array:
-    """Returns the inner products of tensors, shape (tensors,)."""
-    return jnp.stack([trees.vdot(x, y).astype(jnp.float32) for x, y in zip(xs, ys, strict=True)])
+def _gram(*trees_of_tensors: chex.ArrayTree) -> jax.Array:
+    """Returns inner products within each tensor of k trees with n tensors, shape (n, k, k), float32.
+
+    One matrix product for each tensor: programs have many tensors, and each pass of its own takes time to
+    compile.
+    """
+
+    def of_tensor(*vectors: jax.Array) -> jax.Array:
+        rows = jnp.stack([vector.astype(jnp.float32).reshape(-1) for vector in vectors])
+        return jnp.matmul(rows, rows.T, precision=lax.Precision.HIGHEST)
+
+    each = zip(*map(jax.tree.leaves, trees_of_tensors), strict=True)
+    return jnp.stack([of_tensor(*vectors) for vectors in each])
 
 
 def _mean_square(tree: chex.ArrayTree) -> Any:

@@ -9,13 +9,13 @@ from mlhf_optax.pretrained.files import Pretrained, decode, load_meta_params, sa
 _ENDING = ".safetensors"
 
 
-def load_pretrained(name_or_path: str | os.PathLike) -> Pretrained:
+def load_pretrained(name_or_path: str | os.PathLike = "general") -> Pretrained:
     """Loads shipped meta-parameters by name, or your own by path.
 
     Args:
       name_or_path: a key of :func:`list_pretrained`, or the path of a file that
         :func:`mlhf_optax.save_meta_params` wrote. A shipped name wins; for a file of that name in
-        the current folder write ``./name``.
+        the current folder write ``./name``. By default those for any network.
 
     Returns:
       A :class:`mlhf_optax.Pretrained`: the ``meta_params``, the ``record`` of what they were trained on, and
@@ -26,8 +26,8 @@ def load_pretrained(name_or_path: str | os.PathLike) -> Pretrained:
       ValueError: if a file is damaged, foreign or of another version.
 
     Example:
-      >>> load_pretrained("digits").learning_rate
-      1.0
+      >>> load_pretrained().record["optimizer"], load_pretrained("digits").record["optimizer"]
+      ('mlhf_general', 'mlhf')
     """
     shipped = _shipped()
     if name_or_path in shipped:

@@ -30,7 +30,7 @@ TASK = SimpleNamespace(init_fn=lambda key: mlp_params(dtype=jnp.float32), predic
 
 def test_names_are_those_of_the_entries_and_an_unknown_one_is_explained():
     assert all(name == family.name for name, family in LEARNED.items())
-    with pytest.raises(ValueError, match="'adamw'; there are mlhf, mlhf_general, adam_rates"):
+    with pytest.raises(ValueError, match="'adamw'; there are mlhf, mlhf_general, adam_rates, rnnprop"):
         get_learned("adamw")
 
 

@@ -4,8 +4,17 @@ from mlhf_optax.learned.adam_rates import ADAM_RATES
 from mlhf_optax.learned.mlhf import MLHF
 from mlhf_optax.learned.mlhf_general import MLHF_GENERAL
 from mlhf_optax.learned.registry import LearnedFamily as LearnedFamily
+from mlhf_optax.learned.rnnprop import RNNPROP
 
-LEARNED: dict[str, LearnedFamily] = {family.name: family for family in (MLHF, MLHF_GENERAL, ADAM_RATES)}
+LEARNED: dict[str, LearnedFamily] = {
+    family.name: family
+    for family in (
+        MLHF,
+        MLHF_GENERAL,
+        ADAM_RATES,
+        RNNPROP,
+    )
+}
 
 
 def get_learned(name: str) -> LearnedFamily:

@@ -174,6 +174,11 @@ def stacked(parts: Sequence[Any]) -> tuple[lstm.LayerCarry, ...]:
     return tuple(lstm.LayerCarry(*parts[i : i + 2]) for i in range(0, len(parts), 2))
 
 
+def cast_like(tree: Any, like: Any) -> Any:
+    """Returns the tree in the dtypes of another."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
 def map_leaves(function: Callable[..., tuple], first: Any, *others: Any) -> tuple[Any, ...]:
     """Calls ``function`` on the leaves of one tree and what lies there in others.
 

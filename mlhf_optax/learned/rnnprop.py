@@ -95,7 +95,7 @@ def rnnprop(
 
     def update(updates, state, params=None):
         del params
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
 
         def leaf(g, mean, variance, *carry):
             mean, variance, features = adam_features(g, mean, variance, count)

@@ -9,7 +9,6 @@ Source: Lv, Jiang, Li 2017, "Learning Gradient Descent: Better Generalization an
 arXiv 1703.03633, section 3.
 """
 
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -53,10 +52,18 @@ class Episode(NamedTuple):
 
 
 class _EpisodeBatch(NamedTuple):
-    """A mini-batch of the task with the constants of its training."""
+    """A mini-batch of the task with the :class:`Constants` of its training."""
 
     batch: Any
-    constants: Constants
+    constants: Any
+
+
+class _Task(NamedTuple):
+    """A task, see :class:`mlhf_optax.meta_training.Task`."""
+
+    init_fn: Any
+    predict_fn: Any
+    loss_fn: Any
 
 
 def with_tricks(
@@ -79,6 +86,7 @@ def with_tricks(
 
     Example:
       >>> import optax
+      >>> from types import SimpleNamespace
       >>> from mlhf_optax import SquaredError
       >>> from mlhf_optax.meta_training import META_LOSSES, unrolled_optimizer
       >>> task = SimpleNamespace(
@@ -94,7 +102,7 @@ def with_tricks(
     """
     if not random_scaling and not companion_size:
         return task, learned
-    inner = SimpleNamespace(
+    inner = _Task(
         init_fn=lambda key: _fresh(task, key, random_scaling, companion_size).params,
         predict_fn=lambda params, batch: _outputs(task, params, batch),
         loss_fn=lambda outputs, batch: _loss(task, outputs, batch),
@@ -111,7 +119,7 @@ def with_tricks(
         tx = learned.build(meta_params, inner)
         return tx._replace(init=lambda episode: tx.init(episode.params))
 
-    outer = SimpleNamespace(
+    outer = _Task(
         init_fn=lambda key: _fresh(task, key, random_scaling, companion_size),
         predict_fn=lambda episode, batch: _outputs(task, *_opened(episode, batch)),
         loss_fn=lambda outputs, batch: _loss(task, outputs, _EpisodeBatch(batch, None)),

@@ -200,6 +200,7 @@ def test_the_meta_losses_are_those_of_the_papers():
     [
         ({"meta_loss": "best"}, "`meta_loss` must be one of 'last', 'mean', .*, got 'best'"),
         ({"learning_rate": 0.0}, "`learning_rate` must be a positive number, got 0.0"),
+        ({"inner_gradients": "both"}, "`inner_gradients` must be 'constant' or 'differentiated', got 'both'"),
     ],
 )
 def test_wrong_options_are_refused(wrong, match):
@@ -221,6 +222,7 @@ def test_meta_training_lowers_the_inner_loss_with_all_tricks(name):
         meta_learning_rate=3e-3,
         random_scaling=1.0,
         companion_size=3,
+        fresh_probability=1.0,
         horizons=(4, 8),
         horizon_iterations=3,
     )

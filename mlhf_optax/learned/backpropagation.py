@@ -12,6 +12,7 @@ from mlhf_optax.learned.registry import LearnedFamily
 from mlhf_optax.meta_training.learned_optimizer import META_LOSSES, LearnedOptimizer, unrolled_optimizer
 
 MetaLossName = Literal["last", "mean", "mean_after", "sum", "log"]
+InnerGradients = Literal["constant", "differentiated"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class BackpropagationOptions:
     """How an optimizer is meta-trained by back-propagation through the unroll.
 
     Raises:
-      ValueError: for an unknown meta-loss or a learning rate that is not positive.
+      ValueError: for an unknown name, or a learning rate that is not positive.
     """
 
     learning_rate: float = 1.0
@@ -27,8 +28,9 @@ class BackpropagationOptions:
     meta_loss: MetaLossName = "mean"
     """What an unroll minimises: its last loss, the mean or the sum of its losses, the mean of the losses on
     every mini-batch after the step on it, or the mean of their logarithms."""
-    second_derivatives: bool = False
-    """Differentiate through the gradients that the optimizer is given."""
+    inner_gradients: InnerGradients = "constant"
+    """Whether the meta-gradient takes the gradients that the optimizer is given for constants, or goes
+    through them, by second derivatives of the network ("differentiated")."""
     remat: bool = False
     """Compute steps anew in the backward pass: less memory, a third more time."""
 
@@ -36,6 +38,10 @@ class BackpropagationOptions:
         if self.meta_loss not in META_LOSSES:
             known = ", ".join(map(repr, META_LOSSES))
             raise ValueError(f"`meta_loss` must be one of {known}, got {self.meta_loss!r}")
+        if self.inner_gradients not in ("constant", "differentiated"):
+            raise ValueError(
+                f"`inner_gradients` must be 'constant' or 'differentiated', got {self.inner_gradients!r}"
+            )
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"`learning_rate` must be a positive number, got {self.learning_rate}")
 
@@ -77,7 +83,7 @@ def backpropagated(
             build,
             META_LOSSES[options.meta_loss],
             init=lambda key, task: init(key) if start is None else start.meta_params,
-            second_derivatives=options.second_derivatives,
+            second_derivatives=options.inner_gradients == "differentiated",
             remat=options.remat,
             penalty=penalty,
         )

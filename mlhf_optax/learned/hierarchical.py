@@ -18,7 +18,12 @@ import jax.numpy as jnp
 import optax
 
 from mlhf_optax.learned import cells
-from mlhf_optax.learned.backpropagation import BackpropagationOptions, MetaLossName, backpropagated
+from mlhf_optax.learned.backpropagation import (
+    BackpropagationOptions,
+    InnerGradients,
+    MetaLossName,
+    backpropagated,
+)
 
 PARAM_UNITS = 10
 UPPER_UNITS = 20
@@ -161,7 +166,7 @@ def hierarchical(
         return HierarchicalState(
             starts(meta_params.param_start),
             tensors,
-            jnp.array(meta_params.global_start),
+            meta_params.global_start.astype(jnp.result_type(jnp.float32, *jax.tree.leaves(params))),
             cells.wide(params, TIMESCALES),
             cells.wide(params, TIMESCALES),
             starts(meta_params.outputs.bias[2:]),
@@ -244,7 +249,7 @@ class HierarchicalOptions(BackpropagationOptions):
     """
 
     meta_loss: MetaLossName = "log"
-    second_derivatives: bool = True
+    inner_gradients: InnerGradients = "differentiated"
 
 
 def _optimizer(

@@ -46,16 +46,16 @@ class VariationalHyperAdamState(NamedTuple):
 
     Attributes:
       count: number of steps done, int32, shape ().
-      mean: running mean of gradients, shaped like the parameters.
-      variance: running mean of their squares, shaped like the parameters.
+      gradient_mean: running mean of gradients, shaped like the parameters.
+      gradient_square: running mean of their squares, shaped like the parameters.
       moments: of all candidates.
       key: random key data for the next step, uint32.
       kl: divergence of the last update from a unit Gaussian, nats, float32, shape ().
     """
 
     count: jax.Array
-    mean: Any
-    variance: Any
+    gradient_mean: Any
+    gradient_square: Any
     moments: Moments
     key: jax.Array
     kl: jax.Array
@@ -127,7 +127,7 @@ def variational_hyperadam(
         del params
         count = jnp.asarray(optax.safe_increment(state.count))
         mean, variance, features = cells.map_leaves(
-            lambda g, m, v: adam_features(g, m, v, count), updates, state.mean, state.variance
+            lambda g, m, v: adam_features(g, m, v, count), updates, state.gradient_mean, state.gradient_square
         )
         inner = jax.tree.map(lambda x: jax.nn.elu(cells.dense(meta_params.inputs, x)), features)
         gradient = jax.tree.map(lambda g, m: g.astype(m.dtype)[None], updates, mean)

@@ -17,6 +17,8 @@ from mlhf_optax.gauss_newton import gauss_newton as gauss_newton
 from mlhf_optax.hessian_free import hessian_free as hessian_free
 from mlhf_optax.hessian_free import scale_by_hessian_free as scale_by_hessian_free
 from mlhf_optax.layer_types import layer_types as layer_types
+from mlhf_optax.learned.lodo import LODOState as LODOState
+from mlhf_optax.learned.lodo import lodo as lodo
 from mlhf_optax.losses import SigmoidCrossEntropy as SigmoidCrossEntropy
 from mlhf_optax.losses import SoftmaxCrossEntropy as SoftmaxCrossEntropy
 from mlhf_optax.losses import SquaredError as SquaredError

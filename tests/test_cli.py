@@ -200,7 +200,7 @@ def test_a_curvature_batch_beyond_the_batch_is_explained(capsys, meta_params):
         (["--channels", "x"], "must be whole numbers separated by commas"),
         (
             ["--optimizers", "mlhf,lion"],
-            "mlhf,mlhf_general,adam_rates,sgd,rmsprop,adam,muon,gauss_newton",
+            ",".join([*LEARNED, "sgd,rmsprop,adam,muon,gauss_newton"]),
         ),
         (["--optimizers", ""], "must be among mlhf,"),
         (["--curvature-batch-size", "half"], "no type matching INT|FLOAT"),
@@ -278,7 +278,9 @@ def test_meta_train_hands_on_its_arguments(calls):
         "--batch-size 16 --meta-learning-rate 0.1 --learning-rate 0.5 --seed 4 --resume --checkpoint-every 2 "
         "--validate-every 3 --validation-steps 1,5 --settings authors --initial-damping 100 "
         "--initial-preconditioner 0.5 --keep-probability 0.5 --age-scale 50 --replay-opt-state "
-        "--same-batch-weight 0.25 --curvature-batch-size 8 --stop-after 6 --start digits"
+        "--same-batch-weight 0.25 --curvature-batch-size 8 --stop-after 6 --start digits "
+        "--fresh-probability 0.75 --horizons 100,200 --horizon-iterations 3 --random-scaling 3 "
+        "--companion-size 20"
     )
     assert run(*arguments.split()) == 130
     (call,) = calls
@@ -296,6 +298,8 @@ def test_meta_train_hands_on_its_arguments(calls):
     config = call["config"]
     assert (config.num_tasks, config.unroll_length, config.meta_learning_rate) == (3, 5, 0.1)
     assert (config.keep_probability, config.age_scale, config.replay_opt_state) == (0.5, 50.0, True)
+    assert (config.fresh_probability, config.horizons, config.horizon_iterations) == (0.75, (100, 200), 3)
+    assert (config.random_scaling, config.companion_size, config.max_age) == (3.0, 20, None)
     rest = (call["output"], call["validation_steps"], call["seed"], call["resume"], call["start"])
     assert rest == (Path("there"), (1, 5), 4, True, "digits")
     assert call["command"] == f"mlhf-optax {arguments}"
@@ -312,8 +316,8 @@ def test_options_of_image_tasks_reach_them():
     ("arguments", "message"),
     [
         (
-            ["--optimizer", "l2l"],
-            "no learned optimizer 'l2l'; there are mlhf, mlhf_general, adam_rates",
+            ["--optimizer", "velo"],
+            "no learned optimizer 'velo'; there are mlhf, mlhf_general, adam_rates",
         ),
         (["cifar10-convnet", "--data-dir", "nowhere"], "no prepared dataset 'cifar10' in nowhere"),
         (["--batch-size", "1000000"], "must lie between 1 and the number of meta-training examples"),

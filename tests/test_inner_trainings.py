@@ -123,7 +123,8 @@ def replace(health, running=None, replay=None, seed=0, **config):
 @functools.partial(jax.jit, static_argnums=0)
 def replaced(config, running, health, replay, key):
     priority = jnp.linspace(0.0, 1.0, COUNT)
-    return replace_ended(config, running, health, priority, replay, key, make_fresh, jnp.zeros_like)
+    starters = (make_fresh, jnp.zeros_like)
+    return replace_ended(config, running, health, priority, replay, key, *starters, config.max_age)
 
 
 FIRST_HALF = jnp.arange(COUNT) < COUNT // 2

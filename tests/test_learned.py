@@ -1,6 +1,7 @@
 """The shelf of learned optimizers: what every entry owes, and the smallest entry there is."""
 
 import dataclasses
+import inspect
 from types import SimpleNamespace
 
 import jax
@@ -30,7 +31,7 @@ TASK = SimpleNamespace(init_fn=lambda key: mlp_params(dtype=jnp.float32), predic
 
 def test_names_are_those_of_the_entries_and_an_unknown_one_is_explained():
     assert all(name == family.name for name, family in LEARNED.items())
-    with pytest.raises(ValueError, match="'adamw'; there are mlhf, mlhf_general, adam_rates"):
+    with pytest.raises(ValueError, match="'adamw'; there are mlhf, mlhf_general, adam_rates, rnnprop, l2l"):
         get_learned("adamw")
 
 
@@ -44,7 +45,9 @@ def test_an_entry_makes_meta_parameters_that_a_file_can_hold_and_an_optimizer_th
     record = family.record(family.options())
     assert set(record) <= set(family.arguments)
     assert family.check_record(record) is None
-    tx = family.optimizer(meta_params, linear, LOSS, **record)
+    # Noise alone moves an untrained optimizer that samples its updates.
+    samples = "deterministic" in inspect.signature(family.optimizer).parameters
+    tx = family.optimizer(meta_params, linear, LOSS, **record, **({"deterministic": True} if samples else {}))
     losses = [loss for _, _, loss in training_steps(tx, linear_params(dtype=jnp.float32), [batch()] * 5)]
     assert losses[-1] < losses[0]
 

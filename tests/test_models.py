@@ -17,6 +17,7 @@ NUMPY_ACTIVATIONS = {
     "relu": lambda x: np.maximum(x, 0),
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "tanh": np.tanh,
+    "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
     "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
 }
 SMALL = ConvNet(channels=(3, 4), hidden=(5,))
@@ -84,7 +85,7 @@ def test_convnet_has_layers_that_mlhf_knows():
     [
         (MLP, {"hidden": (0,)}, r"`hidden`, `num_outputs` must be at least 1, got hidden=\(0,\)"),
         (MLP, {"num_outputs": 0}, "must be at least 1, got .*num_outputs=0"),
-        (MLP, {"activation": "elu"}, r"must be one of \['relu', 'sigmoid', 'tanh', 'gelu'\], got 'elu'"),
+        (MLP, {"activation": "mish"}, r"must be one of \['relu', .*'gelu', 'elu'\], got 'mish'"),
         (ConvNet, {"channels": (0,)}, r"`channels`, .* must be at least 1, got channels=\(0,\)"),
         (ConvNet, {"hidden": (-1,)}, r"must be at least 1, got .*hidden=\(-1,\)"),
         (ConvNet, {"num_outputs": 0}, "must be at least 1, got .*num_outputs=0"),

@@ -26,13 +26,17 @@ import optax
 import orbax.checkpoint as ocp
 import problems
 import pytest
+from flax import nnx
+from flax.training import train_state
 
 from mlhf_optax import (
     LevenbergMarquardt,
     gauss_newton,
     hessian_free,
+    lodo,
     mlhf,
 )
+from mlhf_optax.learned import LEARNED
 
 META_PARAMS = problems.random_meta_params(units=(2,))
 LM = LevenbergMarquardt(0.5, min_damping=1e-6)
@@ -494,6 +498,124 @@ def test_wrappers_that_drop_the_batch_fail_and_are_named(tx):
         TypeError, match=r"needs the batch.*`MultiSteps.gradient_transformation\(\)`.*drop it"
     ):
         dropping.update(grads, dropping.init(params), params, batch=batch)
+
+
+# Optimizers that need gradients alone: what of the above does not speak of batches and curvature.
+
+GRADIENT_ONLY = {
+    name: LEARNED[name].optimizer
+    for name in ("adam_rates", "rnnprop", "l2l", "hyperadam", "variational_hyperadam", "hierarchical")
+}
+
+
+def build_gradient_only(name):
+    if name == "lodo":
+        return optax.with_extra_args_support(lodo(0.5, block_size=2, num_layers=2))
+    family = LEARNED[name]
+    meta_params = family.learned(family.options()).init(jax.random.key(0), None)
+    return family.optimizer(meta_params, problems.linear, problems.LOSS)
+
+
+@pytest.fixture(params=[*GRADIENT_ONLY, "lodo"])
+def plain_name(request):
+    return request.param
+
+
+@pytest.fixture
+def plain(plain_name):
+    return build_gradient_only(plain_name)
+
+
+def test_one_that_needs_gradients_alone_ignores_all_other_arguments(plain):
+    params, batch, grads = start()
+    state = plain.init(params)
+    assert isinstance(plain, optax.GradientTransformationExtraArgs)
+    others = {"value": 1.0, "grad": grads, "value_fn": problems.linear_loss, "unheard_of": None}
+    traced = jax.make_jaxpr(lambda: plain.update(grads, state, params, batch=batch, **others))()
+    without = jax.make_jaxpr(lambda: plain.update(grads, state))()
+    assert str(traced) == str(without)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_its_dtypes_of_parameters_and_state_are_kept_without_weak_types(plain, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        params, batch, grads = start(dtype)
+        for outer in (plain, optax.MultiSteps(plain, 4)):
+            state = outer.init(params)
+            assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+            updates, new_state = jax.eval_shape(lambda s: outer.update(grads, s, params, batch=batch), state)  # noqa: B023
+            assert kinds(updates) == kinds(params)
+            assert kinds(new_state) == kinds(state)
+            assert not any(is_weak for _, _, is_weak in kinds(state)[1])
+
+
+def test_it_works_in_bfloat16_and_behind_and_before_others(plain):
+    params, batch, grads = start(jnp.bfloat16)
+    outer = optax.apply_if_finite(optax.chain(plain, optax.clip_by_global_norm(1e-3)), 3)
+    update = jax.jit(outer.update)
+    updates, state = update(grads, outer.init(params), params, batch=batch)
+    updates, state = update(grads, state, params, batch=batch)
+    assert 0 < optax.tree.norm(updates["kernel"].astype(jnp.float32)) <= 1.01e-3
+    bad, after = update(jax.tree.map(lambda g: g * jnp.nan, grads), state, params, batch=batch)
+    assert not bad["kernel"].any()
+    equal(after.inner_state, state.inner_state)
+
+
+def test_its_jit_vmap_and_scan_agree_with_single_calls(plain):
+    step = jax.jit(step_of(plain))
+    tasks = [(problems.linear_params(seed, jnp.float32), problems.batch(seed)) for seed in range(2)]
+
+    def train(params, batch):
+        body = lambda carry, _: (lambda p, s, loss: ((p, s), loss))(*step_of(plain)(*carry, batch))
+        (params, state), losses = jax.lax.scan(body, (params, plain.init(params)), None, length=3)
+        return params, state, losses[-1]
+
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *tasks)
+    together = jax.jit(jax.vmap(train))(*stacked)
+    for i, (params, batch) in enumerate(tasks):
+        state = plain.init(params)
+        for _ in range(3):
+            params, state, loss = step(params, state, batch)
+        got = jax.tree.map(lambda x: x[i], together)  # noqa: B023
+        close(got, (params, state, loss), rtol=1e-3, atol=1e-4)
+
+
+def test_its_checkpoint_continues_identically(plain, tmp_path):
+    params, batch, grads = start()
+    update = jax.jit(plain.update)
+    _, state = update(grads, plain.init(params), params, batch=batch)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", {"state": state})
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: {"state": state}))["state"]
+    equal(update(grads, restored, params), update(grads, state, params))
+
+
+def test_one_that_keeps_coordinates_apart_may_be_masked_and_its_state_mapped(plain, plain_name):
+    params = problems.mlp_params(dtype=jnp.float32)
+    grads = jax.tree.map(jnp.ones_like, params)
+    masked = optax.masked(plain, {"Dense_0": True, "Dense_1": False})
+    updates, _ = jax.jit(masked.update)(grads, masked.init(params), params)
+    equal(updates["Dense_1"], grads["Dense_1"])
+    if plain_name == "lodo":
+        return
+    shapes, state = [], plain.init(params)
+    mapped = optax.tree.map_params(plain, lambda x: shapes.append(x.shape) or 0 * x, state)
+    assert kinds(mapped) == kinds(state)
+    assert shapes
+    assert not any(leaf.any() for leaf in jax.tree.leaves(mapped) if leaf.ndim > 1)
+
+
+def test_it_works_in_the_training_states_of_flax(plain):
+    params, _, grads = start()
+    state = train_state.TrainState.create(apply_fn=None, params=params, tx=plain)
+    linen = jax.jit(lambda s: s.apply_gradients(grads=grads))(state).params["kernel"]
+    model = nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0))
+    model.kernel = nnx.Param(params["kernel"])
+    optimizer = nnx.Optimizer(model, plain, wrt=nnx.Param)
+    optimizer.update(model, nnx.State({"kernel": nnx.Param(grads["kernel"])}))
+    np.testing.assert_allclose(model.kernel[...], linen, rtol=1e-5, atol=1e-6)
+    assert (linen != params["kernel"]).any()
 
 
 # The conformance file of optax.

@@ -121,7 +121,7 @@ def test_every_learned_optimizer_comes_back_from_a_file_and_trains(tmp_path, fam
     update = lambda tx: jax.jit(tx.update)(params, tx.init(params), params, batch=batch)[0]["kernel"]
     updates = [update(tx) for tx in both]
     np.testing.assert_array_equal(*updates)
-    assert np.all(updates[0] < 0)
+    assert np.all(updates[0] != 0)
 
 
 def test_every_setting_comes_back(tmp_path):
@@ -293,7 +293,7 @@ def test_a_changed_text_is_refused(saved, change, words):
         ('{"loss": NaN}', "its record is not JSON.*NaN is not a finite number"),
         ('{"loss": 1e999}', "its record is not JSON.*1e999 is not a finite number"),
         ("{}", "its record cannot be used: it lacks .*'optimizer'"),
-        (json.dumps({**RECORD, "optimizer": "l2l"}), "its record .*no learned optimizer 'l2l'"),
+        (json.dumps({**RECORD, "optimizer": "velo"}), "its record .*no learned optimizer 'velo'"),
         (json.dumps({**RECORD, "learning_rate": "fast"}), ".*'learning_rate' must be a positive number"),
         (json.dumps({**RECORD, "optimizer": "adam_rates"}), "its structure asks for arrays that are absent"),
     ],
@@ -379,7 +379,7 @@ def test_unusable_arrays_are_not_saved(tmp_path, meta_params, function, words):
         ({"task": 3}, "'task' must be a name, got 3"),
         ({"task": ...}, r"it lacks \['task'\]"),
         ({"batch_size": True}, "'batch_size' must be a positive number, got True"),
-        ({"optimizer": "l2l"}, "no learned optimizer 'l2l'; there are mlhf"),
+        ({"optimizer": "velo"}, "no learned optimizer 'velo'; there are mlhf"),
     ],
 )
 def test_unusable_records_are_not_saved(tmp_path, meta_params, values, words):

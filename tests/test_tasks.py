@@ -28,6 +28,7 @@ from mlhf_optax.tasks import (
     in_memory,
     tiny_imagenet,
 )
+from mlhf_optax.tasks.data import freeze
 from mlhf_optax.tasks.imagenet import random_crop
 
 
@@ -53,6 +54,11 @@ def make_small_task(name, **options):
     task, side = get_task(name, **options), 8
     if name.startswith("digits"):
         return task
+    if name == "mnist-mlp":
+        part = freeze(
+            image=np.random.default_rng(0).random((9, 28, 28, 1), np.float32), label=noise(9, 1, 10)["label"]
+        )
+        return dataclasses.replace(task, load_data=lambda: Dataset(part, part, part))
     meta_train, train, test = (noise(count, side, task.num_classes) for count in (9, 8, 7))
     if name == "imagenet-resnet18":
         source = [{"image": noise(1, 12, 9)["image"][0], "label": label} for label in range(8)]
@@ -65,7 +71,7 @@ def test_every_task_can_be_trained_from_a_start_near_chance(name, small_task):
     task = small_task(name)
     assert task.name.startswith(name)
     assert task.description
-    assert runs_in_sequence(task) == (name != "digits-mlp"), "the tests run on a CPU"
+    assert runs_in_sequence(task) == (name not in ("digits-mlp", "mnist-mlp")), "the tests run on a CPU"
     params = jax.jit(task.init_fn)(jax.random.key(0))
     assert set(jax.tree.leaves(layer_types(params))) <= set(PAPER_LAYER_TYPES)
     batch = draw_batch(task, in_memory(task.data.train), jnp.arange(4), jax.random.key(1))
@@ -103,6 +109,7 @@ def test_augmentation_can_be_left_out(small_task):
 @pytest.mark.parametrize(
     ("name", "data", "remedy"),
     [
+        ("mnist-mlp", "prepared dataset 'mnist'", "--data-dir.*download_and_prepare"),
         ("cifar10-convnet", "prepared dataset 'cifar10'", "--data-dir.*download_and_prepare"),
         ("cifar10-resnet9", "prepared dataset 'cifar10'", "download_and_prepare"),
         ("imagenet-resnet18", "prepared dataset 'imagenet2012'", "download_and_prepare"),
@@ -129,6 +136,9 @@ def test_streamed_tasks_can_be_trained(small_task):
         ({"hidden": [32, 32], "activation": "tanh"}, "digits-mlp-32-32-tanh", 2410 + 32 * 32 + 32),
         ({"hidden": (), "activation": "sigmoid"}, "digits-mlp-linear-sigmoid", 64 * 10 + 10),
         ({}, "digits-convnet", 9 * 8 + 8 + 72 * 16 + 16 + 64 * 32 + 32 + 32 * 10 + 10),
+        ({}, "mnist-mlp", 15_910),
+        ({"size": 7, "activation": "elu"}, "mnist-mlp-7x7-elu", 1_210),
+        ({"hidden": (20, 20)}, "mnist-mlp-20-20", 16_330),
         ({}, "cifar10-convnet", 185_130),
         ({"channels": (8, 16), "hidden": (16,)}, "cifar10-convnet-8-16-dense-16", 20_394),
         ({"channels": [64, 64], "hidden": [384, 192]}, "cifar10-convnet-64-64-dense-384-192", 1_756_426),

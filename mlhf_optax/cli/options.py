@@ -159,6 +159,19 @@ class MetaTrain(TaskOptions):
     sees ages of all orders of magnitude, and trainings of thousands of steps."""
     replay_opt_state: bool = False
     """Replay a training together with its optimizer state."""
+    fresh_probability: float = 0.5
+    """Chance that a training which does not go on is replaced by a fresh network, not by a replayed one."""
+    max_age: int | None = None
+    """Steps after which an inner training ends; by default it goes on until chance ends it."""
+    horizons: Numbers = ()
+    """A curriculum of such lengths, like 100,200,500."""
+    horizon_iterations: int = 1000
+    """Meta-iterations of every length of the curriculum."""
+    random_scaling: float = 0.0
+    """Multiply every parameter by a random factor between exp(-X) and exp(X), another for every training: the
+    optimizer must then not depend on the scale of parameters and gradients. 3 in the literature."""
+    companion_size: int = 0
+    """Train a convex function of so many numbers beside every network. 20 in the literature."""
     optimizer_options: Any
     # An instance of the learned optimizer's own class of options, whose fields become options beside these.
 

@@ -4,6 +4,8 @@ from mlhf_optax.meta_training.config import MetaTrainingConfig as MetaTrainingCo
 from mlhf_optax.meta_training.driver import Progressed as Progressed
 from mlhf_optax.meta_training.driver import Schedule as Schedule
 from mlhf_optax.meta_training.driver import meta_train as meta_train
+from mlhf_optax.meta_training.episodes import with_tricks as with_tricks
+from mlhf_optax.meta_training.learned_optimizer import META_LOSSES as META_LOSSES
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer as LearnedOptimizer
 from mlhf_optax.meta_training.learned_optimizer import MetaGradient as MetaGradient
 from mlhf_optax.meta_training.learned_optimizer import Task as Task

@@ -1,6 +1,7 @@
 """Settings of a meta-training, checked when they are made."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from mlhf_optax.meta_training.replay import Sampling
@@ -36,6 +37,12 @@ class MetaTrainingConfig:
       replay_sampling: ``"uniform"``, or ``"rank"`` by the priority ``l_s`` of the last unroll.
       replay_opt_state: replay optimizer states too, instead of starting them anew (paper: anew).
       max_age: steps after which an inner training is replaced; None for never.
+      horizons: a curriculum of ``max_age``, each for ``horizon_iterations`` meta-iterations and the last for
+        all that follow; none by default.
+      horizon_iterations: meta-iterations of every horizon.
+      random_scaling: random factors of all parameters, between ``exp(-r)`` and ``exp(r)``; see
+        :func:`mlhf_optax.meta_training.with_tricks`.
+      companion_size: coordinates of a convex function that is trained beside every network; see there.
       divergence_ratio: an inner training whose loss exceeds this multiple of its first loss has diverged.
       stuck_patience: steps after which a training must have got anywhere.
       stuck_ratio: one whose loss is still above this share of its first loss by then is stuck.
@@ -66,13 +73,17 @@ class MetaTrainingConfig:
     replay_sampling: Sampling = "uniform"
     replay_opt_state: bool = False
     max_age: int | None = None
+    horizons: tuple[int, ...] = ()
+    horizon_iterations: int = 1000
+    random_scaling: float = 0.0
+    companion_size: int = 0
     divergence_ratio: float = 3.0
     stuck_patience: int = 50
     stuck_ratio: float = 0.97
     vanishing_ratio: float = 1e-5
 
     def __post_init__(self):
-        for name in ("num_tasks", "unroll_length", "replay_capacity", "stuck_patience"):
+        for name in ("num_tasks", "unroll_length", "replay_capacity", "stuck_patience", "horizon_iterations"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("keep_probability", "fresh_probability", "store_probability", "final_rate_share"):
             self._require(name, 0.0 <= getattr(self, name) <= 1.0, "in [0, 1]")
@@ -81,6 +92,11 @@ class MetaTrainingConfig:
         for name in ("meta_gradient_clip", "decay_iterations", "max_age", "age_scale"):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "positive or None")
+        for name in ("random_scaling", "companion_size"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "a number >= 0")
+        is_rising = self.horizons == tuple(sorted({h for h in self.horizons if h >= 1}))
+        self._require("horizons", is_rising, "ascending numbers of steps")
+        self._require("max_age", self.max_age is None or not self.horizons, "None beside `horizons`")
         self._require(
             "task_axis", self.task_axis in ("auto", "vmap", "sequential"), "auto, vmap or sequential"
         )

@@ -109,6 +109,7 @@ def replace_ended(
     key: chex.PRNGKey,
     make_fresh,
     init_opt_state,
+    max_age: jax.Array | int | None = None,
 ) -> tuple[InnerTraining, replay_lib.Replay, dict[str, jax.Array]]:
     """Stores healthy trainings for replay and replaces those that end.
 
@@ -121,6 +122,7 @@ def replace_ended(
       key: random key.
       make_fresh: ``make_fresh(keys) -> InnerTraining`` with leaves (num_tasks, ...).
       init_opt_state: ``init_opt_state(params) -> opt_state`` for stacked params.
+      max_age: steps after which a training ends now; None for never.
 
     Returns:
       The trainings to go on with, the buffer, and counts by name.
@@ -128,8 +130,8 @@ def replace_ended(
     count = config.num_tasks
     keep_key, store_key, fresh_key, replay_key, init_key = jax.random.split(key, 5)
     goes_on = health.healthy & (jax.random.uniform(keep_key, (count,)) < _keep_chance(config, trainings.age))
-    if config.max_age is not None:
-        goes_on &= trainings.age < config.max_age
+    if max_age is not None:
+        goes_on &= trainings.age < max_age
     to_store = health.worth_storing & (jax.random.uniform(store_key, (count,)) < config.store_probability)
     entry = trainings if config.replay_opt_state else trainings._replace(opt_state=())
     replay = replay_lib.store(replay, entry, priority, to_store)

@@ -85,6 +85,22 @@ class Trajectory(NamedTuple):
     next_losses: jax.Array
 
 
+META_LOSSES: dict[str, Callable[[Trajectory], jax.Array]] = {
+    "last": lambda trajectory: trajectory.losses[-1],
+    "mean": lambda trajectory: jnp.mean(trajectory.losses[1:]),
+    "mean_after": lambda trajectory: jnp.mean(trajectory.next_losses),
+    "sum": lambda trajectory: jnp.sum(trajectory.losses),
+    # Asks for progress late in a training as much as early.
+    "log": lambda trajectory: jnp.mean(jnp.log(trajectory.losses[1:] + 1e-6)),
+}
+"""Meta-losses by name.
+
+The first loss of an unroll, at the parameters that it starts from, counts in ``"sum"`` alone, as in its
+source: nothing learned changes it. Sources: ``last`` Lv et al. 2017, ``mean`` Wang et al. 2019,
+``mean_after`` Wang et al. 2022, ``sum`` Andrychowicz et al. 2016, ``log`` Wichrowska et al. 2017.
+"""
+
+
 def task_loss(task: Task, params: Any, batch: Any) -> jax.Array:
     """Returns ``loss_fn(predict_fn(params, batch), batch)``."""
     return task.loss_fn(task.predict_fn(params, batch), batch)
@@ -135,6 +151,7 @@ def unrolled_optimizer(
     init: Callable[[chex.PRNGKey, Task], Any] | None = None,
     second_derivatives: bool = False,
     remat: bool = False,
+    penalty: Callable[[Any], jax.Array] | None = None,
 ) -> LearnedOptimizer:
     """Makes a learned optimizer whose meta-gradient is back-propagation through the unroll.
 
@@ -148,6 +165,8 @@ def unrolled_optimizer(
       init: ``init(key, task) -> meta_params``, untrained ones.
       second_derivatives: differentiate through the gradients that the optimizer is given.
       remat: recompute each step in the backward pass; memory for T carries instead of T steps.
+      penalty: ``penalty(opt_state) -> scalar``, whose mean over the states after the steps of the unroll is
+        added to the meta-loss.
 
     Returns:
       The learned optimizer.
@@ -173,15 +192,17 @@ def unrolled_optimizer(
                 seen = gradient if second_derivatives else lax.stop_gradient(gradient)
                 updates, state = optimizer.update(seen, state, w, batch=batch)
                 w = optax.apply_updates(w, updates)
-                return (w, state), (loss, task_loss(task, w, batch))
+                cost = jnp.zeros(()) if penalty is None else penalty(state)
+                return (w, state), (loss, task_loss(task, w, batch), cost)
 
             body = jax.checkpoint(step) if remat else step
             used = jax.tree.map(lambda x: x[:-1], batches)
             last = jax.tree.map(lambda x: x[-1], batches)
-            (w, state), (losses, next_losses) = lax.scan(body, (params, opt_state), used)
+            (w, state), (losses, next_losses, costs) = lax.scan(body, (params, opt_state), used)
             final, gradient = jax.value_and_grad(lambda p: task_loss(task, p, last))(w)
             trajectory = Trajectory(jnp.append(losses, final), next_losses)
-            return meta_loss(trajectory), (trajectory.losses, w, state, optax.tree.norm(gradient))
+            value = meta_loss(trajectory) + jnp.mean(costs)
+            return value, (trajectory.losses, w, state, optax.tree.norm(gradient))
 
         (value, (losses, w, state, norm)), gradient = jax.value_and_grad(unroll, has_aux=True)(meta_params)
         return MetaGradient(gradient, {"meta_loss": value}, w, state, losses, norm, value)
@@ -190,6 +211,7 @@ def unrolled_optimizer(
 
 
 __all__ = [
+    "META_LOSSES",
     "LearnedOptimizer",
     "MetaGradient",
     "Task",

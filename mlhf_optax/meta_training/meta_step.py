@@ -12,6 +12,7 @@ import optax
 from mlhf_optax import trees
 from mlhf_optax.meta_training import replay as replay_lib
 from mlhf_optax.meta_training.config import MetaTrainingConfig
+from mlhf_optax.meta_training.episodes import with_tricks
 from mlhf_optax.meta_training.inner_trainings import (
     Health,
     InnerTraining,
@@ -122,6 +123,9 @@ def make_meta_step(
       (1, ['age', 'diverged', 'dropped_gradients'])
     """
     optimizer = meta_optimizer(config) if optimizer is None else optimizer
+    task, learned = with_tricks(
+        task, learned, random_scaling=config.random_scaling, companion_size=config.companion_size
+    )
     count_names = ("diverged", "stuck", "replayed", "fresh", "dropped_gradients")
 
     def starter(meta_params):
@@ -158,7 +162,15 @@ def make_meta_step(
         priority = jnp.nan_to_num(results.priority)
         make_fresh, init_opt_state = starter(meta_params)
         trainings, replay, counts = replace_ended(
-            config, trainings, health, priority, state.replay, replace_key, make_fresh, init_opt_state
+            config,
+            trainings,
+            health,
+            priority,
+            state.replay,
+            replace_key,
+            make_fresh,
+            init_opt_state,
+            _max_age(config, state.iteration),
         )
         counts["dropped_gradients"] = dropped
         metrics = _metrics(state, results, gradient, health) | counts
@@ -172,6 +184,14 @@ def make_meta_step(
         return jitted(state, batches)
 
     return init, meta_step
+
+
+def _max_age(config: MetaTrainingConfig, iteration: jax.Array) -> jax.Array | int | None:
+    """Returns after how many steps trainings end at a meta-iteration."""
+    if not config.horizons:
+        return config.max_age
+    stage = jnp.minimum(iteration // config.horizon_iterations, len(config.horizons) - 1)
+    return jnp.asarray(config.horizons, jnp.int32)[stage]
 
 
 def check_batches(config: MetaTrainingConfig, batches: Any) -> None:

@@ -26,6 +26,8 @@ from mlhf_optax.tasks.digits import digits_mlp as digits_mlp
 from mlhf_optax.tasks.digits import load_digits as load_digits
 from mlhf_optax.tasks.imagenet import imagenet_resnet18 as imagenet_resnet18
 from mlhf_optax.tasks.imagenet import load_imagenet as load_imagenet
+from mlhf_optax.tasks.mnist import load_mnist as load_mnist
+from mlhf_optax.tasks.mnist import mnist_mlp as mnist_mlp
 from mlhf_optax.tasks.models import ACTIVATIONS as ACTIVATIONS
 from mlhf_optax.tasks.models import MLP as MLP
 from mlhf_optax.tasks.models import ConvNet as ConvNet

@@ -15,7 +15,7 @@ from mlhf_optax.convolution import convolve
 Convolution = Callable[..., jax.Array]  # called like jax.lax.conv_general_dilated
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]]
-ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": nn.tanh, "gelu": nn.gelu}
+ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": nn.tanh, "gelu": nn.gelu, "elu": nn.elu}
 
 
 class MLP(nn.Module):
@@ -24,7 +24,7 @@ class MLP(nn.Module):
     Attributes:
       hidden: width of every hidden layer; may be empty.
       num_outputs: number of outputs C.
-      activation: ``"relu"``, ``"sigmoid"`` or ``"tanh"``.
+      activation: a key of :data:`ACTIVATIONS`, such as ``"relu"``.
 
     Raises:
       ValueError: for an unknown ``activation`` or a width below one.

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from mlhf_optax.tasks.cifar10 import cifar10_convnet, cifar10_resnet9
 from mlhf_optax.tasks.digits import digits_convnet, digits_mlp
 from mlhf_optax.tasks.imagenet import imagenet_resnet18
+from mlhf_optax.tasks.mnist import mnist_mlp
 from mlhf_optax.tasks.task import FileOptions, Task
 from mlhf_optax.tasks.tiny_imagenet import tiny_imagenet_resnet18
 
 TASKS: dict[str, Callable[..., Task]] = {
     "digits-mlp": digits_mlp,
     "digits-convnet": digits_convnet,
+    "mnist-mlp": mnist_mlp,
     "cifar10-convnet": cifar10_convnet,
     "cifar10-resnet9": cifar10_resnet9,
     "imagenet-resnet18": imagenet_resnet18,

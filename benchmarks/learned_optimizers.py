@@ -1,0 +1,334 @@
+"""The learned optimizers of the literature on the protocol on which their papers compare them.
+
+A network of 784-20-10 on MNIST, batches of 128, a number of steps; then the mean loss of the final parameters
+on the same mini-batches, and the mean of that over many starts. They were meta-trained on networks with
+sigmoid; ReLU, ELU and tanh show how far that carries. The published numbers stand beside ours.
+
+    python benchmarks/learned_optimizers.py --data-dir DIR --output runs/learned_optimizers
+
+What is finished is kept: ``--resume`` goes on after a stop. ``--quick`` takes minutes on two cores.
+``--meta-train NAME`` meta-trains one of them instead, with the recipe of the shipped meta-parameters: on
+MNIST of 7 x 7 pixels, and all but L2L with random scaling and a convex companion.
+``--bowl STEPS`` runs LODO instead, which is not meta-trained, on the noisy quadratic bowl of its paper: the
+minimum of a quadratic of 100 numbers moves at random before every step. The floor is 7.41, the loss of
+Newton's method; the best of Adam and momentum is published, and was found, between 14 and 16, LODO's at 9.0.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from experiment import command_line, parse_options, save_drawing
+
+from mlhf_optax import load_pretrained, lodo
+from mlhf_optax import meta_training as mt
+from mlhf_optax.comparison.meta_train_task import meta_train_task, shown_losses
+from mlhf_optax.comparison.progress import progress_bar
+from mlhf_optax.comparison.record import record, write_json
+from mlhf_optax.files import locked_folder
+from mlhf_optax.learned import get_learned
+from mlhf_optax.tasks import Task, mnist_mlp
+
+PUBLISHED = {
+    "adam": {"sigmoid": 0.35, "relu": 0.32, "elu": 0.31, "tanh": 0.34},
+    "l2l": {"sigmoid": 0.38, "relu": 1.42, "elu": 2.02, "tanh": 0.83},
+    "rnnprop": {"sigmoid": 0.34, "relu": 0.31, "elu": 0.31, "tanh": 0.33},
+    "hyperadam": {"sigmoid": 0.33, "relu": 0.29, "elu": 0.28, "tanh": 0.36},
+}
+"""Final loss after 100 steps, mean of 100 runs (Wang, Sun, Xu 2019, their run of all four)."""
+
+ADAM_RATES = {"sigmoid": 0.03125, "relu": 0.0221, "elu": 0.0221, "tanh": 0.01105}
+"""Tuned for 100 steps by Lv, Jiang, Li 2017."""
+LONG_ADAM_RATES = {2000: 0.015625, 10_000: 0.0078125}
+"""The same for longer trainings with sigmoid."""
+
+_TRICKS = {"random_scaling": 3.0, "companion_size": 20}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How shipped meta-parameters were made."""
+
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+RECIPES = {
+    "rnnprop": Recipe(config=_TRICKS),
+    # Without the tricks, as in its paper: that it fails on other networks is the point.
+    "l2l": Recipe(),
+    "hyperadam": Recipe(config=_TRICKS),
+    "variational_hyperadam": Recipe(config=_TRICKS),
+    "hierarchical": Recipe(config=_TRICKS),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of this script."""
+
+    optimizers: tuple[str, ...] = ()
+    """Shipped names, paths, or "adam"; by default Adam and all that have a recipe and are shipped."""
+    activations: tuple[str, ...] = tuple(ADAM_RATES)
+    """Of the networks."""
+    steps: tuple[int, ...] = (100,)
+    """Lengths of the trainings; the papers' are 100, 2000 and 10000."""
+    starts: int = 100
+    """Trainings of every optimizer."""
+    data_dir: Path | None = None
+    """Where MNIST lies; by default $TFDS_DATA_DIR."""
+    cache_dir: Path | None = None
+    """Where decoded data are kept."""
+    output: Path = Path("runs/learned_optimizers")
+    """Folder for all that is written."""
+    resume: bool = False
+    """Go on from what lies in the folder."""
+    quick: bool = False
+    """20 steps, 2 starts and images of 7 x 7: minutes on two cores."""
+    meta_train: str | None = None
+    """Meta-train this one instead; the result goes to the folder."""
+    iterations: int = 1000
+    """Of the meta-training."""
+    num_tasks: int = 4
+    """Networks in training side by side in the meta-training."""
+    meta_learning_rate: float = 3e-3
+    """Of the meta-training; it falls along a cosine."""
+
+    bowl: int = 0
+    """Run the noisy quadratic bowl instead, for so many steps; LODO's paper has 100000 and more."""
+
+    def __post_init__(self):
+        if self.bowl < 0:
+            raise ValueError(f"--bowl must be a number of steps, got {self.bowl}")
+        if unknown := sorted(set(self.activations) - set(ADAM_RATES)):
+            known = ", ".join(ADAM_RATES)
+            raise ValueError(f"--activations must be among {known}, got {', '.join(unknown)}")
+        if self.meta_train is not None and self.meta_train not in RECIPES:
+            raise ValueError(f"--meta-train must be one of {', '.join(RECIPES)}, got {self.meta_train}")
+        if self.starts < 1 or not self.steps or min(self.steps) < 1:
+            raise ValueError(f"--starts and --steps must be at least 1, got {self.starts} and {self.steps}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the protocol, prints the table, writes ``results.json`` and ``figure.png``; or meta-trains."""
+    options = parse_options(Options, __doc__, arguments)
+    if options.quick:
+        options = dataclasses.replace(options, steps=(20,), starts=2, iterations=min(2, options.iterations))
+    command = command_line(__file__, arguments)
+    if options.meta_train:
+        print(meta_train(options.meta_train, options, command))
+        return
+    names = options.optimizers or ("adam", *shipped())
+    if options.bowl:
+        rows = [bowl_row(name, tx, options.bowl) for name, tx in BOWL_OPTIMIZERS.items()]
+        options.output.mkdir(parents=True, exist_ok=True)
+        write_json(options.output / "bowl.json", record(command, steps=options.bowl, rows=rows))
+        return
+    with locked_folder(options.output) as folder:
+        rows = run_all(names, options, folder)
+        content = record(command, starts=options.starts, published=PUBLISHED, rows=rows)
+        write_json(folder / "results.json", content)
+        save_drawing(folder / "figure.png", draw, content)
+    print_table(rows)
+
+
+def run_all(names: Sequence[str], options: Options, folder: Path) -> list[dict[str, Any]]:
+    """Returns a row for every length, activation and optimizer, from files where they are finished."""
+    rows = []
+    for steps in options.steps:
+        for activation in options.activations:
+            for name in names:
+                path = folder / f"{Path(name).stem}-{activation}-{steps}.json"
+                about = {
+                    "optimizer": name,
+                    "activation": activation,
+                    "steps": steps,
+                    "starts": options.starts,
+                }
+                row = json.loads(path.read_text()) if options.resume and path.exists() else {}
+                if any(row.get(key) != value for key, value in about.items()):
+                    row = about | run_one(name, activation, steps, options)
+                    write_json(path, row)
+                rows.append(row)
+                print(f"{activation:8s} {steps:6d} steps  {name:24s} {format_loss(row['loss'])}", flush=True)
+    return rows
+
+
+def run_one(name: str, activation: str, steps: int, options: Options) -> dict[str, Any]:
+    """Returns the mean final loss over the starts, its standard error, and the mean curve."""
+    task = mnist_mlp(
+        activation=activation,
+        size=7 if options.quick else 28,
+        data_dir=options.data_dir,
+        cache_dir=options.cache_dir,
+    )
+    finals, curves = protocol(task, optimizer_of(name, activation, steps, task), steps)(
+        jax.tree.map(jnp.asarray, task.data.train), jax.random.split(jax.random.key(0), options.starts)
+    )
+    finals, curve = np.asarray(finals, np.float64), np.mean(np.asarray(curves, np.float64), axis=0)
+    kept = np.unique(np.geomspace(1, steps, 50).astype(int)) - 1
+    finite = lambda x: float(x) if math.isfinite(x) else None
+    return {
+        "loss": finite(finals.mean()),
+        "standard_error": finite(finals.std() / math.sqrt(len(finals))),
+        "largest_loss": finite(finals.max()),
+        "diverged": int(np.sum(~np.isfinite(finals))),
+        "curve_steps": (kept + 1).tolist(),
+        "curve": [finite(curve[i]) for i in kept],
+    }
+
+
+def optimizer_of(name: str, activation: str, steps: int, task: Task) -> optax.GradientTransformationExtraArgs:
+    """Returns an optimizer by name; Adam has the rate that is tuned for the task."""
+    if name != "adam":
+        return load_pretrained(name).optimizer(task.predict_fn, task.loss_fn)
+    rate = ADAM_RATES[activation] if activation != "sigmoid" else LONG_ADAM_RATES.get(steps, 0.03125)
+    return optax.with_extra_args_support(optax.adam(rate))
+
+
+def protocol(
+    task: Task, tx: optax.GradientTransformationExtraArgs, steps: int
+) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Returns a jitted function from examples and keys to final losses (S,) and losses by step (S, steps)."""
+
+    def train(examples, key):
+        init_key, data_key = jax.random.split(key)
+        params = task.init_fn(init_key)
+        count = examples["label"].shape[0]
+        rows = jax.random.randint(data_key, (steps, task.batch_size), 0, count)
+        take = lambda chosen: jax.tree.map(lambda x: x[chosen], examples)
+        loss_of = lambda p, batch: task.loss_fn(task.predict_fn(p, batch), batch)
+
+        def step(carry, chosen):
+            params, state = carry
+            batch = take(chosen)
+            loss, grads = jax.value_and_grad(loss_of)(params, batch)
+            updates, state = tx.update(grads, state, params, batch=batch)
+            return (optax.apply_updates(params, updates), state), loss
+
+        (params, _), losses = jax.lax.scan(step, (params, tx.init(params)), rows)
+        final = jnp.mean(jax.lax.map(lambda chosen: loss_of(params, take(chosen)), rows))
+        return final, losses
+
+    return jax.jit(lambda examples, keys: jax.lax.map(lambda key: train(examples, key), keys))
+
+
+BOWL_OPTIMIZERS = {
+    "adam": optax.adam(1.1, b1=0.4),
+    "momentum": optax.sgd(1.8, momentum=0.5),
+    "lodo": lodo(1.0, 3e-4, momentum=0.0),
+}
+"""Adam and heavy ball with the best settings of a coarse grid."""
+
+
+def bowl_row(name: str, tx: optax.GradientTransformation, steps: int, windows: int = 10) -> dict[str, Any]:
+    """Trains on the noisy bowl; returns and prints the mean loss over every tenth of the steps."""
+    size = 100
+    basis = jnp.linalg.qr(jax.random.normal(jax.random.key(1), (size, size)))[0]
+    hessian = (basis * jnp.exp(jnp.linspace(jnp.log(1e-3), 0.0, size))) @ basis.T
+
+    def step(carry, key):
+        x, state, centre = carry
+        centre += jax.random.normal(key, (size,))
+        gradient = hessian @ (x - centre)
+        updates, state = tx.update(gradient, state, x)
+        return (x + updates, state, centre), 0.5 * jnp.vdot(x - centre, gradient)
+
+    @jax.jit
+    def losses(keys):
+        zeros = jnp.zeros(size)
+        return jax.lax.scan(step, (zeros, tx.init(zeros), zeros), keys)[1]
+
+    found = np.asarray(losses(jax.random.split(jax.random.key(2), steps)), np.float64)
+    means = [float(window.mean()) for window in np.array_split(found, min(windows, steps))]
+    print(f"{name:10s}" + "".join(f"{mean:8.2f}" for mean in means), flush=True)
+    return {"optimizer": name, "floor": float(jnp.trace(hessian) / 2), "losses": means}
+
+
+def meta_train(name: str, options: Options, command: str) -> Path:
+    """Meta-trains with the recipe and returns the path of the result."""
+    task = mnist_mlp(size=7, data_dir=options.data_dir, cache_dir=options.cache_dir)
+    family, recipe = get_learned(name), RECIPES[name]
+    config = mt.MetaTrainingConfig(
+        **{
+            "num_tasks": options.num_tasks,
+            "unroll_length": 20,
+            "meta_learning_rate": options.meta_learning_rate,
+            "decay_iterations": options.iterations,
+            # Trainings of 100 steps; some end earlier, so that those side by side are of all ages.
+            "keep_probability": 0.95,
+            "max_age": 100,
+            "fresh_probability": 1.0,
+            **recipe.config,
+        }
+    )
+    schedule = mt.Schedule(options.iterations, checkpoint_every=100, validate_every=100)
+    with progress_bar("meta-training") as update:
+        return meta_train_task(
+            task,
+            family,
+            family.options(**recipe.options),
+            options.output,
+            schedule,
+            config,
+            validation_steps=(10, 30, 100),
+            resume=options.resume,
+            command=command,
+            on_progress=lambda iteration, metrics: update(
+                completed=iteration,
+                total=schedule.last,
+                loss="  ".join(f"{key} {value:.3g}" for key, value in shown_losses(metrics).items()),
+            ),
+        )
+
+
+def shipped() -> list[str]:
+    """Returns the names with a recipe that come with the package."""
+    from mlhf_optax import list_pretrained
+
+    return [name for name in RECIPES if name in list_pretrained()]
+
+
+def format_loss(loss: float | None) -> str:
+    """Returns a loss as text."""
+    return "diverged" if loss is None else f"{loss:.3f}"
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints losses beside published ones, a line for every optimizer, a column for every activation."""
+    activations = list(dict.fromkeys(row["activation"] for row in rows))
+    print("\nfinal loss (published)" + "".join(f"{name:>18s}" for name in activations))
+    for name, steps in dict.fromkeys((row["optimizer"], row["steps"]) for row in rows):
+        own = {row["activation"]: row for row in rows if (row["optimizer"], row["steps"]) == (name, steps)}
+        line = f"{name[:14]:14s}{steps:8d}"
+        for activation in activations:
+            known = PUBLISHED.get(name, {}).get(activation) if steps == 100 else None
+            beside = f" ({known:.2f})" if known is not None else ""
+            line += f"{format_loss(own[activation]['loss']) + beside:>18s}"
+        print(line)
+
+
+def draw(figure: Any, content: dict[str, Any]) -> None:
+    """Draws the mean losses by step, an axis for every activation and length, a line for every optimizer."""
+    rows = content["rows"]
+    panels = list(dict.fromkeys((row["activation"], row["steps"]) for row in rows))
+    figure.set_size_inches(2.6 * len(panels), 2.8)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for row in rows:
+            if (row["activation"], row["steps"]) == panel:
+                losses = [math.nan if loss is None else loss for loss in row["curve"]]
+                axes.plot(row["curve_steps"], losses, label=row["optimizer"], linewidth=1.2)
+        axes.set(xscale="log", yscale="log", xlabel="steps", title=f"{panel[0]}, {panel[1]} steps")
+    figure.axes[0].set_ylabel("training loss, nats")
+    figure.axes[0].legend(fontsize=6)
+
+
+if __name__ == "__main__":
+    main()

@@ -222,9 +222,9 @@ def held_out(content: dict[str, Any]) -> list[str]:
             points = f"{100 * (both[0] - both[1]):+.1f}" if is_shown else ""
             rows.append(row(f"{entry['task']}, {rival}", rival, entry["ratios"], points))
     note = (
-        f"MLHF with `load_pretrained()` on networks and data that it never met, nothing retuned, seeds: "
-        f"{content['seeds']}. The best of ten learning rates of Adam and of SGD with momentum, or of seven of "
-        "Muon, is chosen anew at every step; `constant` is the best constant, the same for all tasks."
+        "MLHF with `load_pretrained()` on networks and data that it never met, nothing retuned, seeds: "
+        f"{content['seeds']}. The best of ten learning rates of Adam and of SGD with momentum, or of seven "
+        "of Muon, is chosen anew at every step; `constant` is the best constant, the same for all tasks."
     )
     return with_note(rows, note, content)
 
@@ -249,8 +249,8 @@ def held_out_medians(content: dict[str, Any]) -> list[str]:
             cells.append(f"{bold(middle, 1.0)} ({sum(x < 1 for x in median)} of {len(median)})")
         rows.append([name, *cells])
     note = (
-        f"Median over {len(content['rows'])} tasks that no meta-training met; in brackets on how many MLHF is "
-        "ahead. Nothing is retuned for MLHF; each rival is tuned for each task and step anew."
+        f"Median over {len(content['rows'])} tasks that no meta-training met; in brackets on how many MLHF "
+        "is ahead. Nothing is retuned for MLHF; each rival is tuned for each task and step anew."
     )
     return with_note(rows, note, content)
 

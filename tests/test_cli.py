@@ -163,7 +163,10 @@ def test_a_task_that_recommends_another_optimizer_gets_any_shipped_set(monkeypat
         (["--optimizers", "adam", "--meta-params", "digits"], "digits holds meta-parameters of 'mlhf', but"),
         (["--meta-params", "digits"], "of 'mlhf', but they are asked for mlhf_general"),
         (["--meta-params", "adam_rates=digits"], "of 'mlhf', but they are asked for adam_rates"),
-        (["--optimizers", "mlhf", "--meta-params", "digits,digits_convnet"], "two sets for 'mlhf', digits and digits_convnet"),
+        (
+            ["--optimizers", "mlhf", "--meta-params", "digits,digits_convnet"],
+            "two sets for 'mlhf', digits and digits_convnet",
+        ),
         (["--optimizers", "adam_rates"], "no meta-parameters of 'adam_rates' come with the package"),
         (["--json", "nowhere/out.json"], "the folder of nowhere/out.json does not exist"),
         (["--figure", "nowhere/out.png"], "the folder of nowhere/out.png does not exist"),

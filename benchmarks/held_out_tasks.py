@@ -209,7 +209,7 @@ LENGTHS = {
     "mnist-conv": 300,
     "mnist-groupnorm": 1000,
     "cifar10-conv": 300,
-    "mnist-autoencoder": 1000,
+    "mnist-autoencoder": 300,
     "shakespeare-lstm": 300,
     "shakespeare-transformer": 300,
     "diabetes": 3000,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mlhf_optax import trees
+from mlhf_optax import devices, trees
 
 
 class Side(NamedTuple):
@@ -75,7 +75,8 @@ def average_sides(sides: Sides, gradient: jax.Array, decay: float) -> Sides:
     def averaged(side: Side, x: jax.Array) -> Side:
         rows = _blocked(x, side.factor)
         outer = jnp.einsum("bij,bkj->bik", rows, rows)
-        return side._replace(factor=decay * side.factor + (1 - decay) * outer)
+        factor = decay * side.factor + (1 - decay) * outer
+        return side._replace(factor=devices.alike(side.factor, factor))
 
     return averaged(sides[0], matrix), averaged(sides[1], matrix.T)
 
@@ -133,6 +134,7 @@ def _with_powers(side: Side, power: jax.Array, floor: float, before: jax.Array) 
     fresh = product(values), product(1.0 / values)
     is_sound = (mean > 0) & trees.is_finite(fresh)
     power_of, inverse = trees.select(is_sound, fresh, (side.power, side.inverse))
+    power_of, inverse = devices.alike((side.power, side.inverse), (power_of, inverse))
     return Side(side.factor, power_of, inverse), jnp.ravel(power_of)[0]
 
 

@@ -9,6 +9,7 @@ linearization of the model (paper, section 2.2).
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Hashable, Sequence, Set
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlhf_optax import devices
 from mlhf_optax.layer_types import path_text
 
 Batch = Any
@@ -96,11 +98,20 @@ def ggn_matvec(predict_fn: PredictFn, loss_fn: LossFn, params: chex.ArrayTree, b
 
 
 def loss_and_ggn(
-    predict_fn: PredictFn, loss_fn: LossFn, params: chex.ArrayTree, batch: Batch
+    predict_fn: PredictFn,
+    loss_fn: LossFn,
+    params: chex.ArrayTree,
+    batch: Batch,
+    axis_name: devices.AxisName = None,
 ) -> tuple[jax.Array, Matvec]:
-    """Returns the loss at ``params``, which the linearization has the outputs for, and :func:`ggn_matvec`."""
+    """Returns the loss at ``params``, which the linearization has the outputs for, and :func:`ggn_matvec`.
+
+    With ``axis_name`` both are means over that mapped axis.
+    """
     if not jax.tree.leaves(params):
         raise ValueError("`params` has no arrays, so there is no curvature to take; pass parameters")
+    # What differs from device to device has derivatives of its own on each; they are averaged once, below.
+    params = devices.vary(params, axis_name)
     outputs, push_forward = jax.linearize(lambda p: predict_fn(p, batch), params)
     _check_scalar_loss(loss_fn, outputs, batch)
     pull_back = jax.linear_transpose(push_forward, params)
@@ -108,9 +119,10 @@ def loss_and_ggn(
 
     def matvec(vector: chex.ArrayTree) -> chex.ArrayTree:
         # v -> J v -> H_l J v -> J^T H_l J v
-        return pull_back(curvature(push_forward(vector)))[0]
+        product = pull_back(curvature(push_forward(devices.vary(vector, axis_name))))[0]
+        return devices.mean_over(product, axis_name)
 
-    return loss_fn(outputs, batch), matvec
+    return devices.mean_over(loss_fn(outputs, batch), axis_name), matvec
 
 
 def curvature_subset(
@@ -122,9 +134,11 @@ def curvature_subset(
     *,
     loss_fn: LossFn | None = None,
 ) -> Batch:
-    """Returns the part of ``batch`` on which curvature is taken: its first examples.
+    """Returns the part of ``batch`` on which curvature is taken.
 
-    Mini-batches are drawn at random, so their first examples are a random sample. Which arrays have one
+    A number of examples takes the first ones; a fraction takes examples at even distances, the first of
+    every four for 0.25. Of a batch sharded over devices that is the same share on each, and no example
+    moves. Mini-batches are drawn at random, so either is a random sample. Which arrays have one
     entry per example is not guessed from their lengths: it is every array of the batch, or those that
     ``per_example`` names. The claim is tested, with shapes alone, whenever this is traced: with more
     entries in all per-example arrays, the model and the loss must still work and give as many more
@@ -136,7 +150,8 @@ def curvature_subset(
       params: parameters for ``predict_fn``.
       batch: pytree of arrays.
       part: ``None`` (whole batch), a number of examples (``int`` >= 1), a fraction (``float`` in
-        (0, 1], rounded to at least one example) or a function ``batch -> smaller batch``.
+        (0, 1], rounded to at least one example, and to as many on every shard where the sharding is known:
+        outside ``jit`` and on meshes with explicit axes) or a function ``batch -> smaller batch``.
       per_example: names at the top level of the batch (keys of a dict, fields of a dataclass or
         NamedTuple, positions of a tuple) below which every array has one entry per example along its
         first axis; all else, such as model state and keys, is kept whole. ``None``: every array of the
@@ -178,6 +193,8 @@ def curvature_subset(
             f"`curvature_batch_size`={part} is larger than the batch of {size} examples; use a "
             "smaller number, a fraction such as 0.25, or None for the whole batch"
         )
+    if isinstance(part, float):
+        _check_even_share(part, count, size, batch, is_cut)
     if count == size:
         return batch
     # A multiple, as a model may work on groups of examples or shards of a mesh; no length of another axis.
@@ -188,7 +205,32 @@ def curvature_subset(
     _check_longer_batch(run, batch, is_cut, shapes, times)
     if per_example is None:
         _check_every_length_counts(run, batch, shapes, times)
-    return jax.tree.map(lambda leaf, cut: leaf[:count] if cut else leaf, batch, is_cut)
+    # The first of each of so many groups; one group takes the first examples of all.
+    groups = 1 if isinstance(part, int) else math.gcd(count, size)
+    take = lambda leaf: _first_of_each(leaf, groups, count // groups)
+    return jax.tree.map(lambda leaf, cut: take(leaf) if cut else leaf, batch, is_cut)
+
+
+def _first_of_each(leaf: Any, groups: int, count: int) -> Any:
+    """Returns the first examples of each group, group by group."""
+    if groups == 1:
+        return leaf[:count]
+    # The compiler leaves groups where they are, if every device has whole ones; a slice with a stride moves.
+    rest = leaf.shape[1:]
+    return leaf.reshape(groups, leaf.shape[0] // groups, *rest)[:, :count].reshape(groups * count, *rest)
+
+
+def _check_even_share(part: float, count: int, size: int, batch: Batch, is_cut: Any) -> None:
+    """Checks that a fraction of the batch is as many examples on every shard, where shards are known."""
+    leaves = zip(jax.tree.leaves(batch), jax.tree.leaves(is_cut), strict=True)
+    shards = max((devices.num_shards(leaf) for leaf, cut in leaves if cut), default=1)
+    if count % shards:
+        each = size // shards
+        nearest = min(range(1, each + 1), key=lambda n: abs(n / each - part))
+        raise ValueError(
+            f"`curvature_batch_size`={part} of {size} examples on {shards} shards is {count} examples, which "
+            f"is not as many on each; {nearest / each:g} fits, {nearest} of the {each} on every shard"
+        )
 
 
 def check_curvature_batch(part: CurvatureBatch, per_example: Sequence[Hashable] | None = None) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax import trees
+from mlhf_optax import devices, trees
 from mlhf_optax.controllers.protocol import Controller, Operators, Outcome, View
 from mlhf_optax.curvature import (
     CurvatureBatch,
@@ -150,14 +150,16 @@ def _just_solve(solve: SolveFn, signal: Any) -> tuple[Solution, Any]:
 
 def init_state(controller: Controller, params: chex.ArrayTree) -> DampedStepState:
     """Returns the state before the first step; each leaf has its own buffer, so that it may be donated."""
-    vector = lambda: jax.tree.map(jnp.zeros_like, params) if controller.is_warm_started else ()
+    devices.on_mesh_of(params, ())  # an error of its own, where the parameters lie on several meshes
+    vector = lambda: jax.tree.map(devices.zeros_like, params) if controller.is_warm_started else ()
     info = StepInfo(
         *(jnp.zeros((), jnp.int32 if name in _COUNTS else jnp.float32) for name in StepInfo._fields)
     )
     info = info._replace(best_loss=jnp.full((), jnp.inf, jnp.float32))
     count, restart = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
     rms = jnp.array(trees.root_mean_square(params))
-    return DampedStepState(count, vector(), vector(), restart, controller.init(params), rms, info)
+    state = DampedStepState(count, vector(), vector(), restart, controller.init(params), rms, info)
+    return devices.on_mesh_of(params, state)
 
 
 _COUNTS = ("skipped_steps", "cg_steps")
@@ -172,6 +174,7 @@ def look(
     batch: Any,
     curvature_batch_size: CurvatureBatch = None,
     per_example: PerExample = None,
+    axis_name: devices.AxisName = None,
 ) -> View:
     """Returns what a step sees; linearizes the model.
 
@@ -184,6 +187,7 @@ def look(
       batch: the batch.
       curvature_batch_size: part of it for GGN products.
       per_example: what of the batch has one entry per example.
+      axis_name: mapped axis along which batches differ; loss and products are means over it.
 
     Returns:
       The view.
@@ -195,7 +199,7 @@ def look(
     is_valid = trees.is_finite([trees.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradient)])
     gradient, batch = trees.zero_unless(is_valid, gradient), _shielded(is_valid, batch)
     part = curvature_subset(predict_fn, params, batch, curvature_batch_size, per_example, loss_fn=loss_fn)
-    loss, ggn = loss_and_ggn(predict_fn, loss_fn, params, part)
+    loss, ggn = loss_and_ggn(predict_fn, loss_fn, params, part, axis_name)
     zeros = jax.tree.map(jnp.zeros_like, gradient)
     return View(
         params=params,
@@ -204,7 +208,7 @@ def look(
         residual=state.residual if controller.is_warm_started else zeros,
         ggn=ggn,
         loss=jnp.where(is_valid, loss, jnp.nan),
-        loss_at=lambda p: loss_fn(predict_fn(p, batch), batch),
+        loss_at=lambda p: devices.mean_over(loss_fn(predict_fn(p, batch), batch), axis_name),
         initial_rms=state.initial_rms,
         is_valid=is_valid,
     )
@@ -271,7 +275,7 @@ def damped_step(
             direction=trees.select(is_taken, direction, state.direction),
             residual=trees.select(is_taken, solution.residual, state.residual),
         )
-    return Step(handed_on, new_state, is_taken, control.seen, extra)
+    return Step(handed_on, devices.alike(state, new_state), is_taken, control.seen, extra)
 
 
 def _solve(controller: Controller, solver: Solver, view: View, signal: Any) -> Solution:
@@ -350,6 +354,7 @@ def scale_by_damped_step(
     solver: Solver = Solver(),
     curvature_batch_size: CurvatureBatch = None,
     per_example: PerExample = None,
+    axis_name: devices.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient by the direction of a damped step, in the sign of the gradient.
 
@@ -364,13 +369,21 @@ def scale_by_damped_step(
         fraction or a function of the batch (:func:`mlhf_optax.curvature.curvature_subset`).
       per_example: with a number or a fraction, the names in the batch below which every array has one
         entry per example; None if that is so for all of the batch.
+      axis_name: name, or names, of the axis of ``jax.shard_map`` or ``jax.pmap`` along which batches differ.
+        Loss and GGN products are averaged over it. The user averages the gradients: under ``pmap`` by
+        ``jax.lax.pmean(grads, axis_name)``; ``shard_map`` sums gradients by itself, so there take the
+        gradient of ``jax.lax.pmean(loss, axis_name)``. ``loss_fn`` is the mean over the device's own
+        examples. Without ``axis_name`` under a mapped axis, every device takes the curvature of its own
+        batch, or the sum of all (:func:`mlhf_optax.curvature.ggn_matvec`). Not needed with ``jax.jit``
+        on a sharded batch.
 
     Returns:
       A transformation whose ``update(grads, state, params, *, batch)`` needs the batch.
 
     Raises:
       TypeError: for arguments of a wrong type, and from ``update`` if ``batch`` is missing.
-      ValueError: for arguments out of range, missing ``params`` or parameters hidden by a wrapper.
+      ValueError: for arguments out of range, missing ``params`` or parameters hidden by a wrapper, for an
+        axis that is not bound, and for gradients that differ along it.
 
     Example:
       >>> from mlhf_optax import SquaredError
@@ -402,8 +415,12 @@ def scale_by_damped_step(
         require_params(params, name)
         require_batch(batch, name)
         check_whole_tree(params)
+        devices.check_axis(axis_name)
+        devices.check_averaged(updates, axis_name)
         model = (predict_fn, loss_fn)
-        view = look(controller, state, model, params, updates, batch, curvature_batch_size, per_example)
+        view = look(
+            controller, state, model, params, updates, batch, curvature_batch_size, per_example, axis_name
+        )
         step = damped_step(controller, solver, view, state)
         return step.direction, step.state
 

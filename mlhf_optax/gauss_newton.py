@@ -8,6 +8,7 @@ from mlhf_optax.controllers.constant import constant
 from mlhf_optax.controllers.metrics import Metric
 from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn
 from mlhf_optax.damped_step import Solver, scale_by_damped_step
+from mlhf_optax.devices import AxisName
 from mlhf_optax.transforms import after_solve
 
 
@@ -23,6 +24,7 @@ def gauss_newton(
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
     per_example: PerExample = None,
+    axis_name: AxisName = None,
     max_update_ratio: float | None = 0.25,
     momentum: float | None = None,
     weight_decay: float = 0.0,
@@ -54,6 +56,8 @@ def gauss_newton(
         (:func:`mlhf_optax.curvature.curvature_subset`).
       per_example: with a number or a fraction of examples, names in the batch below which every array has
         one entry per example; None if that is so for all of the batch.
+      axis_name: axis of ``jax.shard_map`` or ``jax.pmap`` along which batches differ
+        (:func:`mlhf_optax.scale_by_damped_step`); None for ``jax.jit``.
       max_update_ratio: bound on the norm of the update as a share of that of the parameters; None for none.
       momentum: decay of a running average over updates; None for none.
       weight_decay: decoupled weight decay.
@@ -88,6 +92,7 @@ def gauss_newton(
         solver=Solver(num_cg_steps, unroll=unroll),
         curvature_batch_size=curvature_batch_size,
         per_example=per_example,
+        axis_name=axis_name,
     )
     after = after_solve(
         learning_rate, max_update_ratio=max_update_ratio, momentum=momentum, weight_decay=weight_decay

@@ -14,6 +14,7 @@ from mlhf_optax.controllers.levenberg_marquardt import LevenbergMarquardt, leven
 from mlhf_optax.controllers.protocol import Controller
 from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn
 from mlhf_optax.damped_step import Solver, scale_by_damped_step
+from mlhf_optax.devices import AxisName
 
 Damping = optax.ScalarOrSchedule | LevenbergMarquardt
 
@@ -28,6 +29,7 @@ def scale_by_hessian_free(
     tolerance: float | jax.Array = 1e-5,
     curvature_batch_size: CurvatureBatch = None,
     per_example: PerExample = None,
+    axis_name: AxisName = None,
     early_exit: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the gradient g by the Hessian-free direction d, in the sign of the gradient.
@@ -52,6 +54,8 @@ def scale_by_hessian_free(
         fraction or a function of the batch (:func:`mlhf_optax.curvature.curvature_subset`).
       per_example: with a number or a fraction, names in the batch below which every array has one entry per
         example, such as ``("image", "label")``; None if that is so for all of the batch.
+      axis_name: axis of ``jax.shard_map`` or ``jax.pmap`` along which batches differ
+        (:func:`mlhf_optax.scale_by_damped_step`); None for ``jax.jit``.
       early_exit: leave the CG loop at the tolerance. Without it the loop is unrolled and idles to
         its end, which can be differentiated in reverse mode, takes longer to compile, and is
         faster for convolutional networks on CPUs (:func:`mlhf_optax.pcg.pcg`).
@@ -88,6 +92,7 @@ def scale_by_hessian_free(
         solver=Solver(num_cg_steps, tolerance, early_exit),
         curvature_batch_size=curvature_batch_size,
         per_example=per_example,
+        axis_name=axis_name,
     )
 
 
@@ -101,6 +106,7 @@ def hessian_free(
     tolerance: float | jax.Array = 1e-5,
     curvature_batch_size: CurvatureBatch = None,
     per_example: PerExample = None,
+    axis_name: AxisName = None,
     early_exit: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Hessian-free optimization: :func:`scale_by_hessian_free` and the learning rate.
@@ -118,6 +124,8 @@ def hessian_free(
       tolerance: norm of the residual at which CG stops.
       curvature_batch_size: part of the batch for GGN products.
       per_example: what of the batch has one entry per example.
+      axis_name: axis of ``jax.shard_map`` or ``jax.pmap`` along which batches differ
+        (:func:`mlhf_optax.scale_by_damped_step`); None for ``jax.jit``.
       early_exit: leave the CG loop at the tolerance.
 
     Returns:
@@ -148,6 +156,7 @@ def hessian_free(
         tolerance=tolerance,
         curvature_batch_size=curvature_batch_size,
         per_example=per_example,
+        axis_name=axis_name,
         early_exit=early_exit,
     )
     return optax.chain(direction, optax.scale_by_learning_rate(learning_rate))

@@ -8,6 +8,7 @@ from mlhf_optax.controllers.coordinate_lstm import MetaParams, coordinate_lstm
 from mlhf_optax.controllers.tensor_lstm import TensorLSTM, tensor_lstm
 from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn
 from mlhf_optax.damped_step import Solver, scale_by_damped_step
+from mlhf_optax.devices import AxisName
 from mlhf_optax.layer_types import LayerTypesFn
 from mlhf_optax.transforms import after_solve
 
@@ -20,6 +21,7 @@ def scale_by_mlhf(
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
     per_example: PerExample = None,
+    axis_name: AxisName = None,
     layer_types_fn: LayerTypesFn | None = None,
     carry_dtype: Any = "float32",
     unroll: bool | int = True,
@@ -46,6 +48,8 @@ def scale_by_mlhf(
         fraction or a function of the batch (:func:`mlhf_optax.curvature.curvature_subset`).
       per_example: with a number or a fraction, names in the batch below which every array has one entry per
         example, such as ``("image", "label")``; None if that is so for all of the batch.
+      axis_name: axis of ``jax.shard_map`` or ``jax.pmap`` along which batches differ
+        (:func:`mlhf_optax.scale_by_damped_step`); None for ``jax.jit``.
       layer_types_fn: maps the parameters to a tree of layer type names;
         :func:`mlhf_optax.layer_types` if None.
       carry_dtype: dtype in which the LSTM states are stored.
@@ -89,6 +93,7 @@ def scale_by_mlhf(
         solver=Solver(num_cg_steps, unroll=unroll),
         curvature_batch_size=curvature_batch_size,
         per_example=per_example,
+        axis_name=axis_name,
     )
 
 
@@ -101,6 +106,7 @@ def mlhf(
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
     per_example: PerExample = None,
+    axis_name: AxisName = None,
     max_update_ratio: float | None = 0.25,
     momentum: float | None = None,
     weight_decay: float = 0.0,
@@ -120,6 +126,8 @@ def mlhf(
       num_cg_steps: CG steps.
       curvature_batch_size: part of the batch for GGN products.
       per_example: what of the batch has one entry per example.
+      axis_name: axis of ``jax.shard_map`` or ``jax.pmap`` along which batches differ
+        (:func:`mlhf_optax.scale_by_damped_step`); None for ``jax.jit``.
       max_update_ratio: bound on the norm of the whole update as a share of the norm of the
         parameters (:func:`mlhf_optax.limit_update_ratio`). The authors' code has this bound at 0.25,
         but only in meta-training; meta-parameters trained under it diverge without it. None for
@@ -161,6 +169,7 @@ def mlhf(
         num_cg_steps=num_cg_steps,
         curvature_batch_size=curvature_batch_size,
         per_example=per_example,
+        axis_name=axis_name,
         layer_types_fn=layer_types_fn,
         carry_dtype=carry_dtype,
         unroll=unroll,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax import trees
+from mlhf_optax import devices, trees
 
 
 def after_solve(
@@ -159,7 +159,8 @@ def average_updates(momentum: float | jax.Array) -> optax.GradientTransformation
         raise ValueError(f"`momentum` must be in [0, 1), or None for none, got {momentum}")
 
     def init_fn(params):
-        return AverageUpdatesState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+        average = jax.tree.map(devices.zeros_like, params)
+        return devices.on_mesh_of(params, AverageUpdatesState(jnp.zeros((), jnp.int32), average))
 
     def update_fn(updates, state, params: Any = None):
         del params

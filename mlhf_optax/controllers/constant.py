@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax import trees
+from mlhf_optax import devices, trees
 from mlhf_optax.controllers.metrics import Metric, get_metric
 from mlhf_optax.controllers.protocol import (
     Control,
@@ -105,7 +105,7 @@ def constant(
     rule, is_identity = get_metric(metric), metric == "identity"
 
     def init(params: Any) -> ConstantState:
-        mean = () if gradient_decay is None else jax.tree.map(jnp.zeros_like, params)
+        mean = () if gradient_decay is None else jax.tree.map(devices.zeros_like, params)
         square = () if unit_decay is None else jnp.zeros((), jnp.float32)
         return ConstantState(jnp.zeros((), jnp.int32), mean, square, rule.init(params))
 

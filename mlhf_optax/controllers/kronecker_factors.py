@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlhf_optax import trees
+from mlhf_optax import devices, trees
 
 
 class Side(NamedTuple):
@@ -76,7 +76,8 @@ def average_sides(sides: Sides, gradient: jax.Array, decay: float) -> Sides:
     def averaged(side: Side, x: jax.Array) -> Side:
         rows = _blocked(x, side.factor)
         outer = jnp.einsum("bij,bkj->bik", rows, rows)
-        return side._replace(factor=decay * side.factor + (1 - decay) * outer)
+        factor = decay * side.factor + (1 - decay) * outer
+        return side._replace(factor=devices.alike(side.factor, factor))
 
     return averaged(sides[0], matrix), averaged(sides[1], matrix.T)
 
@@ -148,8 +149,8 @@ def _with_powers(
     is_sound = (mean > 0) & (of_sides(is_finite.astype(jnp.float32)) == 1)
     fresh, ends = [], np.cumsum(counts)
     for number, (side, end, count) in enumerate(zip(sides, ends, counts, strict=True)):
-        new = power[end - count : end], inverse[end - count : end]
-        fresh.append(Side(side.factor, *trees.select(is_sound[number], new, (side.power, side.inverse))))
+        old, new = (side.power, side.inverse), (power[end - count : end], inverse[end - count : end])
+        fresh.append(Side(side.factor, *devices.alike(old, trees.select(is_sound[number], new, old))))
     return fresh, jnp.ravel(power)[0]
 
 

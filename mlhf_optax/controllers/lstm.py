@@ -13,6 +13,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from mlhf_optax import devices
+
 
 class LayerWeights(NamedTuple):
     """Weights of one LSTM layer of H units on F inputs; gates in the order i, f, g, o.
@@ -111,7 +113,7 @@ def init_carry(
     """
 
     def zeros(width: int) -> chex.ArrayTree:
-        return jax.tree.map(lambda p: jnp.zeros((width, *p.shape), dtype), params)
+        return jax.tree.map(lambda p: devices.zeros_like(p, dtype, (width,)), params)
 
     return tuple(LayerCarry(zeros(width), zeros(width)) for width in units)
 

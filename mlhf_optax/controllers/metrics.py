@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax import trees
+from mlhf_optax import devices, trees
 from mlhf_optax.controllers.kronecker_factors import (
     average_sides,
     init_sides,
@@ -92,7 +92,7 @@ def diagonal(decay: float = 0.98, floor: float = 1e-3) -> Metric:
     _check(decay, floor)
 
     def init(params):
-        zeros = jax.tree.map(lambda p: trees.at_least_f32(jnp.zeros(p.shape, p.dtype)), params)
+        zeros = jax.tree.map(lambda p: devices.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params)
         return DiagonalState(jnp.zeros((), jnp.int32), zeros)
 
     def update(gradient, state):
@@ -174,7 +174,7 @@ def kronecker(
             raise ValueError(f"`{name}` must be at least 1, got {value}")
 
     def init(params: chex.ArrayTree) -> KroneckerState:
-        of = lambda p: init_sides(p.shape, block) or jnp.zeros(p.shape, jnp.float32)
+        of = lambda p: init_sides(p.shape, block) or devices.zeros_like(p, jnp.float32)
         return KroneckerState(jnp.zeros((), jnp.int32), tuple(map(of, jax.tree.leaves(params))))
 
     def update(gradient: chex.ArrayTree, state: KroneckerState) -> KroneckerState:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mlhf_optax import trees
+from mlhf_optax import devices, trees
 from mlhf_optax.controllers.kronecker_factors import (
     average_sides,
     init_sides,
@@ -222,7 +222,9 @@ def tensor_lstm(meta_params: TensorLSTM, constants: Constants = CONSTANTS) -> Co
 
 
 def _init(units: int, constants: Constants, params: chex.ArrayTree) -> TensorLSTMState:
-    zeros = lambda: jax.tree.map(lambda p: trees.at_least_f32(jnp.zeros_like(p)), params)
+    zeros = lambda: jax.tree.map(
+        lambda p: devices.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params
+    )
     scalar = lambda value=0.0: jnp.full((), value, jnp.float32)
     leaves = jax.tree.leaves(params)
     each = lambda value: jnp.full(len(leaves), value, jnp.float32)

@@ -11,6 +11,7 @@ import optax
 from mlhf_optax.controllers.coordinate_lstm import MetaParams, extend_meta_params, init_meta_params
 from mlhf_optax.controllers.lstm_settings import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, Unit
 from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn, check_curvature_batch
+from mlhf_optax.devices import AxisName
 from mlhf_optax.layer_types import LayerTypesFn, distinct_layer_types
 from mlhf_optax.learned.registry import LearnedFamily
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer
@@ -153,6 +154,7 @@ def _optimizer(
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
     per_example: PerExample = None,
+    axis_name: AxisName = None,
     max_update_ratio: float | None = 0.25,
     momentum: float | None = None,
     weight_decay: float = 0.0,
@@ -169,6 +171,7 @@ def _optimizer(
         num_cg_steps=num_cg_steps,
         curvature_batch_size=curvature_batch_size,
         per_example=per_example,
+        axis_name=axis_name,
         max_update_ratio=max_update_ratio,
         momentum=momentum,
         weight_decay=weight_decay,

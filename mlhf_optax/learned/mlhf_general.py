@@ -11,6 +11,7 @@ import optax
 
 from mlhf_optax.controllers.tensor_lstm import TensorLSTM, init_tensor_lstm
 from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn, check_curvature_batch
+from mlhf_optax.devices import AxisName
 from mlhf_optax.learned.registry import LearnedFamily
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, unrolled_optimizer
 from mlhf_optax.mlhf import mlhf
@@ -73,6 +74,7 @@ def _optimizer(
     num_cg_steps: int = 2,
     curvature_batch_size: CurvatureBatch = None,
     per_example: PerExample = None,
+    axis_name: AxisName = None,
     max_update_ratio: float | None = 0.25,
     momentum: float | None = None,
     weight_decay: float = 0.0,
@@ -87,6 +89,7 @@ def _optimizer(
         num_cg_steps=num_cg_steps,
         curvature_batch_size=curvature_batch_size,
         per_example=per_example,
+        axis_name=axis_name,
         max_update_ratio=max_update_ratio,
         momentum=momentum,
         weight_decay=weight_decay,

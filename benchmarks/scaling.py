@@ -1,0 +1,206 @@
+"""What a data-parallel training step of MLHF sends between devices, and the efficiency that follows.
+
+Compiles one step for meshes of 1, 2, 4 and 8 CPU devices and counts the collectives in the compiled program.
+Nothing is timed: eight devices of one CPU share its cores. The prediction for GPUs is this model:
+
+    compute time   = floating-point operations of one device / (peak * utilization)
+    all-reduce     = latency + 2 (n - 1) / n * bytes / bandwidth     (ring)
+    all-gather and others likewise, with (n - 1) / n
+    efficiency     = compute time of the ideal / (compute time + sum over collectives)
+
+Nothing overlaps in it, so it is pessimistic. The ideal of weak scaling is the time of one device with the
+same batch per device, that of strong scaling the time of one device divided by n.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from experiment import BenchmarkOptions, command_line, parse_options
+from jax.sharding import PartitionSpec as P
+
+from mlhf_optax import SoftmaxCrossEntropy, gauss_newton, init_meta_params, mlhf
+from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+_SIZES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "f64": 8, "s64": 8}
+_LOSS = SoftmaxCrossEntropy()
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(BenchmarkOptions):
+    """Options of this benchmark."""
+
+    devices: tuple[int, ...] = (1, 2, 4, 8)
+    """Sizes of the mesh."""
+    batch: int = 4096
+    """Examples: per device in weak scaling, in all in strong scaling."""
+    width: int = 1024
+    """Units of each of the two hidden layers."""
+    cg_steps: int = 4
+    """CG steps per step."""
+    bandwidth: float = 900e9
+    """Bytes per second that one device sends."""
+    latency: float = 10e-6
+    """Seconds that a collective takes however small it is."""
+    peak: float = 67e12
+    """Floating-point operations per second of one device: float32 of an H100 without tensor cores."""
+    utilization: float = 0.4
+    """Share of the peak that is reached."""
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Returns, by kind, how many collectives a compiled program has, and the bytes of what they return.
+
+    Example:
+      >>> collectives("%a = (f32[4,2]{1,0}, f32[]) all-reduce(%b, %c), channel_id=1")
+      {'all-reduce': (1, 36)}
+    """
+    counts, sizes = collections.Counter(), collections.Counter()
+    for shapes, kind in re.findall(rf" = (\S.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", text):
+        counts[kind] += 1
+        for dtype, dimensions in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
+            sizes[kind] += _SIZES[dtype] * math.prod(int(n) for n in dimensions.split(",") if n)
+    return {kind: (counts[kind], sizes[kind]) for kind in counts}
+
+
+def predicted_efficiency(
+    devices: int, flops: float, ideal_flops: float, found: dict[str, tuple[int, int]], options: Options
+) -> float:
+    """Returns the efficiency by the model of this module.
+
+    Example:
+      >>> predicted_efficiency(1, 1e9, 1e9, {}, Options())
+      1.0
+    """
+    speed = options.peak * options.utilization
+    seconds = flops / speed
+    for kind, (count, size) in found.items():
+        rounds = (2 if kind == "all-reduce" else 1) * (devices - 1) / devices
+        seconds += count * options.latency + rounds * size / options.bandwidth
+    return ideal_flops / speed / seconds
+
+
+def _layers(sizes: Sequence[int]) -> dict[str, Any]:
+    keys = jax.random.split(jax.random.key(0), len(sizes) - 1)
+    return {
+        f"Dense_{i}": {"kernel": jax.random.normal(key, (m, n)) / m**0.5, "bias": jnp.zeros(n)}
+        for i, (key, m, n) in enumerate(zip(keys, sizes, sizes[1:], strict=False))
+    }
+
+
+def _predict(params: Any, batch: Any) -> jax.Array:
+    x, last = batch["image"], len(params) - 1
+    for i, layer in enumerate(params.values()):
+        x = x @ layer["kernel"] + layer["bias"]
+        x = x if i == last else jax.nn.relu(x)
+    return x
+
+
+def optimizers(cg_steps: int) -> dict[str, Any]:
+    """Returns the optimizers by name."""
+    coordinate = init_meta_params(jax.random.key(0), layer_types=["dense_kernel", "dense_bias"])
+    learned = {"mlhf, coordinate_lstm": coordinate, "mlhf, tensor_lstm": init_tensor_lstm(jax.random.key(0))}
+    found = {name: mlhf(1.0, of, _predict, _LOSS, num_cg_steps=cg_steps) for name, of in learned.items()}
+    found["gauss_newton"] = gauss_newton(1.0, _predict, _LOSS, num_cg_steps=cg_steps)
+    return found | {"adam": optax.with_extra_args_support(optax.adam(1e-3))}
+
+
+def compile_step(tx: Any, devices: int, batch_size: int, width: int) -> Any:
+    """Returns the compiled step of a batch sharded over so many devices; nothing is run."""
+    mesh = jax.sharding.Mesh(jax.devices()[:devices], ("data",))
+    shape = lambda axes: (
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, axes))
+    )
+    batch = {"image": jnp.zeros((batch_size, 256)), "label": jnp.zeros(batch_size, jnp.int32)}
+    params = jax.eval_shape(lambda: _layers((256, width, width, 128)))
+    state = jax.tree.map(shape(P()), jax.eval_shape(tx.init, params))
+
+    def step(params, state, batch):
+        grads = jax.grad(lambda p: _LOSS(_predict(p, batch), batch))(params)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    arguments = jax.tree.map(shape(P()), params), state, jax.tree.map(shape(P("data")), batch)
+    return jax.jit(step).lower(*arguments).compile()
+
+
+def measure(name: str, tx: Any, options: Options) -> list[dict[str, Any]]:
+    """Returns one row per way of scaling and size of the mesh."""
+    rows = []
+    for scaling in ("weak", "strong"):
+        single = 0.0
+        for devices in options.devices:
+            batch = options.batch * devices if scaling == "weak" else options.batch
+            compiled = compile_step(tx, devices, batch, options.width)
+            found, flops = collectives(compiled.as_text()), compiled.cost_analysis()["flops"]
+            single = single or flops
+            ideal = single if scaling == "weak" else single / devices
+            rows.append(
+                {
+                    "optimizer": name,
+                    "scaling": scaling,
+                    "devices": devices,
+                    "batch": batch,
+                    "flops": flops,
+                    "collectives": {kind: count for kind, (count, _) in found.items()},
+                    "bytes": sum(size for _, size in found.values()),
+                    "efficiency": predicted_efficiency(devices, flops, ideal, found, options),
+                }
+            )
+    return rows
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints the table."""
+    print(
+        f"{'optimizer':24s}{'scaling':8s}{'devices':>8s}{'batch':>8s}{'MB':>8s}{'efficiency':>12s}"
+        "  collectives"
+    )
+    for row in rows:
+        sent = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items()) or "none"
+        print(
+            f"{row['optimizer']:24s}{row['scaling']:8s}{row['devices']:8d}{row['batch']:8d}"
+            f"{row['bytes'] / 1e6:8.1f}{row['efficiency']:12.2f}  {sent}",
+            flush=True,
+        )
+
+
+def draw(figure: Any, content: dict[str, Any]) -> None:
+    """Draws the predicted efficiency over the devices."""
+    figure.set_size_inches(9, 4)
+    for axes, scaling in zip(figure.subplots(1, 2, sharey=True), ("weak", "strong"), strict=True):
+        rows = [row for row in content["rows"] if row["scaling"] == scaling]
+        for name in dict.fromkeys(row["optimizer"] for row in rows):
+            own = [row for row in rows if row["optimizer"] == name]
+            axes.plot([r["devices"] for r in own], [r["efficiency"] for r in own], marker="o", label=name)
+        axes.set(title=f"{scaling} scaling", xlabel="devices", ylabel="predicted efficiency", ylim=(0, 1.05))
+        axes.legend(fontsize=8)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compiles every step, prints the table, writes JSON and figure."""
+    options = parse_options(Options, __doc__, arguments)
+    if options.quick:
+        options = dataclasses.replace(options, devices=(1, 2), batch=16, width=8, cg_steps=1)
+    if len(jax.devices()) < max(options.devices):
+        raise SystemExit(
+            f"there are {len(jax.devices())} devices, --devices asks for {max(options.devices)}; set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={max(options.devices)} and JAX_PLATFORMS=cpu"
+        )
+    rows: list[dict[str, Any]] = []
+    for name, tx in optimizers(options.cg_steps).items():
+        rows += measure(name, tx, options)
+        print_rows(rows[-2 * len(options.devices) :])
+    model = {key: getattr(options, key) for key in ("bandwidth", "latency", "peak", "utilization")}
+    options.save(command_line(__file__, arguments), draw, rows=rows, model=model)
+
+
+if __name__ == "__main__":
+    main()

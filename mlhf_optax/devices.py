@@ -1,0 +1,154 @@
+"""Where arrays lie when there are several devices: state that follows the parameters, means over an axis."""
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+from jax.experimental.shard_alike import shard_alike
+
+AxisName = Hashable | Sequence[Hashable] | None
+
+
+def zeros_like(param: Any, dtype: Any = None, leading: tuple[int, ...] = ()) -> jax.Array:
+    """Returns zeros that lie on the devices as a parameter does.
+
+    Args:
+      param: the parameter, an array or what ``jit`` traces.
+      dtype: dtype of the zeros; that of the parameter if None.
+      leading: sizes of axes that the zeros have before those of the parameter; these are on every device.
+
+    Returns:
+      Zeros of shape ``(*leading, *param.shape)``, in a buffer of their own.
+
+    Example:
+      >>> zeros_like(jnp.ones((3, 2)), leading=(4,)).shape
+      (4, 3, 2)
+    """
+    shape = (*leading, *jnp.shape(param))
+    if isinstance(param, Tracer):
+        # A constant depends on nothing, so the compiler would give every device all of it.
+        like = jnp.broadcast_to(lax.stop_gradient(param), shape)
+        return shard_alike(like, jnp.zeros_like(like, dtype))[1]
+    zeros = jnp.zeros_like(param, dtype)
+    return jnp.broadcast_to(zeros, shape) if leading else zeros
+
+
+def alike(old: Any, new: Any) -> Any:
+    """Returns the next state, each array of it on the devices as the old one lies.
+
+    Otherwise the compiler chooses, and a step whose state lies differently is compiled again.
+
+    Args:
+      old: the state that a step got.
+      new: the state that it returns, of the same shapes.
+    """
+
+    def one(before: Any, after: Any) -> Any:
+        is_traced = isinstance(before, Tracer) and isinstance(after, Tracer)
+        if not is_traced or after.ndim == 0 or before.shape != after.shape:
+            return after
+        return shard_alike(lax.stop_gradient(before), after)[1]
+
+    return jax.tree.map(one, old, new)
+
+
+def on_mesh_of(params: chex.ArrayTree, state: Any) -> Any:
+    """Returns the state with what lies on no mesh copied to every device of the parameters' mesh.
+
+    A step returns all of its state on the mesh. A counter that began elsewhere would have the second step
+    compiled again.
+
+    Args:
+      params: the parameters. Nothing is done unless they are arrays on one mesh.
+      state: arrays made from them.
+
+    Raises:
+      ValueError: if the parameters lie on different meshes.
+    """
+    leaves = jax.tree.leaves(params)
+    placed = [x.sharding for x in leaves if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
+    meshes: list[Any] = list(dict.fromkeys(s.mesh for s in placed if isinstance(s, jax.NamedSharding)))
+    if not meshes:
+        return state
+    if len({tuple(mesh.devices.flat) for mesh in meshes}) > 1:
+        raise ValueError(
+            f"`params` lie on meshes of different devices, {' and '.join(map(str, meshes))}; put all of them "
+            "on one mesh with `jax.device_put(params, shardings)`"
+        )
+    everywhere = jax.NamedSharding(meshes[0], jax.P())
+
+    def place(leaf: Any) -> Any:
+        is_placed = isinstance(getattr(leaf, "sharding", None), jax.NamedSharding)
+        return leaf if is_placed else jax.device_put(leaf, everywhere)
+
+    return jax.tree.map(place, state)
+
+
+def num_shards(array: Any) -> int:
+    """Returns over how many shards the first axis of an array is cut, 1 where that is not known.
+
+    ``jit`` does not tell where arrays lie, but on meshes with explicit axes.
+    """
+    if not isinstance(array, jax.Array):
+        return 1
+    sharding = jax.typeof(array).sharding if isinstance(array, Tracer) else array.sharding
+    if not isinstance(sharding, jax.NamedSharding) or not sharding.spec or not sharding.spec[0]:
+        return 1
+    names = sharding.spec[0]
+    return math.prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+
+
+def check_axis(axis_name: AxisName) -> None:
+    """Raises ValueError unless the axis is one that the code is mapped over."""
+    if axis_name is None:
+        return
+    try:
+        lax.axis_size(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"`axis_name`={axis_name!r} is no axis that this code is mapped over; call `update` inside "
+            "`jax.shard_map` or `jax.pmap` with that axis, or leave `axis_name` out, as for `jax.jit` on "
+            "sharded arrays"
+        ) from error
+
+
+def check_averaged(gradient: chex.ArrayTree, axis_name: AxisName) -> None:
+    """Raises ValueError if it is known that gradients differ along the axis."""
+    if any(_varying_axes(leaf, axis_name) for leaf in jax.tree.leaves(gradient)):
+        raise ValueError(
+            f"the gradients differ along `axis_name`={axis_name!r}; average them first, "
+            f"`grads = jax.lax.pmean(grads, {axis_name!r})`"
+        )
+
+
+def vary(tree: Any, axis_name: AxisName) -> Any:
+    """Returns the tree marked as one that differs along the axis, so that derivatives by it are local."""
+    if axis_name is None:
+        return tree
+
+    def mark(leaf):
+        missing = tuple(name for name in _names(axis_name) if name not in _varying_axes(leaf, axis_name))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(mark, tree)
+
+
+def mean_over(tree: Any, axis_name: AxisName) -> Any:
+    """Returns the mean over the axis, the tree itself if there is none."""
+    return tree if axis_name is None else lax.pmean(tree, axis_name)
+
+
+def _names(axis_name: AxisName) -> tuple:
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+
+
+def _varying_axes(leaf: Any, axis_name: AxisName) -> set:
+    kind = jax.typeof(leaf)
+    # Versions of JAX differ in where the type of an array says it.
+    varying = kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ())
+    return set(_names(axis_name)) & set(varying or ()) if axis_name is not None else set()

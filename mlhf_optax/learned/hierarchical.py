@@ -35,7 +35,7 @@ _MAX_LOG_RATE = 33.0
 
 
 class Hierarchical(NamedTuple):
-    """Meta-parameters, 7,897 numbers.
+    """Meta-parameters, 8,350 numbers.
 
     Attributes:
       param_gru: 10 units on 12 inputs, for every coordinate.
@@ -95,7 +95,7 @@ def init_hierarchical(key: chex.PRNGKey) -> Hierarchical:
 
     Example:
       >>> sum(leaf.size for leaf in jax.tree.leaves(init_hierarchical(jax.random.key(0))))
-      7897
+      8350
     """
     keys = jax.random.split(key, 10)
     P, U = PARAM_UNITS, UPPER_UNITS

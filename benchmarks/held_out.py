@@ -93,12 +93,15 @@ def contenders_for(task: Task, options: Options) -> list[Contender]:
 
 
 def ratios(comparison: Comparison, step: int) -> dict[str, float]:
-    """Returns MLHF's loss over that of every rival after a step, means over seeds."""
+    """Returns MLHF's loss over that of every rival after a step, means over seeds.
+
+    Losses below 1e-6 count as 1e-6: by then a task is solved.
+    """
     own, constant, default, *grid = comparison.curves()
     best = lambda families: best_at([curve for curve in grid if curve.family in families], step)
     rivals: tuple[Curve, ...] = (constant, default, best(("adam", "sgd")), best(("muon",)))
-    losses = [rival.loss_at(step) for rival in rivals]
-    return dict(zip(RIVALS, (own.loss_at(step) / loss if loss else math.nan for loss in losses), strict=True))
+    floored = lambda curve: max(curve.loss_at(step), 1e-6)
+    return dict(zip(RIVALS, (floored(own) / floored(rival) for rival in rivals), strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

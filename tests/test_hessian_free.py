@@ -58,7 +58,7 @@ def test_curvature_may_be_taken_on_part_of_the_batch():
     kwargs = {"damping": 0.25, "num_cg_steps": 60, "tolerance": 1e-10}
     tx = scale_by_hessian_free(problems.mlp, problems.LOSS, curvature_batch_size=0.25, **kwargs)
     direction, _, gradient = direction_of(tx, params, batch)
-    part = jax.tree.map(lambda x: np.asarray(x)[:2], batch)
+    part = jax.tree.map(lambda x: np.asarray(x)[::4], batch)
     matrix = references.Model().ggn(problems.flat(params), part) + 0.25 * np.eye(gradient.size)
     np.testing.assert_allclose(direction, np.linalg.solve(matrix, gradient), rtol=1e-7, atol=1e-10)
 

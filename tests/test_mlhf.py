@@ -110,9 +110,9 @@ def run(tx, num_steps=6, batch=None):
 
 def test_curvature_on_part_of_the_batch_is_that_of_the_part():
     batch = problems.batch()
-    doubled = jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)  # same gradient, same curvature
+    doubled = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), batch)  # same gradient, same curvature
     whole, _, _ = run(make(), 3, batch)
-    for part in (0.5, lambda b: jax.tree.map(lambda x: x[8:], b)):
+    for part in (0.5, lambda b: jax.tree.map(lambda x: x[1::2], b)):
         half, _, _ = run(make(curvature_batch_size=part), 3, doubled)
         np.testing.assert_allclose(half, whole, rtol=1e-3)
     other, _, _ = run(make(curvature_batch_size=2), 3, doubled)

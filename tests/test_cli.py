@@ -161,7 +161,10 @@ def test_a_task_that_recommends_another_optimizer_gets_any_shipped_set(monkeypat
         (["--optimizers", "adam", "--cg-steps", "2"], "`num_cg_steps` is an argument of no"),
         (["--meta-params", "nowhere/x"], "there is no such file"),
         (["--optimizers", "adam", "--meta-params", "digits"], "digits holds meta-parameters of 'mlhf', but"),
-        (["--meta-params", "digits"], "of 'mlhf', but they are asked for mlhf_general"),
+        (
+            ["--optimizers", "mlhf_general", "--meta-params", "digits"],
+            "of 'mlhf', but they are asked for mlhf_general",
+        ),
         (["--meta-params", "adam_rates=digits"], "of 'mlhf', but they are asked for adam_rates"),
         (
             ["--optimizers", "mlhf", "--meta-params", "digits,digits_convnet"],

@@ -93,7 +93,11 @@ class Train(TaskOptions):
     """Trainings of each optimizer; the table and the figure show their mean."""
     steps: int = 500
     """Length of each training, in mini-batches."""
-    optimizers: Annotated[tuple[str, ...], _separated("NAMES", _names)] = (_DEFAULT_GENERAL, *PAPER_FAMILIES)
+    optimizers: Annotated[tuple[str, ...], _separated("NAMES", _names)] = (
+        _DEFAULT_GENERAL,
+        _DEFAULT_OPTIMIZER,
+        *PAPER_FAMILIES,
+    )
     """Which optimizers to train, separated by commas; `mlhf-optax list` shows their names. gauss_newton is
     the control that learned ones have to beat: the same step, damped by the constants 1, 3 and 10."""
     meta_params: Annotated[tuple[str, ...], _separated("NAME|FILE|OPTIMIZER=FILE", tuple)] = ()

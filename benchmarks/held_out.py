@@ -11,11 +11,11 @@ What is finished is kept: ``--resume`` goes on after a stop. ``--quick`` takes m
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from experiment import command_line, parse_options, save_drawing
 from held_out_tasks import LENGTHS, TASKS
 
@@ -48,7 +48,8 @@ RATES = {
     "sgd": rates_per_decade(1e-3, 1.0),
     "muon": rates_per_decade(1e-3, 1e-1),
 }
-RIVALS = ("constant", "default Adam", "best Adam or SGD", "best Muon")
+ADAM_OR_SGD = "best Adam or SGD"
+RIVALS = ("constant", "default Adam", ADAM_OR_SGD, "best Muon")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +93,12 @@ def contenders_for(task: Task, options: Options) -> list[Contender]:
     ]
 
 
-def ratios(comparison: Comparison, step: int) -> dict[str, float]:
+def ratios(curves: Sequence[Curve], step: int) -> dict[str, float]:
     """Returns MLHF's loss over that of every rival after a step, means over seeds.
 
     Losses below 1e-6 count as 1e-6: by then a task is solved.
     """
-    own, constant, default, *grid = comparison.curves()
+    own, constant, default, *grid = curves
     best = lambda families: best_at([curve for curve in grid if curve.family in families], step)
     rivals: tuple[Curve, ...] = (constant, default, best(("adam", "sgd")), best(("muon",)))
     floored = lambda curve: max(curve.loss_at(step), 1e-6)
@@ -138,17 +139,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def row_of(name: str, comparison: Comparison, steps: Sequence[int]) -> dict[str, Any]:
     """Returns what is kept of a task: ratios by step, losses, test accuracy and seconds per step."""
-    own, *others = comparison.curves()
+    curves = comparison.curves()
+    own, *others = curves
     finite = lambda x: x if x is not None and math.isfinite(x) else None
     adams = [curve.accuracy for curve in others if curve.family == "adam"]
     return {
         "task": name,
         "steps": list(steps),
-        "ratios": {step: {k: finite(v) for k, v in ratios(comparison, step).items()} for step in steps},
+        "ratios": {step: {k: finite(v) for k, v in ratios(curves, step).items()} for step in steps},
         "losses": [finite(own.loss_at(step)) for step in steps],
         "accuracy": finite(own.accuracy),
         "best_adam_accuracy": finite(max(adams)),
-        "seconds_per_step": {curve.optimizer: curve.seconds_per_step for curve in (own, *others)},
+        "seconds_per_step": {curve.optimizer: curve.seconds_per_step for curve in curves},
     }
 
 
@@ -164,13 +166,18 @@ def print_row(row: dict[str, Any]) -> None:
     print(f"{'(loss)':20s}" + "".join(f"{x:9.4f}" if x is not None else f"{'-':>9}" for x in row["losses"]))
 
 
+def ratios_at(rows: Sequence[dict[str, Any]], step: Any, rival: str) -> list[float]:
+    """Returns the ratios of all tasks that are trained so far; infinity where MLHF diverged."""
+    found = [row["ratios"][step][rival] for row in rows if step in row["ratios"]]
+    return [math.inf if ratio is None else ratio for ratio in found]
+
+
 def print_median(rows: Sequence[dict[str, Any]]) -> None:
     """Prints the median over tasks of every ratio."""
     steps = sorted({step for row in rows for step in row["steps"] if step in STEPS})
     print("\nmedian over tasks" + "".join(f"{step:>9}" for step in steps))
     for rival in RIVALS:
-        of = lambda step: [row["ratios"][step][rival] for row in rows if step in row["ratios"]]  # noqa: B023
-        medians = [np.median([math.inf if x is None else x for x in of(step)]) for step in steps]
+        medians = [statistics.median(ratios_at(rows, step, rival)) for step in steps]
         print(f"{rival:17s}" + "".join(f"{value:9.2f}" for value in medians), flush=True)
     print(f"{'(tasks)':17s}" + "".join(f"{sum(step in row['steps'] for row in rows):9d}" for step in steps))
 

@@ -14,7 +14,8 @@ from flax import linen as nn
 from mlhf_optax import SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError
 from mlhf_optax.tasks import MLP, ConvNet, Dataset, Task, cifar10_convnet, digits_mlp, image_task
 from mlhf_optax.tasks.data import freeze
-from mlhf_optax.tasks.prepared import cache_folder, data_folder, decode_parts, open_sources
+from mlhf_optax.tasks.mnist import decode_mnist
+from mlhf_optax.tasks.prepared import data_folder, open_sources
 
 Folders = tuple[Path | None, Path | None]  # of data, and of decoded data
 _SEQUENCE = 32  # characters that a network reads at a time
@@ -22,16 +23,12 @@ _SEQUENCE = 32  # characters that a network reads at a time
 
 def load_mnist(data_dir: Path | None, cache_dir: Path | None) -> Dataset:
     """Returns MNIST: 60,000 examples to train on, 10,000 to test on, none for meta-training."""
-    folder = data_folder(data_dir)
-    form = ((28, 28, 1), 10)
-    parts = decode_parts(
-        open_sources("mnist", folder), "mnist", folder, "mnist", cache_folder(cache_dir), *form
-    )
+    parts = decode_mnist(data_dir, cache_dir)
     return _without_meta_training(parts["train"], parts["test"])
 
 
 def load_shakespeare(data_dir: Path | None, cache_dir: Path | None) -> Dataset:
-    """Returns Tiny Shakespeare as sequences of 33 characters, int32 of shape (N, 33), and their count."""
+    """Returns Tiny Shakespeare: 32 characters by number and those that follow them, int32 (N, 32) each."""
     del cache_dir
     sources = open_sources("tiny_shakespeare", data_folder(data_dir))
     texts = {name: bytes(next(iter(source))["text"]) for name, source in sources.items()}

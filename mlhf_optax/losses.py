@@ -16,11 +16,12 @@ import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+from mlhf_optax import trees
 
 Getter = Hashable | Callable[[Any], Any]
 
@@ -141,7 +142,7 @@ class SoftmaxCrossEntropy:
                 f"softmax cross-entropy needs integer labels of shape {outputs.shape[:-1]} for logits of "
                 f"shape {outputs.shape}, got {labels.dtype} of shape {labels.shape}"
             )
-        dtype, num_classes = _at_least_f32(outputs), outputs.shape[-1]
+        dtype, num_classes = trees.wide_dtype(outputs), outputs.shape[-1]
         weights, is_counted = _weights(batch, self.mask, labels.shape, dtype)
         labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))  # so that they compare with C
         is_class = (labels >= 0) & (labels < num_classes)
@@ -186,7 +187,7 @@ class SigmoidCrossEntropy:
 
     def curvature(self, outputs: jax.Array, batch: Any) -> Callable[[jax.Array], jax.Array]:
         """Returns ``u -> H_l u = weight * p * (1 - p) * u``."""
-        dtype = _at_least_f32(outputs)
+        dtype = trees.wide_dtype(outputs)
         weights, is_counted = _weights(batch, self.mask, outputs.shape, dtype)
         logits = _shield(outputs.astype(dtype), is_counted)
         # sigmoid(x) sigmoid(-x) keeps its precision where p is close to one.
@@ -225,7 +226,7 @@ class SquaredError:
 
     def curvature(self, outputs: jax.Array, batch: Any) -> Callable[[jax.Array], jax.Array]:
         """Returns ``u -> H_l u = weight * u``."""
-        weights, is_counted = _weights(batch, self.mask, outputs.shape, _at_least_f32(outputs))
+        weights, is_counted = _weights(batch, self.mask, outputs.shape, trees.wide_dtype(outputs))
         return lambda vector: (weights * _shield(vector, is_counted)).astype(outputs.dtype)
 
 
@@ -233,7 +234,7 @@ def _entries(
     outputs: jax.Array, batch: Any, targets: Getter, mask: Getter | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Outputs and targets in at least float32, zero where the mask is, and the weights of the mean."""
-    found, dtype = jnp.asarray(_get(batch, targets, "targets")), _at_least_f32(outputs)
+    found, dtype = jnp.asarray(_get(batch, targets, "targets")), trees.wide_dtype(outputs)
     if found.shape != outputs.shape:
         raise ValueError(
             f"targets must have the shape of the outputs, {outputs.shape}, got {found.shape}; reshape "
@@ -241,10 +242,6 @@ def _entries(
         )
     weights, is_counted = _weights(batch, mask, outputs.shape, dtype)
     return _shield(outputs.astype(dtype), is_counted), _shield(found.astype(dtype), is_counted), weights
-
-
-def _at_least_f32(array: chex.Array) -> Any:
-    return jnp.promote_types(array.dtype, jnp.float32)
 
 
 __all__ = ["SigmoidCrossEntropy", "SoftmaxCrossEntropy", "SquaredError"]

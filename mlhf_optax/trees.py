@@ -9,9 +9,14 @@ import jax.numpy as jnp
 from jax import lax
 
 
+def wide_dtype(array: Any) -> Any:
+    """Returns float32, or the dtype of the array where that is wider."""
+    return jnp.promote_types(array.dtype, jnp.float32)
+
+
 def at_least_f32(array: jax.Array) -> jax.Array:
     """Returns the array in float32, or in its own dtype where that is wider."""
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(wide_dtype(array))
 
 
 def vdot(a: Any, b: Any) -> Any:
@@ -25,14 +30,8 @@ def vdot(a: Any, b: Any) -> Any:
 
 
 def total(parts: Sequence[jax.Array]) -> Any:
-    """Returns the sum of scalars, one per leaf of a tree; 0 for none.
-
-    A chain of additions would be fused, whole, into every pass that uses the sum: programs and the time to
-    compile them would grow with the square of the number of leaves.
-    """
-    if len(parts) < 3:
-        return sum(parts)
-    return jnp.sum(lax.optimization_barrier(jnp.stack(parts)))
+    """Returns the sum of scalars, one per leaf of a tree; 0 for none."""
+    return sum(parts) if len(parts) < 3 else jnp.sum(_gathered(parts))
 
 
 def norm(tree: chex.ArrayTree) -> jax.Array:
@@ -42,7 +41,7 @@ def norm(tree: chex.ArrayTree) -> jax.Array:
       >>> jax.value_and_grad(norm)(jnp.zeros(2))
       (Array(0., dtype=float32), Array([0., 0.], dtype=float32))
     """
-    return _safe_sqrt(_sum_of_squares(tree))
+    return safe_sqrt(_sum_of_squares(tree))
 
 
 def root_mean_square(tree: chex.ArrayTree) -> jax.Array:
@@ -53,7 +52,7 @@ def root_mean_square(tree: chex.ArrayTree) -> jax.Array:
       3.535533905029297
     """
     # A tree without leaves is what optax.tree.map_params initialises an optimizer with.
-    return _safe_sqrt(_sum_of_squares(tree) / max(1, size(tree)))
+    return safe_sqrt(_sum_of_squares(tree) / max(1, size(tree)))
 
 
 def size(tree: chex.ArrayTree) -> int:
@@ -65,13 +64,12 @@ def is_finite(tree: chex.ArrayTree) -> jax.Array:
     """Returns whether every number in the tree is finite."""
     # One flag per leaf: `all` of every leaf fuses into the pass that made it.
     flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(lax.optimization_barrier(jnp.stack(flags))) if flags else jnp.asarray(True)
+    return jnp.all(_gathered(flags)) if flags else jnp.asarray(True)
 
 
 def is_any_nonzero(tree: chex.ArrayTree) -> jax.Array:
     """Returns whether any number in the tree is not zero."""
-    flags = [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)]
-    return jnp.any(lax.optimization_barrier(jnp.stack(flags)))
+    return jnp.any(_gathered([jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)]))
 
 
 def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
@@ -88,7 +86,15 @@ def _sum_of_squares(tree: chex.ArrayTree) -> Any:
     return total([jnp.sum(jnp.square(at_least_f32(leaf))) for leaf in jax.tree.leaves(tree)])
 
 
-def _safe_sqrt(x: Any) -> jax.Array:
-    # The derivative of a square root is infinite at zero, and meta-training differentiates norms.
+def _gathered(scalars: Sequence[jax.Array]) -> jax.Array:
+    # Behind a barrier: what is made of them, a chain of so many operations, would else be fused, whole, into
+    # every pass that uses the result, and programs and the time to compile them would grow with the square of
+    # their number.
+    return lax.optimization_barrier(jnp.stack(scalars))
+
+
+def safe_sqrt(x: Any) -> jax.Array:
+    """Returns the square root, whose derivative at zero is zero here."""
+    # It is infinite in truth, and meta-training differentiates norms.
     is_positive = x > jnp.finfo(jnp.result_type(x, jnp.float32)).tiny
     return jnp.where(is_positive, jnp.sqrt(jnp.where(is_positive, x, 1.0)), 0.0)

@@ -103,7 +103,7 @@ def meta_train_on_tiny_tasks(
         None,
         untrained,
         sample,
-        _Validator(validation_tasks, learned, untrained, validation_steps),
+        _Validator(validation_tasks, learned, untrained, validation_steps, config.loss_floor),
         output,
         schedule,
         seed=seed,
@@ -125,7 +125,14 @@ class _Validator:
     problem is would otherwise outweigh everything else.
     """
 
-    def __init__(self, tasks: Sequence[TinyTask], learned: mt.LearnedOptimizer, untrained: Any, steps: tuple):
+    def __init__(
+        self,
+        tasks: Sequence[TinyTask],
+        learned: mt.LearnedOptimizer,
+        untrained: Any,
+        steps: tuple[int, ...],
+        loss_floor: float,
+    ):
         self._untrained, self._reference = untrained, None
         self._runs, floors = [], []
         for task in tasks:
@@ -135,7 +142,7 @@ class _Validator:
                 batches = task.draw(jax.random.key(2 * start + 1), (steps[-1],))
                 key = jax.random.key(2 * start + 2)
                 self._runs.append((losses, batches, judged, key))
-                floors.append(RECIPE.loss_floor * float(task_loss(task, task.init_fn(key), judged)))
+                floors.append(loss_floor * float(task_loss(task, task.init_fn(key), judged)))
         self._floors = np.array(floors)[:, None]
 
     def __call__(self, meta_params: Any) -> mt.Validation:

@@ -92,7 +92,7 @@ def diagonal(decay: float = 0.98, floor: float = 1e-3) -> Metric:
     _check(decay, floor)
 
     def init(params):
-        zeros = jax.tree.map(lambda p: devices.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params)
+        zeros = jax.tree.map(lambda p: devices.zeros_like(p, trees.wide_dtype(p)), params)
         return DiagonalState(jnp.zeros((), jnp.int32), zeros)
 
     def update(gradient, state):

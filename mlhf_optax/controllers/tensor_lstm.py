@@ -222,9 +222,7 @@ def tensor_lstm(meta_params: TensorLSTM, constants: Constants = CONSTANTS) -> Co
 
 
 def _init(units: int, constants: Constants, params: chex.ArrayTree) -> TensorLSTMState:
-    zeros = lambda: jax.tree.map(
-        lambda p: devices.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params
-    )
+    zeros = lambda: jax.tree.map(lambda p: devices.zeros_like(p, trees.wide_dtype(p)), params)
     scalar = lambda value=0.0: jnp.full((), value, jnp.float32)
     leaves = jax.tree.leaves(params)
     each = lambda value: jnp.full(len(leaves), value, jnp.float32)
@@ -487,7 +485,7 @@ def _gram(*trees_of_tensors: chex.ArrayTree) -> jax.Array:
 
 
 def _mean_square(tree: chex.ArrayTree) -> Any:
-    return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(tree)) / trees.size(tree)
+    return trees.total([jnp.sum(leaf) for leaf in jax.tree.leaves(tree)]) / trees.size(tree)
 
 
 def _scaled(scales: chex.ArrayTree, tree: chex.ArrayTree) -> chex.ArrayTree:

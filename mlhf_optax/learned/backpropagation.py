@@ -1,6 +1,7 @@
 """What learned optimizers that are meta-trained by back-propagation share: options and the record."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from typing import Any, Literal
 import jax
 import optax
 
-from mlhf_optax.learned.registry import LearnedFamily
+from mlhf_optax.learned.registry import LearnedFamily, number_problem
 from mlhf_optax.meta_training.learned_optimizer import META_LOSSES, LearnedOptimizer, unrolled_optimizer
 
 MetaLossName = Literal["last", "mean", "mean_after", "sum", "log"]
@@ -53,7 +54,6 @@ def backpropagated(
     options: type[BackpropagationOptions],
     init: Callable[[jax.Array], Any],
     transformation: Callable[..., optax.GradientTransformation],
-    optimizer: Callable[..., optax.GradientTransformationExtraArgs],
     penalty: Callable[[Any], jax.Array] | None = None,
 ) -> LearnedFamily:
     """Returns the record of a learned optimizer that needs gradients only and fits any network.
@@ -64,8 +64,8 @@ def backpropagated(
       description: one line.
       options: its dataclass of options.
       init: ``init(key) -> meta_params``, always of the same shapes.
-      transformation: ``transformation(meta_params, learning_rate=) -> optax.GradientTransformation``.
-      optimizer: see :class:`LearnedFamily`.
+      transformation: ``transformation(meta_params, learning_rate=) -> optax.GradientTransformation``, whose
+        keyword arguments are those of the optimizer.
       penalty: see :func:`mlhf_optax.meta_training.unrolled_optimizer`.
 
     Returns:
@@ -75,9 +75,7 @@ def backpropagated(
     def learned(options: BackpropagationOptions, start: Any = None) -> LearnedOptimizer:
         def build(meta_params, task):
             del task
-            return optax.with_extra_args_support(
-                transformation(meta_params, learning_rate=options.learning_rate)
-            )
+            return optimizer(meta_params, None, None, learning_rate=options.learning_rate)
 
         return unrolled_optimizer(
             build,
@@ -87,6 +85,15 @@ def backpropagated(
             remat=options.remat,
             penalty=penalty,
         )
+
+    def optimizer(
+        meta_params: Any, predict_fn: Any, loss_fn: Any, **arguments: Any
+    ) -> optax.GradientTransformationExtraArgs:
+        """Returns the transformation; the model is not needed."""
+        del predict_fn, loss_fn
+        return optax.with_extra_args_support(transformation(meta_params, **arguments))
+
+    _show_arguments(optimizer, transformation)
 
     def template(structure: Mapping[str, Any]) -> Any:
         del structure
@@ -107,8 +114,12 @@ def backpropagated(
     )
 
 
+def _show_arguments(optimizer: Any, transformation: Callable[..., Any]) -> None:
+    """Has help and signature of the optimizer name the keyword arguments of the transformation."""
+    of_model = list(inspect.signature(optimizer).parameters.values())[:3]
+    keywords = list(inspect.signature(transformation).parameters.values())[1:]
+    optimizer.__signature__ = inspect.Signature([*of_model, *keywords])
+
+
 def _check_record(record: Mapping[str, Any]) -> str | None:
-    value = record.get("learning_rate", 1.0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        return f"'learning_rate' must be a positive number, got {value!r}"
-    return None
+    return number_problem("learning_rate", record.get("learning_rate", 1.0))

@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from mlhf_optax import devices, trees
 from mlhf_optax.controllers import lstm
 
 
@@ -146,12 +147,7 @@ def wide(params: Any, *features: int) -> Any:
       >>> wide(jnp.ones((3, 2), jnp.bfloat16), 20).shape
       (20, 3, 2)
     """
-    return jax.tree.map(lambda p: jnp.zeros((*features, *p.shape), wide_dtype(p)), params)
-
-
-def wide_dtype(array: Any) -> Any:
-    """Returns float32, or the dtype of the array where that is wider."""
-    return jnp.promote_types(array.dtype, jnp.float32)
+    return jax.tree.map(lambda p: devices.zeros_like(p, trees.wide_dtype(p), features), params)
 
 
 def init_carry(params: Any, num_layers: int, units: int) -> tuple[lstm.LayerCarry, ...]:
@@ -172,11 +168,6 @@ def unstacked(carry: Sequence[lstm.LayerCarry]) -> list[Any]:
 def stacked(parts: Sequence[Any]) -> tuple[lstm.LayerCarry, ...]:
     """Undoes :func:`unstacked`."""
     return tuple(lstm.LayerCarry(*parts[i : i + 2]) for i in range(0, len(parts), 2))
-
-
-def cast_like(tree: Any, like: Any) -> Any:
-    """Returns the tree in the dtypes of another."""
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
 def map_leaves(function: Callable[..., tuple], first: Any, *others: Any) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mlhf_optax import trees
 from mlhf_optax.learned import cells
 from mlhf_optax.learned.backpropagation import (
     BackpropagationOptions,
@@ -162,7 +163,7 @@ def hierarchical(
             zeros = cells.wide(params, vector.size)
             return jax.tree.map(lambda x: x + cells.spread(vector, x).astype(x.dtype), zeros)
 
-        tensors = jax.tree.map(lambda p: meta_params.tensor_start.astype(cells.wide_dtype(p)), params)
+        tensors = jax.tree.map(lambda p: meta_params.tensor_start.astype(trees.wide_dtype(p)), params)
         return HierarchicalState(
             starts(meta_params.param_start),
             tensors,
@@ -175,7 +176,7 @@ def hierarchical(
 
     def update(updates, state, params=None):
         del params
-        gradient = jax.tree.map(lambda g: g.astype(cells.wide_dtype(g)), updates)
+        gradient = jax.tree.map(trees.at_least_f32, updates)
         means, squares, scaled = cells.map_leaves(
             _running_means, gradient, state.means, state.squares, state.decays
         )
@@ -208,7 +209,7 @@ def hierarchical(
 
         direction, decays, log_rate = cells.map_leaves(step, param_state, scaled, state.log_rate)
         state = HierarchicalState(param_state, tensor_state, global_state, means, squares, decays, log_rate)
-        return cells.cast_like(direction, updates), state
+        return optax.tree.cast_like(direction, updates), state
 
     core = optax.GradientTransformation(init, update)
     return optax.chain(core, optax.scale_by_learning_rate(learning_rate))
@@ -231,8 +232,7 @@ def _features(scaled, squares, log_rate, mean_rate):
 
 
 def _mean(tree: Any) -> jax.Array:
-    leaves = jax.tree.leaves(tree)
-    return jnp.asarray(sum(jnp.sum(x) for x in leaves) / sum(x.size for x in leaves))
+    return jnp.asarray(trees.total([jnp.sum(x) for x in jax.tree.leaves(tree)]) / trees.size(tree))
 
 
 def _require_rate(rate: float) -> None:
@@ -252,20 +252,6 @@ class HierarchicalOptions(BackpropagationOptions):
     inner_gradients: InnerGradients = "differentiated"
 
 
-def _optimizer(
-    meta_params: Hierarchical,
-    predict_fn: Any,
-    loss_fn: Any,
-    *,
-    learning_rate: optax.ScalarOrSchedule = 1.0,
-    initial_rate: float = 1e-2,
-) -> optax.GradientTransformationExtraArgs:
-    """Returns :func:`hierarchical`; the model is not needed."""
-    del predict_fn, loss_fn
-    tx = hierarchical(meta_params, learning_rate=learning_rate, initial_rate=initial_rate)
-    return optax.with_extra_args_support(tx)
-
-
 HIERARCHICAL = backpropagated(
     "hierarchical",
     "Hierarchical RNN",
@@ -273,5 +259,4 @@ HIERARCHICAL = backpropagated(
     HierarchicalOptions,
     init_hierarchical,
     hierarchical,
-    _optimizer,
 )

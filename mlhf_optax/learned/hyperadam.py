@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mlhf_optax import trees
 from mlhf_optax.controllers import lstm
 from mlhf_optax.learned import cells
 from mlhf_optax.learned.backpropagation import BackpropagationOptions, MetaLossName, backpropagated
@@ -111,12 +112,12 @@ def hyperadam(
 
     def update(updates, state, params=None):
         del params
-        gradient = jax.tree.map(lambda g: g.astype(cells.wide_dtype(g))[None], updates)
+        gradient = jax.tree.map(lambda g: trees.at_least_f32(g)[None], updates)
         features = jax.tree.map(
             lambda g: jax.nn.elu(cells.dense(meta_params.inputs, g)), normalised(gradient)
         )
         direction, _, moments = candidates(meta_params, gradient, features, state.moments)
-        return cells.cast_like(direction, updates), HyperAdamState(moments)
+        return optax.tree.cast_like(direction, updates), HyperAdamState(moments)
 
     core = optax.GradientTransformation(init, update)
     return optax.chain(core, optax.scale_by_learning_rate(learning_rate))
@@ -210,14 +211,6 @@ class HyperAdamOptions(BackpropagationOptions):
     meta_loss: MetaLossName = "mean"
 
 
-def _optimizer(
-    meta_params: HyperAdam, predict_fn: Any, loss_fn: Any, *, learning_rate: optax.ScalarOrSchedule = 0.005
-) -> optax.GradientTransformationExtraArgs:
-    """Returns :func:`hyperadam`; the model is not needed."""
-    del predict_fn, loss_fn
-    return optax.with_extra_args_support(hyperadam(meta_params, learning_rate=learning_rate))
-
-
 HYPERADAM = backpropagated(
     "hyperadam",
     "HyperAdam",
@@ -225,5 +218,4 @@ HYPERADAM = backpropagated(
     HyperAdamOptions,
     init_hyperadam,
     hyperadam,
-    _optimizer,
 )

@@ -8,13 +8,14 @@ arXiv 1606.04474, section 3 and appendix A.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
+from mlhf_optax import trees
 from mlhf_optax.controllers import lstm
 from mlhf_optax.learned import cells
 from mlhf_optax.learned.backpropagation import BackpropagationOptions, MetaLossName, backpropagated
@@ -87,7 +88,7 @@ def l2l(meta_params: L2L, *, learning_rate: optax.ScalarOrSchedule = 0.1) -> opt
         del params
 
         def leaf(g, *carry):
-            features = log_features(g.astype(cells.wide_dtype(g)))
+            features = log_features(trees.at_least_f32(g))
             output, after = lstm.apply(meta_params.lstm, cells.stacked(carry), features)
             # The LSTM writes the update itself, not a direction to step against.
             return (-output.astype(g.dtype), *cells.unstacked(after))
@@ -132,14 +133,6 @@ class L2LOptions(BackpropagationOptions):
     meta_loss: MetaLossName = "sum"
 
 
-def _optimizer(
-    meta_params: L2L, predict_fn: Any, loss_fn: Any, *, learning_rate: optax.ScalarOrSchedule = 0.1
-) -> optax.GradientTransformationExtraArgs:
-    """Returns :func:`l2l`; the model is not needed."""
-    del predict_fn, loss_fn
-    return optax.with_extra_args_support(l2l(meta_params, learning_rate=learning_rate))
-
-
 L2L_FAMILY = backpropagated(
     "l2l",
     "L2L",
@@ -147,5 +140,4 @@ L2L_FAMILY = backpropagated(
     L2LOptions,
     init_l2l,
     l2l,
-    _optimizer,
 )

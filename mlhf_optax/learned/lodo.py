@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from mlhf_optax import trees
+
 _META_EPS = 1e-7
 
 
@@ -153,8 +155,7 @@ def _backward(
 
 def _flat(tree: Any) -> jax.Array:
     """Returns all numbers of a tree as one vector of float32 or wider."""
-    flat = ravel_pytree(tree)[0]
-    return flat.astype(jnp.promote_types(flat.dtype, jnp.float32))
+    return trees.at_least_f32(ravel_pytree(tree)[0])
 
 
 def _like(vector: jax.Array, tree: Any) -> Any:

@@ -13,7 +13,7 @@ from mlhf_optax.controllers.lstm_settings import AUTHORS_SETTINGS, PAPER_SETTING
 from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn, check_curvature_batch
 from mlhf_optax.devices import AxisName
 from mlhf_optax.layer_types import LayerTypesFn, distinct_layer_types
-from mlhf_optax.learned.registry import LearnedFamily
+from mlhf_optax.learned.registry import LearnedFamily, number_problem
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer
 from mlhf_optax.meta_training.mlhf_gradient import mlhf_optimizer
 from mlhf_optax.meta_training.mlhf_unroll import UnrollOptions
@@ -197,8 +197,8 @@ def _check_record(record: Mapping[str, Any]) -> str | None:
         value = record[key]
         if value is None and key == "max_update_ratio":
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            return f"'{key}' must be a positive number, got {value!r}"
+        if problem := number_problem(key, value):
+            return problem
     if not isinstance(record["num_cg_steps"], int):
         return f"'num_cg_steps' must be an int, got {record['num_cg_steps']!r}"
     momentum = record.get("momentum") or 0.0

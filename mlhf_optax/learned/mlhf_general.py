@@ -1,7 +1,6 @@
 """MLHF for any network on the shelf of learned optimizers: one small LSTM for every tensor."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ import optax
 from mlhf_optax.controllers.tensor_lstm import TensorLSTM, init_tensor_lstm
 from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn, check_curvature_batch
 from mlhf_optax.devices import AxisName
-from mlhf_optax.learned.registry import LearnedFamily
+from mlhf_optax.learned.registry import LearnedFamily, number_problem
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, unrolled_optimizer
 from mlhf_optax.mlhf import mlhf
 
@@ -107,9 +106,8 @@ def _record(options: MLHFGeneralOptions) -> dict[str, Any]:
 
 def _check_record(record: Mapping[str, Any]) -> str | None:
     for name, kind in (("learning_rate", float), ("num_cg_steps", int)):
-        value = record.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, kind | int) or not 0 < value < math.inf:
-            return f"'{name}' must be a positive number, got {value!r}"
+        if problem := number_problem(name, record.get(name, 1), kind):
+            return problem
     try:
         check_curvature_batch(record.get("curvature_batch_size"))
     except (TypeError, ValueError) as error:

@@ -1,6 +1,7 @@
 """The record by which a learned optimizer joins everything around it: command line, files, comparisons."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,13 @@ def _unchanged(options: Any, start: Any) -> Any:
 def _no_problem(record: Mapping[str, Any]) -> str | None:
     """Finds nothing wrong with a record."""
     del record
+    return None
+
+
+def number_problem(name: str, value: Any, kind: type = float) -> str | None:
+    """Returns what is wrong with a number that a record recommends and that must be positive."""
+    if isinstance(value, bool) or not isinstance(value, kind | int) or not 0 < value < math.inf:
+        return f"{name!r} must be a positive number, got {value!r}"
     return None
 
 

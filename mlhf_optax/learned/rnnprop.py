@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mlhf_optax import trees
 from mlhf_optax.controllers import lstm
 from mlhf_optax.learned import cells
 from mlhf_optax.learned.backpropagation import BackpropagationOptions, MetaLossName, backpropagated
@@ -103,8 +104,9 @@ def rnnprop(
             output, after = lstm.apply(meta_params.lstm, cells.stacked(carry), inner)
             return (jnp.tanh(output).astype(g.dtype), mean, variance, *cells.unstacked(after))
 
-        trees = (updates, state.mean, state.variance, *cells.unstacked(state.carry))
-        direction, mean, variance, *carry = cells.map_leaves(leaf, *trees)
+        direction, mean, variance, *carry = cells.map_leaves(
+            leaf, updates, state.mean, state.variance, *cells.unstacked(state.carry)
+        )
         return direction, RNNPropState(count, mean, variance, cells.stacked(carry))
 
     core = optax.GradientTransformation(init, update)
@@ -131,13 +133,8 @@ def adam_features(
     variance = DECAY * variance + (1 - DECAY) * jnp.square(g)
     correction = 1 - jnp.power(jnp.asarray(DECAY, mean.dtype), count)
     # Nothing is learned before these inputs, but the parameters' history may be differentiated as well.
-    root = _root(variance / correction) + _EPS
+    root = trees.safe_sqrt(variance / correction) + _EPS
     return mean, variance, jnp.stack([g / root, mean / correction / root])
-
-
-def _root(x: jax.Array) -> jax.Array:
-    is_positive = x > 0
-    return jnp.where(is_positive, jnp.sqrt(jnp.where(is_positive, x, 1.0)), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,14 +150,6 @@ class RNNPropOptions(BackpropagationOptions):
     meta_loss: MetaLossName = "last"
 
 
-def _optimizer(
-    meta_params: RNNProp, predict_fn: Any, loss_fn: Any, *, learning_rate: optax.ScalarOrSchedule = 0.1
-) -> optax.GradientTransformationExtraArgs:
-    """Returns :func:`rnnprop`; the model is not needed."""
-    del predict_fn, loss_fn
-    return optax.with_extra_args_support(rnnprop(meta_params, learning_rate=learning_rate))
-
-
 RNNPROP = backpropagated(
     "rnnprop",
     "RNNprop",
@@ -168,5 +157,4 @@ RNNPROP = backpropagated(
     RNNPropOptions,
     init_rnnprop,
     rnnprop,
-    _optimizer,
 )

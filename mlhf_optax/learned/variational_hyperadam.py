@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mlhf_optax import trees
 from mlhf_optax.controllers import lstm
 from mlhf_optax.learned import cells
 from mlhf_optax.learned.backpropagation import BackpropagationOptions, MetaLossName, backpropagated
@@ -143,25 +144,20 @@ def variational_hyperadam(
             direction = _sampled(draw_key, direction, log_variance)
         kl = _divergence(log_variance, kl_reduction).astype(jnp.float32)
         state = VariationalHyperAdamState(count, mean, variance, moments, jax.random.key_data(key), kl)
-        return cells.cast_like(direction, updates), state
+        return optax.tree.cast_like(direction, updates), state
 
     core = optax.GradientTransformation(init, update)
     return optax.chain(core, optax.scale_by_learning_rate(learning_rate))
 
 
 def _sampled(key: jax.Array, mean: Any, log_variance: Any) -> Any:
-    leaves, treedef = jax.tree.flatten(mean)
-    keys = jax.random.split(key, len(leaves))
-    noise = treedef.unflatten(
-        [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    )
-    return jax.tree.map(lambda m, v, n: m + jnp.exp(0.5 * v) * n, mean, log_variance, noise)
+    sample = lambda m, v, k: m + jnp.exp(0.5 * v) * jax.random.normal(k, m.shape, m.dtype)
+    return jax.tree.map(sample, mean, log_variance, optax.tree.split_key_like(key, mean))
 
 
 def _divergence(log_variance: Any, reduction: KLReduction) -> jax.Array:
-    leaves = jax.tree.leaves(log_variance)
-    total = sum(jnp.sum(0.5 * (jnp.expm1(x) - x)) for x in leaves)
-    return jnp.asarray(total if reduction == "sum" else total / sum(x.size for x in leaves))
+    total = trees.total([jnp.sum(0.5 * (jnp.expm1(x) - x)) for x in jax.tree.leaves(log_variance)])
+    return jnp.asarray(total if reduction == "sum" else total / trees.size(log_variance))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,28 +173,6 @@ class VariationalHyperAdamOptions(BackpropagationOptions):
     meta_loss: MetaLossName = "mean_after"
 
 
-def _optimizer(
-    meta_params: VariationalHyperAdam,
-    predict_fn: Any,
-    loss_fn: Any,
-    *,
-    learning_rate: optax.ScalarOrSchedule = 0.001,
-    deterministic: bool = False,
-    kl_reduction: KLReduction = "sum",
-    seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
-    """Returns :func:`variational_hyperadam`; the model is not needed."""
-    del predict_fn, loss_fn
-    tx = variational_hyperadam(
-        meta_params,
-        learning_rate=learning_rate,
-        deterministic=deterministic,
-        kl_reduction=kl_reduction,
-        seed=seed,
-    )
-    return optax.with_extra_args_support(tx)
-
-
 VARIATIONAL_HYPERADAM = backpropagated(
     "variational_hyperadam",
     "Variational HyperAdam",
@@ -206,7 +180,6 @@ VARIATIONAL_HYPERADAM = backpropagated(
     VariationalHyperAdamOptions,
     init_variational_hyperadam,
     variational_hyperadam,
-    _optimizer,
     # The weight of the divergence is the authors', for its sum over coordinates.
     penalty=lambda state: _KL_WEIGHT * state[0].kl,
 )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, Task
 
@@ -130,10 +131,9 @@ def with_tricks(
 def _fresh(task: Task, key: jax.Array, random_scaling: float, companion_size: int) -> Episode:
     init_key, scale_key, own_key, target_key = jax.random.split(key, 4)
     network = task.init_fn(init_key)
-    leaves, treedef = jax.tree.flatten(network)
-    keys = jax.random.split(scale_key, len(leaves))
-    factors = [_factors(k, x.shape, random_scaling) for k, x in zip(keys, leaves, strict=True)]
-    scale, companion, own, target = treedef.unflatten(factors), None, None, None
+    keys = optax.tree.split_key_like(scale_key, network)
+    scale = jax.tree.map(lambda x, k: _factors(k, x.shape, random_scaling), network, keys)
+    companion = own = target = None
     if companion_size:
         companion = jnp.zeros(companion_size)
         own = _factors(own_key, (companion_size,), _COMPANION_SCALING if random_scaling else 0.0)

@@ -178,11 +178,10 @@ def _update_noise(options: UnrollOptions, params: chex.ArrayTree, key: chex.PRNG
     """Returns the function that multiplies an update by noise."""
     if not options.update_noise:
         return lambda update: update
-    leaves, treedef = jax.tree.flatten(params)
-    noise = treedef.unflatten(
+    draw = lambda leaf, k: (
         1.0 + options.update_noise * jax.random.uniform(k, leaf.shape, leaf.dtype, -1.0, 1.0)
-        for k, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
     )
+    noise = jax.tree.map(draw, params, optax.tree.split_key_like(key, params))
     return lambda update: jax.tree.map(jnp.multiply, update, noise)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 
-from mlhf_optax.tasks.data import Dataset, freeze
+from mlhf_optax.tasks.data import Dataset, Examples, freeze
 from mlhf_optax.tasks.models import MLP
 from mlhf_optax.tasks.prepared import cache_folder, data_folder, decode_parts, open_sources
 from mlhf_optax.tasks.task import Task, image_task
@@ -45,10 +46,21 @@ def load_mnist(
     return _load(data_folder(data_dir), cache_folder(cache_dir), size)
 
 
+def decode_mnist(
+    data_dir: str | Path | None = None, cache_dir: str | Path | None = None
+) -> dict[str, Examples]:
+    """Returns the parts ``"train"`` and ``"test"`` as they are published: images uint8 (N, 28, 28, 1).
+
+    Args and errors as of :func:`load_mnist`.
+    """
+    folder, form = data_folder(data_dir), ((SIZE, SIZE, 1), 10)
+    sources = open_sources("mnist", folder)
+    return decode_parts(sources, "mnist", folder, "mnist", cache_folder(cache_dir), *form)
+
+
 @functools.cache
 def _load(folder: Path, cache_dir: Path, size: int) -> Dataset:
-    form = ((SIZE, SIZE, 1), 10)
-    parts = decode_parts(open_sources("mnist", folder), "mnist", folder, "mnist", cache_dir, *form)
+    parts = decode_mnist(folder, cache_dir)
     train, test = (_shrunk(parts[name], size) for name in ("train", "test"))
     return Dataset(train, train, test)
 
@@ -115,11 +127,9 @@ def mnist_mlp(
     )
 
     def init_fn(key):
-        leaves, treedef = jax.tree.flatten(jax.eval_shape(task.init_fn, key))
-        keys = jax.random.split(key, len(leaves))
-        return treedef.unflatten(
-            [0.1 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-        )
+        shapes = jax.eval_shape(task.init_fn, key)
+        draw = lambda x, k: 0.1 * jax.random.normal(k, x.shape, x.dtype)
+        return jax.tree.map(draw, shapes, optax.tree.split_key_like(key, shapes))
 
     return dataclasses.replace(task, init_fn=init_fn)
 

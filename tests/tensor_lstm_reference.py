@@ -140,7 +140,10 @@ class Reference:
         share = lambda v, at: expit(v + np.log(at / (1 - at)))
         mean = out.mean(0)
         return {
-            "damping": C.damping * within(2 * out[:, 0], 30),
+            "damping": C.damping
+            * within(2 * out[:, 0], 30)
+            * (0.2 + self.count / 10)
+            / (1 + self.count / 10),
             "trust": within(-out[:, 1], 10),
             "power": share(out[:, 2], C.power),
             "diagonal": share(out[:, 3], C.diagonal),

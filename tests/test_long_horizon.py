@@ -140,6 +140,23 @@ def test_noise_stays_from_start_to_end_and_then_a_fresh_pair_with_other_noise_be
     assert int(state.counts["fresh"]) > 0
 
 
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 2.0])
+def test_lengths_of_trainings_are_drawn_as_asked_for(exponent):
+    config = LongHorizonConfig(num_pairs=1000, truncation=1, horizons=(20, 2000), horizon_exponent=exponent)
+    init, step = make_long_horizon_step([TASK], SGD, config)
+    state = init(jax.random.key(0), jnp.array(-3.0))
+    over = state.episodes[0]._replace(age=state.episodes[0].horizon + 0)
+    state, _ = step(state._replace(episodes=(over,)), [draw(0, config)])
+    drawn = np.asarray(state.episodes[0].horizon)
+    assert drawn.min() >= 20
+    assert drawn.max() <= 2000
+    # The share of trainings longer than h, by the integral of the density.
+    tail = (lambda h: -(h**-exponent)) if exponent else np.log
+    for length in (40, 200, 600):
+        expected = (tail(2000.0) - tail(float(length))) / (tail(2000.0) - tail(20.0))
+        assert np.mean(drawn > length) == pytest.approx(expected, abs=0.05)
+
+
 def test_it_learns_a_rate_on_two_tasks_of_very_different_scale():
     steep = SimpleNamespace(**(vars(TASK) | {"loss_fn": lambda z, b: 100 * TASK.loss_fn(z, b)}))
     relative = unrolled_optimizer(lambda log_rate, task: optax.adam(jnp.exp(log_rate)), None)
@@ -185,6 +202,7 @@ def test_equal_seeds_give_equal_bits_and_the_state_is_one_pytree_that_goes_on():
         ({"num_pairs": 0}, "`num_pairs` must be at least 1, got 0"),
         ({"sigma": 0.0}, "`sigma` must be positive"),
         ({"horizons": (30, 10)}, "`horizons` must be two ascending numbers"),
+        ({"horizon_exponent": -0.5}, "`horizon_exponent` must be at least 0, got -0.5"),
         ({"weight_scale": 0.5}, "`weight_scale` must be at least 1"),
         ({"decay_iterations": 0}, "`decay_iterations` must be positive or None"),
     ],

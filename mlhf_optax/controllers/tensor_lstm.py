@@ -57,6 +57,8 @@ class Constants(NamedTuple):
       max_rate: largest factor on the direction.
       update_ratio: the network is told when an update exceeds so much of the norm of the parameters.
       largest_share: share of the largest gradient so far in the unit of damping, as an exponent.
+      start_share: share of its damping with which a training starts.
+      start_steps: steps after which damping is half-way to its full value.
     """
 
     damping: float = 10.0
@@ -73,6 +75,8 @@ class Constants(NamedTuple):
     max_rate: float = 1.5
     update_ratio: float = 0.25
     largest_share: float = 0.2
+    start_share: float = 0.2
+    start_steps: float = 10.0
 
 
 CONSTANTS = Constants()
@@ -255,6 +259,9 @@ def _control(meta_params: TensorLSTM, constants: Constants, view: View, state: T
     state = state._replace(largest=jnp.maximum(state.largest, _running_size(state)))
     outputs, hidden, cell = _network(meta_params, _features(view, state, constants), state)
     said = say(outputs, constants)
+    # Far from any optimum curvature is a better guide than later, among noise.
+    time = state.count / constants.start_steps
+    said = said._replace(damping=said.damping * (constants.start_share + time) / (1 + time))
     share = 1 / said.memory
     count = jnp.asarray(optax.safe_increment(state.count))
     state = state._replace(

@@ -43,7 +43,9 @@ class LongHorizonConfig:
       num_pairs: pairs of trainings per task.
       sigma: standard deviation of the noise on every meta-parameter.
       truncation: steps of every training per meta-iteration.
-      horizons: shortest and longest training, in steps; lengths are drawn uniformly in the logarithm.
+      horizons: shortest and longest training, in steps.
+      horizon_exponent: lengths h of trainings are drawn with a density of ``h^(-1 - horizon_exponent)``: 0 is
+        uniform in the logarithm; with 0.5 more of the work goes into the first steps of many trainings.
       weight_scale: the parameters of a training are measured in a unit drawn from ``[1 / weight_scale,
         weight_scale]``, uniformly in the logarithm; 1 for none. So the optimizer cannot rely on the scale.
       loss_scale: the same for the unit of the loss.
@@ -79,6 +81,7 @@ class LongHorizonConfig:
     sigma: float = 0.02
     truncation: int = 20
     horizons: tuple[int, int] = (100, 2000)
+    horizon_exponent: float = 0.0
     weight_scale: float = 1.0
     loss_scale: float = 1.0
     init_spread: float = 0.0
@@ -101,6 +104,7 @@ class LongHorizonConfig:
             self._require(name, getattr(self, name) > 0, "positive")
         for name in ("weight_scale", "loss_scale"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("horizon_exponent", self.horizon_exponent >= 0, "at least 0")
         self._require("init_spread", self.init_spread >= 0, "at least 0")
         self._require("average_decay", 0 <= self.average_decay < 1, "in [0, 1)")
         axes = ("auto", "vmap", "sequential")
@@ -312,17 +316,14 @@ class _Result(NamedTuple):
 def _start(task: Task, learned: LearnedOptimizer, config: LongHorizonConfig, key, meta_params) -> Episode:
     """Returns a pair at its start."""
     keys = jax.random.split(key, 5)
-    leaves, treedef = jax.tree.flatten(meta_params)
-    noise = treedef.unflatten(
-        config.sigma * jax.random.normal(k, leaf.shape, leaf.dtype)
-        for k, leaf in zip(jax.random.split(keys[0], len(leaves)), leaves, strict=True)
-    )
+    draw = lambda leaf, k: config.sigma * jax.random.normal(k, leaf.shape, leaf.dtype)
+    noise = jax.tree.map(draw, meta_params, optax.tree.split_key_like(keys[0], meta_params))
     log_uniform = lambda k, low, high: jnp.exp(
         jax.random.uniform(k, (), minval=jnp.log(low), maxval=jnp.log(high))
     )
     weight_unit = log_uniform(keys[1], 1 / config.weight_scale, config.weight_scale)
     loss_unit = log_uniform(keys[2], 1 / config.loss_scale, config.loss_scale)
-    horizon = jnp.ceil(log_uniform(keys[3], *map(float, config.horizons))).astype(jnp.int32)
+    horizon = _horizon(keys[3], config)
     spread = jnp.exp(config.init_spread * jax.random.normal(jax.random.fold_in(key, 5)))
     params = jax.tree.map(lambda w: (spread * w / weight_unit).astype(w.dtype), task.init_fn(keys[4]))
     scaled = _scaled(task, weight_unit, loss_unit)
@@ -331,6 +332,16 @@ def _start(task: Task, learned: LearnedOptimizer, config: LongHorizonConfig, key
     both = jax.tree.map(lambda w: jnp.stack([w, w]), params)
     unknown = jnp.full((), jnp.nan, jnp.float32)
     return Episode(both, opt_state, noise, weight_unit, loss_unit, unknown, jnp.zeros((), jnp.int32), horizon)
+
+
+def _horizon(key: chex.PRNGKey, config: LongHorizonConfig) -> jax.Array:
+    """Returns the length of a training, an integer scalar."""
+    shortest, longest = map(float, config.horizons)
+    exponent = config.horizon_exponent
+    # In this power of the length the density is flat.
+    forth, back = (lambda h: h**-exponent, lambda x: x ** (-1 / exponent)) if exponent else (jnp.log, jnp.exp)
+    drawn = jax.random.uniform(key, (), minval=0.0, maxval=1.0)
+    return jnp.ceil(back((1 - drawn) * forth(shortest) + drawn * forth(longest))).astype(jnp.int32)
 
 
 def _moved(meta_params: Any, sign: jax.Array, noise: Any) -> Any:

@@ -2,7 +2,9 @@
 
 Trains every task with MLHF, and against it the best single constant, Adam at its defaults, and grids of
 Adam, SGD with momentum and Muon with three learning rates per decade. A grid counts with its best entry at
-every step, so it is tuned for each step anew. Ratios below 1 say that MLHF has the lower training loss.
+every step, so it is tuned for each step anew. Ratios below 1 say that MLHF has the lower training loss:
+after as many steps, and in as much time, in which a rival takes more steps. The learned optimizers of the
+literature are there too, with the meta-parameters that are shipped, as little retuned as MLHF.
 
     python benchmarks/held_out.py --data-dir DIR --output runs/held_out
 
@@ -12,10 +14,12 @@ What is finished is kept: ``--resume`` goes on after a stop. ``--quick`` takes m
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from experiment import command_line, parse_options, save_drawing
 from held_out_tasks import LENGTHS, TASKS
 
@@ -32,7 +36,8 @@ from mlhf_optax.comparison import (
 )
 from mlhf_optax.comparison.progress import comparison_bar
 from mlhf_optax.comparison.record import record, write_json
-from mlhf_optax.comparison.results import Curve, best_at
+from mlhf_optax.comparison.results import Curve
+from mlhf_optax.learned import LEARNED
 from mlhf_optax.tasks import Task
 
 STEPS = (10, 30, 100, 300, 1000, 3000)
@@ -50,6 +55,7 @@ RATES = {
 }
 ADAM_OR_SGD = "best Adam or SGD"
 RIVALS = ("constant", "default Adam", ADAM_OR_SGD, "best Muon")
+LEARNED_RIVALS = ("l2l", "rnnprop", "hyperadam", "variational_hyperadam", "hierarchical")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +66,8 @@ class Options:
     """Which tasks; all by default."""
     meta_params: str = "general"
     """Shipped name or path."""
+    learned: tuple[str, ...] = LEARNED_RIVALS
+    """Learned optimizers of the literature to compare with."""
     steps: int | None = None
     """Length of every training; by default what takes some minutes per task on two cores."""
     seeds: int = 1
@@ -78,6 +86,8 @@ class Options:
     def __post_init__(self):
         if unknown := sorted(set(self.tasks) - set(TASKS)):
             raise ValueError(f"--tasks must be among {', '.join(TASKS)}, got {', '.join(unknown)}")
+        if unknown := sorted(set(self.learned) - set(LEARNED_RIVALS)):
+            raise ValueError(f"--learned must be among {', '.join(LEARNED_RIVALS)}, got {', '.join(unknown)}")
         for name in ("steps", "seeds"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
@@ -90,6 +100,7 @@ def contenders_for(task: Task, options: Options) -> list[Contender]:
         constant_contender(task, [10.0], **BEST_CONSTANT),
         default_adam(),
         *(grid_contenders([family], rates=rates)[0] for family, rates in RATES.items()),
+        *(learned_contender(task, load_pretrained(name), source=name) for name in options.learned),
     ]
 
 
@@ -98,11 +109,37 @@ def ratios(curves: Sequence[Curve], step: int) -> dict[str, float]:
 
     Losses below 1e-6 count as 1e-6: by then a task is solved.
     """
+    return _ratios(curves, step, lambda rival: rival.loss_at(step))
+
+
+def ratios_by_time(curves: Sequence[Curve], step: int) -> dict[str, float]:
+    """Returns the ratios that MLHF has after a step, to rivals that trained for as long; NaN if they did not.
+
+    A loss between two recorded steps is interpolated, both on logarithmic scales.
+    """
+    seconds = step * (curves[0].seconds_per_step or math.nan)
+    return _ratios(curves, step, lambda rival: _loss_between(rival, seconds / (rival.seconds_per_step or 1)))
+
+
+def _ratios(curves: Sequence[Curve], step: int, loss_of: Callable[[Curve], float]) -> dict[str, float]:
     own, constant, default, *grid = curves
-    best = lambda families: best_at([curve for curve in grid if curve.family in families], step)
-    rivals: tuple[Curve, ...] = (constant, default, best(("adam", "sgd")), best(("muon",)))
-    floored = lambda curve: max(curve.loss_at(step), 1e-6)
-    return dict(zip(RIVALS, (floored(own) / floored(rival) for rival in rivals), strict=True))
+    families: dict[str, Sequence[Curve]] = {"constant": [constant], "default Adam": [default]}
+    families[ADAM_OR_SGD] = [curve for curve in grid if curve.family in ("adam", "sgd")]
+    families["best Muon"] = [curve for curve in grid if curve.family == "muon"]
+    families |= {curve.label: [curve] for curve in grid if curve.is_learned}
+    best = {name: np.min([loss_of(curve) for curve in of_name]) for name, of_name in families.items()}
+    return {name: max(own.loss_at(step), 1e-6) / float(np.maximum(loss, 1e-6)) for name, loss in best.items()}
+
+
+def _loss_between(curve: Curve, step: float) -> float:
+    """Returns the loss after a step that need not be whole, and NaN after the last."""
+    if not step <= curve.steps[-1]:
+        return math.nan
+    losses = np.log(np.maximum(curve.train_loss, 1e-12))
+    after = int(np.searchsorted(curve.steps, step))
+    if after == 0 or not np.isfinite(losses[after]):  # before the first, or about to diverge
+        return curve.train_loss[after]
+    return float(np.exp(np.interp(np.log(step), np.log(curve.steps), losses)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -131,10 +168,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         rows.append(row_of(name, found, steps))
         print_row(rows[-1])
-    print_median(rows)
+        if options.learned:
+            rows[-1]["state_floats"] = state_floats(task, contenders_for(task, options))
+    for kind in ("ratios", "by_time"):
+        print_median(rows, kind)
     content = record(command, seeds=options.seeds, rows=rows)
     write_json(options.output / "results.json", content)
     save_drawing(options.output / "figure.png", draw, content)
+    if options.learned:
+        save_drawing(options.output / "learned.png", draw_learned, content)
 
 
 def row_of(name: str, comparison: Comparison, steps: Sequence[int]) -> dict[str, Any]:
@@ -147,52 +189,98 @@ def row_of(name: str, comparison: Comparison, steps: Sequence[int]) -> dict[str,
         "task": name,
         "steps": list(steps),
         "ratios": {step: {k: finite(v) for k, v in ratios(curves, step).items()} for step in steps},
+        "by_time": {step: {k: finite(v) for k, v in ratios_by_time(curves, step).items()} for step in steps},
         "losses": [finite(own.loss_at(step)) for step in steps],
+        "learned": {
+            curve.label: [finite(x) for x in curve.train_loss] for curve in curves if curve.is_learned
+        },
+        "best_adam": [finite(min(c.loss_at(step) for c in others if c.family == "adam")) for step in steps],
         "accuracy": finite(own.accuracy),
         "best_adam_accuracy": finite(max(adams)),
         "seconds_per_step": {curve.optimizer: curve.seconds_per_step for curve in curves},
     }
 
 
+def state_floats(task: Task, contenders: Sequence[Contender]) -> dict[str, float]:
+    """Returns the numbers per parameter in the state of MLHF, Adam and the learned optimizers."""
+    params = jax.eval_shape(task.init_fn, jax.random.key(0))
+    shown = [one for one in contenders if one.family in LEARNED or one.names == default_adam().names]
+    count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    state = lambda one: jax.eval_shape(one.make_optimizer().init, params)
+    return {one.names[0]: count(state(one)) / count(params) for one in shown}
+
+
 def print_row(row: dict[str, Any]) -> None:
-    """Prints a task: one line per rival."""
+    """Prints a task: two lines per rival, by steps and by time."""
     accuracies = [row["accuracy"], row["best_adam_accuracy"]]
     about = "" if None in accuracies else ": accuracy {:.3f}, best Adam {:.3f}".format(*accuracies)
     print(f"\n{row['task']}{about}")
-    print(f"{'loss over that of':20s}" + "".join(f"{step:>9}" for step in row["steps"]))
-    for rival in RIVALS:
-        values = [row["ratios"][step][rival] for step in row["steps"]]
-        print(f"{rival:20s}" + "".join(f"{'diverged' if x is None else format(x, '.2f'):>9}" for x in values))
-    print(f"{'(loss)':20s}" + "".join(f"{x:9.4f}" if x is not None else f"{'-':>9}" for x in row["losses"]))
+    print(f"{'loss over that of':21s}" + "".join(f"{step:>9}" for step in row["steps"]))
+    for rival in row["ratios"][row["steps"][0]]:
+        for kind, unknown in (("ratios", "diverged"), ("by_time", "-")):
+            values = [row[kind][step][rival] for step in row["steps"]]
+            name = rival if kind == "ratios" else "  in equal time"
+            print(f"{name:21s}" + "".join(f"{unknown if x is None else format(x, '.2f'):>9}" for x in values))
+    print(f"{'(loss)':21s}" + "".join(f"{x:9.4f}" if x is not None else f"{'-':>9}" for x in row["losses"]))
 
 
-def ratios_at(rows: Sequence[dict[str, Any]], step: Any, rival: str) -> list[float]:
-    """Returns the ratios of all tasks that are trained so far; infinity where MLHF diverged."""
-    found = [row["ratios"][step][rival] for row in rows if step in row["ratios"]]
+def ratios_at(rows: Sequence[dict[str, Any]], step: Any, rival: str, kind: str = "ratios") -> list[float]:
+    """Returns the ratios of all tasks that are trained so far; infinity where MLHF diverged.
+
+    By time, those tasks are left out in which the rival did not train for as long.
+    """
+    found = [row[kind][step][rival] for row in rows if rival in row[kind].get(step, {})]
+    if kind == "by_time":
+        return [ratio for ratio in found if ratio is not None]
     return [math.inf if ratio is None else ratio for ratio in found]
 
 
-def print_median(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints the median over tasks of every ratio."""
+def print_median(rows: Sequence[dict[str, Any]], kind: str) -> None:
+    """Prints the median over tasks of every ratio, and of how many tasks."""
     steps = sorted({step for row in rows for step in row["steps"] if step in STEPS})
-    print("\nmedian over tasks" + "".join(f"{step:>9}" for step in steps))
-    for rival in RIVALS:
-        medians = [statistics.median(ratios_at(rows, step, rival)) for step in steps]
-        print(f"{rival:17s}" + "".join(f"{value:9.2f}" for value in medians), flush=True)
-    print(f"{'(tasks)':17s}" + "".join(f"{sum(step in row['steps'] for row in rows):9d}" for step in steps))
+    print(f"\n{'median over tasks' if kind == 'ratios' else 'in equal time':21s}", end="")
+    print("".join(f"{step:>14}" for step in steps))
+    for rival in dict.fromkeys(rival for row in rows for rival in row[kind][row["steps"][0]]):
+        found = [ratios_at(rows, step, rival, kind) for step in steps]
+        cells = [f"{statistics.median(x):.2f} (of {len(x)})" if x else "-" for x in found]
+        print(f"{rival:21s}" + "".join(f"{cell:>14}" for cell in cells), flush=True)
 
 
 def draw(figure: Any, content: dict[str, Any]) -> None:
-    """Draws the ratios, an axis per rival and a line per task."""
-    figure.set_size_inches(9, 2.8)
-    for axes, rival in zip(figure.subplots(1, len(RIVALS), sharey=True), RIVALS, strict=True):
-        for row in content["rows"]:
-            ratios_of = [row["ratios"][step][rival] or math.nan for step in row["steps"]]
-            axes.plot(row["steps"], ratios_of, marker="o", markersize=3, label=row["task"])
-        axes.axhline(1.0, color="black", linewidth=0.8)
-        axes.set(xscale="log", yscale="log", xlabel="steps", title=f"over {rival}")
-    figure.axes[0].set_ylabel("loss of MLHF / rival's")
-    figure.axes[0].legend(fontsize=7)
+    """Draws the ratios, an axis per rival, a line per task; equal steps above, equal time below."""
+    figure.set_size_inches(9, 5.2)
+    grid = figure.subplots(2, len(RIVALS), sharex=True, sharey=True)
+    for kind, row_of_axes in zip(("ratios", "by_time"), grid, strict=True):
+        for axes, rival in zip(row_of_axes, RIVALS, strict=True):
+            for row in content["rows"]:
+                values = [row[kind][step][rival] or math.nan for step in row["steps"]]
+                axes.plot(row["steps"], values, marker="o", markersize=3, label=row["task"])
+            axes.axhline(1.0, color="black", linewidth=0.8)
+            axes.set(xscale="log", yscale="log")
+    for axes, rival in zip(grid[0], RIVALS, strict=True):
+        axes.set_title(f"over {rival}")
+    for axes in grid[1]:
+        axes.set_xlabel("steps of MLHF")
+    for axes, when in zip(grid[:, 0], ("after equal steps", "in equal time"), strict=True):
+        axes.set_ylabel(f"loss of MLHF / rival's\n{when}")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
+
+
+def draw_learned(figure: Any, content: dict[str, Any]) -> None:
+    """Draws loss against steps, an axis per task and a line per learned optimizer."""
+    rows = [row for row in content["rows"] if len(row["learned"]) > 1]
+    figure.set_size_inches(9, 2.5 * math.ceil(len(rows) / 3))
+    for axes, row in zip(
+        figure.subplots(math.ceil(len(rows) / 3), 3, squeeze=False).flat, rows, strict=False
+    ):
+        lines = row["learned"] | {"best tuned Adam": row["best_adam"]}
+        for label, losses in lines.items():
+            style = {"color": "black", "linestyle": "--"} if label == "best tuned Adam" else {}
+            axes.plot(row["steps"], [math.nan if x is None else x for x in losses], label=label, **style)
+        axes.set(xscale="log", yscale="log", title=row["task"], xlabel="steps", ylabel="training loss")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlhf_optax.comparison import engine
+from mlhf_optax.comparison.results import Curve
 from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
 from mlhf_optax.pretrained import save_meta_params
 from mlhf_optax.tasks import Dataset
@@ -65,16 +66,46 @@ def test_ratios_and_losses_are_printed_written_and_drawn(tmp_path, monkeypatch, 
     record |= {"task": "none", "max_update_ratio": 0.25}
     path = save_meta_params(tmp_path / "general", init_tensor_lstm(jax.random.key(0)), record)
     arguments = ["--tasks", "diabetes", "--steps", "4", "--seeds", "1", "--meta-params", str(path)]
+    arguments += ["--learned", "rnnprop"]
     held_out.main([*arguments, "--output", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     (row,) = results["rows"]
     assert (row["task"], row["steps"], row["accuracy"]) == ("diabetes", [1, 4], None)
-    assert set(row["ratios"]["4"]) == set(held_out.RIVALS)
+    assert set(row["ratios"]["4"]) == {*held_out.RIVALS, "RNNprop"}
+    assert row["state_floats"]["adam defaults"] == pytest.approx(2, abs=0.01)
+    assert row["state_floats"]["rnnprop"] > 40
+    for step, ratios in row["ratios"].items():  # a step of each is said to take as long
+        assert row["by_time"][step] == pytest.approx(ratios)
     assert 0 < row["ratios"]["4"]["default Adam"] < 1
-    assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("figure.png", "learned.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "best Adam or SGD" in printed
     assert "median over tasks" in printed
+
+
+def test_in_equal_time_a_rival_takes_as_many_steps_as_fit_in():
+    def curve(family, seconds, losses, steps=(10, 100, 1000)):
+        name = f"{family} {seconds} {losses}"
+        return Curve(name, family, name, {}, 1, list(steps), losses, [None] * len(steps), seconds, None)
+
+    own = curve("mlhf_general", 0.4, [1.0, 0.1, 0.01])
+    constant = curve("gauss_newton", 0.8, [2.0, 1.0, 0.5])
+    default = curve("adam", 0.1, [4.0, 2.0, 1.0])
+    adams = [curve("adam", 0.1, [0.5, math.inf, math.inf]), curve("adam", 0.1, [2.0, 0.5, 0.2])]
+    curves = [own, constant, default, *adams, curve("muon", 0.4, [1.0, 0.2, 0.1])]
+    found = held_out.ratios_by_time(curves, 100)
+    # 40 s are 50 steps of the constant and 400 of Adam.
+    assert found["constant"] == pytest.approx(0.1 / 2 ** (1 - np.log10(5)))
+    assert found["default Adam"] == pytest.approx(0.1 / 2 ** (1 - np.log10(4)))
+    assert found[held_out.ADAM_OR_SGD] == pytest.approx(0.1 / (0.5 * 0.4 ** np.log10(4)))
+    assert found["best Muon"] == pytest.approx(0.5)
+    assert held_out.ratios(curves, 10)[held_out.ADAM_OR_SGD] == pytest.approx(2.0)
+    late = held_out.ratios_by_time(curves, 1000)
+    assert math.isnan(late["default Adam"])
+    assert late["constant"] == pytest.approx(0.01 / 0.5 ** np.log10(5))
+    # Of fewer steps than were recorded the first recorded loss is taken, which is the rival's gain.
+    assert held_out.ratios_by_time(curves, 10)["constant"] == pytest.approx(0.5)
 
 
 def test_unknown_tasks_are_named(capsys):

@@ -1,6 +1,7 @@
 """One of the processes of `test_sharding.py`: trains on its devices, and writes or reads a checkpoint.
 
-Arguments: port, number of processes, own number, devices per process, folder, and "write" or "read".
+Arguments: port, number of processes, own number, devices per process, folder, and "write", "read" or "meta",
+which meta-trains.
 """
 
 import pathlib
@@ -13,12 +14,22 @@ from jax.sharding import PartitionSpec as P
 
 
 def main(port, processes, own, devices, folder, task):
-    """Two steps, with a checkpoint between them."""
+    """Two steps, with a checkpoint between them, or three meta-iterations."""
     jax.config.update("jax_num_cpu_devices", devices)
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{port}", processes, own)
     import eight_devices as checks  # makes a mesh of the devices, which are known only now
+
+    def write(tree):
+        """Writes arrays that all devices have."""
+        if own == 0:
+            leaves = [np.asarray(leaf.addressable_data(0)) for leaf in jax.tree.leaves(tree)]
+            np.savez(folder / f"{task}.npz", *leaves)
+
+    if task == "meta":
+        state, seen = checks.run_long(checks.LONG, checks.LEARNED_MOMENTUM, checks.CENTRE, mesh=checks.MESH)
+        return write((state.centre, state.counts, state.key, seen))
 
     def spread(tree):
         """Puts what every process has whole on the mesh, cut along the first axis."""
@@ -38,9 +49,7 @@ def main(port, processes, own, devices, folder, task):
             checks.check_follows(state, params)
     params, state = step(params, state, batch)
     whole = jax.jit(lambda tree: tree, out_shardings=jax.NamedSharding(checks.MESH, P()))(params)
-    if own == 0:
-        leaves = [np.asarray(leaf.addressable_data(0)) for leaf in jax.tree.leaves(whole)]
-        np.savez(folder / f"{task}.npz", *leaves)
+    return write(whole)
 
 
 if __name__ == "__main__":

@@ -64,3 +64,9 @@ def test_two_processes_equal_one_and_a_checkpoint_moves_to_another_number_of_dev
     of_one = run_processes(1, 4, tmp_path, "read")
     for one, two in zip(of_one, of_two, strict=True):
         np.testing.assert_allclose(one, two, atol=2e-5)
+
+
+def test_two_processes_that_meta_train_equal_one(tmp_path):
+    of_one, of_two = (run_processes(*count, tmp_path, "meta") for count in ((1, 4), (2, 1)))
+    for one, two in zip(of_one, of_two, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)

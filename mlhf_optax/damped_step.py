@@ -366,7 +366,10 @@ def scale_by_damped_step(
       name: what error messages call the optimizer.
       solver: how the system is solved.
       curvature_batch_size: take GGN products on part of the batch: a number of examples, a
-        fraction or a function of the batch (:func:`mlhf_optax.curvature.curvature_subset`).
+        fraction or a function of the batch (:func:`mlhf_optax.curvature.curvature_subset`). Under
+        ``optax.MultiSteps`` the batch is that of its last call; :func:`mlhf_optax.over_micro_batches` takes
+        curvature on all. Layers may be recomputed (``nn.remat``) or scanned (``nn.scan``); a scanned one is
+        one tensor, so that a controller with one answer per tensor has one for all of its layers.
       per_example: with a number or a fraction, the names in the batch below which every array has one
         entry per example; None if that is so for all of the batch.
       axis_name: name, or names, of the axis of ``jax.shard_map`` or ``jax.pmap`` along which batches differ.

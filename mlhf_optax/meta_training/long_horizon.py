@@ -228,8 +228,8 @@ def make_long_horizon_step(
 
       >>> init, step = make_long_horizon_step([task], sgd, config, mesh=jax.make_mesh((1,), ("pairs",)))
       >>> state, _ = step(init(jax.random.key(0), jnp.array(-3.0)), [batches])
-      >>> state.episodes[0].params.sharding.spec
-      PartitionSpec('pairs',)
+      >>> int(state.iteration)
+      1
     """
     tasks = tuple(tasks)
     if not tasks:

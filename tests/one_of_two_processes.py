@@ -1,10 +1,12 @@
 """One of the processes of `test_sharding.py`: trains on its devices, and writes or reads a checkpoint.
 
-Arguments: port, number of processes, own number, devices per process, folder, and "write", "read" or "meta",
-which meta-trains.
+Arguments: port, number of processes, own number, devices per process, folder, and "write", "read", "die",
+which writes and has the last process killed before the second step, or "meta", which meta-trains.
 """
 
+import os
 import pathlib
+import signal
 import sys
 
 import jax
@@ -40,13 +42,15 @@ def main(port, processes, own, devices, folder, task):
     tx, params, batch = checks.diagonal(), spread(checks.start()), spread(checks.examples())
     state, step = jax.jit(tx.init)(params), jax.jit(checks.make_step(tx))
     with ocp.StandardCheckpointer() as checkpointer:
-        if task == "write":
+        if task != "read":
             params, state = step(params, state, batch)
             checkpointer.save(folder / "step_1", (params, state))
         else:
             shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             params, state = checkpointer.restore(folder / "step_1", jax.tree.map(shape, (params, state)))
             checks.check_follows(state, params)
+    if task == "die" and own == processes - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     params, state = step(params, state, batch)
     whole = jax.jit(lambda tree: tree, out_shardings=jax.NamedSharding(checks.MESH, P()))(params)
     return write(whole)

@@ -22,6 +22,7 @@ from mlhf_optax.learned.lodo import lodo as lodo
 from mlhf_optax.losses import SigmoidCrossEntropy as SigmoidCrossEntropy
 from mlhf_optax.losses import SoftmaxCrossEntropy as SoftmaxCrossEntropy
 from mlhf_optax.losses import SquaredError as SquaredError
+from mlhf_optax.micro_batches import over_micro_batches as over_micro_batches
 from mlhf_optax.mlhf import mlhf as mlhf
 from mlhf_optax.mlhf import scale_by_mlhf as scale_by_mlhf
 from mlhf_optax.pcg import pcg as pcg

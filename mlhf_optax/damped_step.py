@@ -358,6 +358,19 @@ def scale_by_damped_step(
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient by the direction of a damped step, in the sign of the gradient.
 
+    Mixed precision: norms, inner products and all else that is one number are at least float32, and so are
+    the statistics of controllers and metrics. Direction, residual and GGN products have the dtype of the
+    parameters. Keep parameters in float32 and let ``predict_fn`` compute in bfloat16, with outputs in float32
+    or a loss that sums in float32, as those of the package do. Parameters in bfloat16 work, too, but lose
+    small updates in rounding, whatever the optimizer.
+
+    In float16 products are lost below its range, as gradients are. Multiply the loss by ``2**k`` for both, in
+    ``loss_fn`` and in what the gradients are taken of: the direction is the same, for the general
+    meta-parameters and :func:`mlhf_optax.gauss_newton` (as long as the root mean square of its gradient is
+    above 1e-7). Keep k as it is: residual and running means of the steps before have its unit. LSTMs per
+    coordinate may see absolute sizes, and :func:`mlhf_optax.hessian_free` damps by absolute numbers; both
+    need the loss as it is.
+
     Args:
       controller: chooses damping and preconditioner (:mod:`mlhf_optax.controllers`).
       predict_fn: ``predict_fn(params, batch) -> outputs``, any pytree of arrays.
@@ -366,7 +379,10 @@ def scale_by_damped_step(
       name: what error messages call the optimizer.
       solver: how the system is solved.
       curvature_batch_size: take GGN products on part of the batch: a number of examples, a
-        fraction or a function of the batch (:func:`mlhf_optax.curvature.curvature_subset`).
+        fraction or a function of the batch (:func:`mlhf_optax.curvature.curvature_subset`). Under
+        ``optax.MultiSteps`` the batch is that of its last call; :func:`mlhf_optax.over_micro_batches` takes
+        curvature on all. Layers may be recomputed (``nn.remat``) or scanned (``nn.scan``); a scanned one is
+        one tensor, so that a controller with one answer per tensor has one for all of its layers.
       per_example: with a number or a fraction, the names in the batch below which every array has one
         entry per example; None if that is so for all of the batch.
       axis_name: name, or names, of the axis of ``jax.shard_map`` or ``jax.pmap`` along which batches differ.

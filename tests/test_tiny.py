@@ -96,6 +96,7 @@ def test_the_command_line_meta_trains_and_goes_on_to_equal_bits(images, tmp_path
         (["--only", "mnist"], "`only` must be among digits, tanh"),
         (["--horizons", "5"], "`horizons` must be two numbers, like 20,3000, got 5"),
         (["--horizons", "9,5"], "`horizons` must be two ascending numbers"),
+        (["--devices", "1000"], "`devices` must lie between 1 and"),
         (["--units", "0"], "`units` must lie between 1 and 4096, got 0"),
     ],
 )

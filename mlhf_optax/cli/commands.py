@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -162,6 +163,7 @@ def meta_train_long(options: MetaTrainLong, command: str) -> int:
         if unknown := sorted(set(options.only) - set(names)):
             raise ValueError(f"`only` must be among {', '.join(names)}, got {', '.join(unknown)}")
         validation = tiny_validation_tasks(options.data_dir)
+        mesh = _mesh(options.devices)
 
     def run(on_progress: Progress) -> Path:
         return meta_train_on_tiny_tasks(
@@ -178,9 +180,19 @@ def meta_train_long(options: MetaTrainLong, command: str) -> int:
             resume=options.resume,
             command=command,
             on_progress=on_progress,
+            mesh=mesh,
         )
 
     return _meta_train(run, schedule, options.output, options.optimizer, next(iter(TASKS)))
+
+
+def _mesh(count: int) -> jax.sharding.Mesh | None:
+    """Returns a mesh of so many devices, with axes of which JAX decides what lies where; None for one."""
+    if not 1 <= count <= len(jax.devices()):
+        raise ValueError(
+            f"`devices` must lie between 1 and {len(jax.devices())}, those there are, got {count}"
+        )
+    return None if count == 1 else jax.sharding.Mesh(jax.devices()[:count], ("pairs",))
 
 
 _RECIPE_OPTIONS = ("num_pairs", "truncation", "horizons", "sigma", "meta_learning_rate", "average_decay")

@@ -208,6 +208,8 @@ class MetaTrainLong:
     """Write the result after so many meta-iterations; --resume with a larger number goes on."""
     num_pairs: int = RECIPE.num_pairs
     """Pairs of trainings per task."""
+    devices: int = 1
+    """Devices over which the pairs of a task are spread; must divide their number."""
     truncation: int = RECIPE.truncation
     """Steps of every training per meta-iteration."""
     horizons: Numbers = RECIPE.horizons

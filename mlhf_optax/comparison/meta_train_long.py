@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlhf_optax import devices
 from mlhf_optax import meta_training as mt
 from mlhf_optax.comparison.meta_train_task import load_start, make_record
 from mlhf_optax.learned import LearnedFamily
@@ -54,6 +55,7 @@ def meta_train_on_tiny_tasks(
     resume: bool = False,
     command: str = "",
     on_progress: Callable[[int, dict[str, float]], None] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Path:
     """Meta-trains over long horizons and writes the best meta-parameters by validation.
 
@@ -71,6 +73,8 @@ def meta_train_on_tiny_tasks(
       resume: go on from the last checkpoint in ``output``.
       command: the command line, for the record.
       on_progress: see :func:`mlhf_optax.meta_training.meta_train`.
+      mesh: devices of this process, over which the pairs of a task are spread
+        (:func:`mlhf_optax.meta_training.make_long_horizon_step`); None for one device.
 
     Returns:
       The path of the result.
@@ -95,9 +99,14 @@ def meta_train_on_tiny_tasks(
     made["config"]["horizons"] = list(config.horizons)
     shape = (config.num_pairs, config.truncation)
 
+    spread = devices.spread(mesh, None, config.num_pairs, "num_pairs")
+    algorithm = mt.make_long_horizon_step(tasks, learned, config, mesh=mesh)
+
     def sample(key):
         keys = jax.random.split(key, len(tasks))
-        return tuple(task.draw(own, shape) for task, own in zip(tasks, keys, strict=True))
+        batches = tuple(task.draw(own, shape) for task, own in zip(tasks, keys, strict=True))
+        # Every device draws what its own pairs see.
+        return batches if spread is None else jax.lax.with_sharding_constraint(batches, spread.cut)
 
     done = mt.meta_train(
         None,
@@ -111,7 +120,7 @@ def meta_train_on_tiny_tasks(
         resume=resume,
         about={"optimizer": family.name, **made},
         progress=on_progress,
-        algorithm=mt.make_long_horizon_step(tasks, learned, config),
+        algorithm=algorithm,
     )
     made |= {"stopped_after": schedule.last, "seed": seed}
     about = {"task": "tiny tasks", "trained_on": ", ".join(names), "batch_size": tasks[0].batch_size}

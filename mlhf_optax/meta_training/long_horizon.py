@@ -30,7 +30,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from mlhf_optax import trees
+from mlhf_optax import devices, trees
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, Task, map_trainings, task_loss
 from mlhf_optax.meta_training.meta_step import meta_optimizer
 
@@ -174,14 +174,28 @@ def make_long_horizon_step(
     learned: LearnedOptimizer,
     config: LongHorizonConfig = LongHorizonConfig(),
     optimizer: optax.GradientTransformation | None = None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    axis_name: devices.AxisName = None,
 ) -> tuple[Callable, Callable]:
     """Returns ``init`` and ``step``, in the place of those of :func:`make_meta_step`.
+
+    With a ``mesh`` the pairs of every task are spread over its devices: each trains its share, and only
+    their part of the meta-gradient, meta-losses and ages meet those of the others, summed once per task and
+    meta-iteration. No training leaves its device. Keys, pairs and results are those of one device, up to the
+    order of sums. A state, also one from a checkpoint of another number of devices, and ``batches`` may lie
+    anywhere; they are put where they belong. Draw batches in place by giving them the sharding
+    ``NamedSharding(mesh, PartitionSpec(axis_name))``. With several processes (``jax.distributed``), each
+    gives the same key, meta-parameters and batches, or arrays on the mesh; write checkpoints with a library
+    that knows several processes, such as orbax (:func:`meta_train` is for one).
 
     Args:
       tasks: what is trained, one or several; each has the same say, whatever its gradients' size.
       learned: the learned optimizer; only its ``build`` is used.
       config: how to train.
       optimizer: meta-optimizer; Adam with the clipping and rate of the config if None.
+      mesh: devices over which the pairs are spread; None for one device.
+      axis_name: axis of the mesh, or several; all of its axes if None.
 
     Returns:
       ``init(key, meta_params) -> state`` and ``step(state, batches) -> (state, metrics)``, both pure, made of
@@ -190,8 +204,9 @@ def make_long_horizon_step(
       pair see the same. The old state is donated to ``step``: use the returned one.
 
     Raises:
-      ValueError: if there are no tasks, and from ``step`` if the leading dimensions of ``batches`` are
-        not these.
+      TypeError: if ``mesh`` is no mesh of devices.
+      ValueError: if there are no tasks, if ``num_pairs`` is no multiple of the devices, for an axis that the
+        mesh does not have, and from ``step`` if the leading dimensions of ``batches`` are not these.
 
     Example:
       >>> from types import SimpleNamespace
@@ -208,31 +223,41 @@ def make_long_horizon_step(
       >>> state, metrics = step(init(jax.random.key(0), jnp.array(-3.0)), [batches])
       >>> int(state.iteration), sorted(metrics)[:3]
       (1, ['age', 'diverged', 'dropped_gradients'])
+
+      On all devices, of which there is one here:
+
+      >>> init, step = make_long_horizon_step([task], sgd, config, mesh=jax.make_mesh((1,), ("pairs",)))
+      >>> state, _ = step(init(jax.random.key(0), jnp.array(-3.0)), [batches])
+      >>> int(state.iteration)
+      1
     """
     tasks = tuple(tasks)
     if not tasks:
         raise ValueError("`tasks` is empty; give at least one task")
     optimizer = meta_optimizer(config) if optimizer is None else optimizer
+    spread = devices.spread(mesh, axis_name, config.num_pairs, "num_pairs")
     # Small programs, one after the other: one for all tasks would take minutes to compile.
-    starts = [
-        jax.jit(jax.vmap(functools.partial(_start, task, learned, config), (0, None))) for task in tasks
-    ]
-    advances = [
-        jax.jit(functools.partial(_advance, task, learned, config), donate_argnums=1) for task in tasks
-    ]
-    replace = jax.jit(_replaced, donate_argnums=0)
+    programs = [_programs(task, learned, config, spread) for task in tasks]
+
+    def placed(state: LongHorizonState) -> LongHorizonState:
+        if spread is None:
+            return state
+        shared = spread.put(state._replace(episodes=()), spread.whole)
+        return shared._replace(episodes=spread.put(state.episodes, spread.cut))
 
     def init(key: chex.PRNGKey, meta_params: chex.ArrayTree) -> LongHorizonState:
+        if spread is not None:
+            key, meta_params = spread.put((key, meta_params), spread.whole)
         key, *task_keys = jax.random.split(key, len(tasks) + 1)
         episodes = []
-        for start, task_key in zip(starts, task_keys, strict=True):
+        for program, task_key in zip(programs, task_keys, strict=True):
             start_key, age_key = jax.random.split(task_key)
-            fresh = start(jax.random.split(start_key, config.num_pairs), meta_params)
+            fresh = program.start(jax.random.split(start_key, config.num_pairs), meta_params)
             # The first pairs end at any time, so that later ones do not all start together.
             share = jax.random.uniform(age_key, (config.num_pairs,))
             first_end = jnp.ceil(share * fresh.horizon).astype(jnp.int32)
             episodes.append(fresh._replace(horizon=jnp.maximum(first_end, 1)))
-        return LongHorizonState(
+        state = LongHorizonState(
             jnp.zeros((), jnp.int32),
             jax.tree.map(jnp.array, meta_params),
             jax.tree.map(jnp.array, meta_params),
@@ -242,6 +267,7 @@ def make_long_horizon_step(
             jax.random.key_data(key),
             {name: jnp.zeros((), jnp.int32) for name in ("fresh", "diverged", "dropped_gradients")},
         )
+        return placed(state)
 
     @jax.jit
     def keys_of(key_data: jax.Array) -> list[jax.Array]:
@@ -285,16 +311,19 @@ def make_long_horizon_step(
 
     def step(state: LongHorizonState, batches: Any):
         _check_batches(config, len(tasks), batches)
+        state, batches = placed(state), tuple(batches)
+        if spread is not None:
+            batches = spread.put(batches, spread.cut)
         key, *task_keys = keys_of(state.key)
         advanced = []
-        for start, advance, episode, series, task_key in zip(
-            starts, advances, state.episodes, tuple(batches), task_keys, strict=True
+        for program, episode, series, task_key in zip(
+            programs, state.episodes, batches, task_keys, strict=True
         ):
-            is_over = np.asarray(episode.age >= episode.horizon)
+            is_over = np.asarray(program.is_over(episode.age, episode.horizon))
             if is_over.any():
-                fresh = start(jax.random.split(task_key, config.num_pairs), state.centre)
-                episode = replace(episode, fresh, is_over)
-            episode, result = advance(state.centre, episode, series)
+                fresh = program.start(jax.random.split(task_key, config.num_pairs), state.centre)
+                episode = program.replace(episode, fresh, is_over)
+            episode, result = program.advance(state.centre, episode, series)
             advanced.append((episode, result._replace(fresh=int(is_over.sum()))))
         # The learning needs no trainings, which may be large.
         new, metrics = learn(state._replace(episodes=()), [result for _, result in advanced])
@@ -311,6 +340,47 @@ class _Result(NamedTuple):
     mean_age: jax.Array
     fresh: jax.Array
     diverged: jax.Array
+
+
+class _Programs(NamedTuple):
+    """What one task needs, compiled.
+
+    Attributes:
+      start: ``start(keys, meta_params) -> episodes``.
+      is_over: ``is_over(age, horizon)``, shape (num_pairs,), which every process can read.
+      replace: :func:`_replaced`; the old episodes are donated.
+      advance: :func:`_advance`; the old episodes are donated.
+    """
+
+    start: Callable
+    is_over: Callable
+    replace: Callable
+    advance: Callable
+
+
+def _programs(
+    task: Task, learned: LearnedOptimizer, config: LongHorizonConfig, spread: devices.Spread | None
+) -> _Programs:
+    start = jax.vmap(functools.partial(_start, task, learned, config), (0, None))
+    advance = functools.partial(_advance, task, learned, config)
+    if spread is None:
+        return _Programs(
+            jax.jit(start),
+            jnp.greater_equal,
+            jax.jit(_replaced, donate_argnums=0),
+            jax.jit(advance, donate_argnums=1),
+        )
+    advance = functools.partial(advance, axis_name=spread.axis_name)
+    return _Programs(
+        jax.jit(spread.per_device(start, (True, False), True), out_shardings=spread.cut),
+        jax.jit(jnp.greater_equal, out_shardings=spread.whole),
+        jax.jit(_replaced, donate_argnums=0, out_shardings=spread.cut),
+        jax.jit(
+            spread.per_device(advance, (False, True, True), (True, False)),
+            donate_argnums=1,
+            out_shardings=(spread.cut, spread.whole),
+        ),
+    )
 
 
 def _start(task: Task, learned: LearnedOptimizer, config: LongHorizonConfig, key, meta_params) -> Episode:
@@ -365,8 +435,10 @@ def _replaced(episodes: Episode, fresh: Episode, is_over: jax.Array) -> Episode:
     return jax.tree.map(choose, fresh, episodes)
 
 
-def _advance(task, learned, config, meta_params, episodes: Episode, batches) -> tuple[Episode, _Result]:
-    """Takes a truncation of every pair."""
+def _advance(
+    task, learned, config, meta_params, episodes: Episode, batches, axis_name: devices.AxisName = None
+) -> tuple[Episode, _Result]:
+    """Takes a truncation of every pair, which are those of one device if there is an ``axis_name``."""
 
     def one(inputs):
         episode, series = inputs
@@ -380,13 +452,10 @@ def _advance(task, learned, config, meta_params, episodes: Episode, batches) -> 
     gradient = jax.tree.map(lambda n: jnp.tensordot(share.astype(n.dtype), n, axes=1), episodes.noise)
     # Where both have blown up there is nothing more to learn.
     ended = jnp.where(jnp.all(is_diverged, axis=1), 0, episodes.horizon)
-    result = _Result(
-        gradient,
-        jnp.mean(meta_losses),
-        jnp.mean(episodes.age),
-        jnp.zeros((), jnp.int32),
-        jnp.sum(is_diverged).astype(jnp.int32),
-    )
+    diverged = jnp.sum(is_diverged).astype(jnp.int32)
+    gradient, diverged = devices.sum_over((gradient, diverged), axis_name)
+    meta_loss, mean_age = devices.mean_over((jnp.mean(meta_losses), jnp.mean(episodes.age)), axis_name)
+    result = _Result(gradient, meta_loss, mean_age, jnp.zeros((), jnp.int32), diverged)
     return episodes._replace(horizon=ended), result
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax import trees
+from mlhf_optax import devices, trees
 from mlhf_optax.meta_training import replay as replay_lib
 from mlhf_optax.meta_training.config import MetaTrainingConfig
 from mlhf_optax.meta_training.episodes import with_tricks
@@ -86,8 +86,17 @@ def make_meta_step(
     learned: LearnedOptimizer,
     config: MetaTrainingConfig = MetaTrainingConfig(),
     optimizer: optax.GradientTransformation | None = None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    axis_name: devices.AxisName = None,
 ) -> tuple[InitFn, MetaStepFn]:
     """Returns ``init`` and a jitted ``meta_step`` for an own meta-training loop.
+
+    With a ``mesh`` the inner trainings are spread over its devices, and each unrolls and differentiates its
+    share; the results are those of one device, up to the order of sums. The replay buffer is on every device,
+    so that any training can go on anywhere: once per meta-iteration the trainings are gathered for it.
+    :func:`make_long_horizon_step` has no such buffer. States and ``batches`` may lie anywhere; they are put
+    where they belong.
 
     Args:
       task: anything with ``init_fn(key) -> params``, ``predict_fn(params, batch) -> outputs`` and
@@ -95,6 +104,8 @@ def make_meta_step(
       learned: the learned optimizer, for example :func:`mlhf_optax.meta_training.mlhf_optimizer`.
       config: how inner trainings are run, kept and replaced.
       optimizer: meta-optimizer; :func:`meta_optimizer` of the config if None.
+      mesh: devices over which the ``num_tasks`` trainings are spread; None for one device.
+      axis_name: axis of the mesh, or several; all of its axes if None.
 
     Returns:
       ``init(key, meta_params) -> meta_state`` and
@@ -103,7 +114,9 @@ def make_meta_step(
       ``meta_state`` is donated to ``meta_step``: use the returned one.
 
     Raises:
-      ValueError: from ``meta_step`` if the leading dimensions of ``batches`` are not these.
+      TypeError: if ``mesh`` is no mesh of devices.
+      ValueError: if ``num_tasks`` is no multiple of the devices, for an axis that the mesh does not have, and
+        from ``meta_step`` if the leading dimensions of ``batches`` are not these.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -123,6 +136,7 @@ def make_meta_step(
       (1, ['age', 'diverged', 'dropped_gradients'])
     """
     optimizer = meta_optimizer(config) if optimizer is None else optimizer
+    spread = devices.spread(mesh, axis_name, config.num_tasks, "num_tasks")
     task, learned = with_tricks(
         task, learned, random_scaling=config.random_scaling, companion_size=config.companion_size
     )
@@ -147,10 +161,9 @@ def make_meta_step(
         opt_state = optimizer.init(meta_params)
         return MetaState(start, meta_params, opt_state, trainings, replay, jax.random.key_data(key), counts)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def jitted(state: MetaState, batches: Any) -> tuple[MetaState, Metrics]:
+    def one_step(state: MetaState, batches: Any) -> tuple[MetaState, Metrics]:
         key, unroll_key, replace_key = jax.random.split(jax.random.wrap_key_data(state.key), 3)
-        results = _unroll_all(task, learned, config, state, batches, unroll_key)
+        results = _unroll_all(task, learned, config, state, batches, unroll_key, spread)
         gradient, dropped = _mean_gradient(results.gradient)
         updates, opt_state = optimizer.update(gradient, state.meta_opt_state, state.meta_params)
         meta_params = optax.apply_updates(state.meta_params, updates)
@@ -179,8 +192,20 @@ def make_meta_step(
         new = MetaState(state.iteration + 1, meta_params, opt_state, trainings, replay, key_data, totals)
         return new, metrics
 
+    shardings: Any = None
+    placement: dict[str, Any] = {}
+    if spread is not None:
+        whole: Any = spread.whole
+        shardings = MetaState(*[whole] * len(MetaState._fields))._replace(trainings=spread.cut)
+        placement = {"out_shardings": (shardings, whole)}
+    jitted = jax.jit(one_step, donate_argnums=0, **placement)
+
     def meta_step(state: MetaState, batches: Any) -> tuple[MetaState, Metrics]:
         check_batches(config, batches)
+        if spread is not None:
+            parts: Any = zip(state, shardings, strict=True)
+            state = MetaState(*(spread.put(part, sharding) for part, sharding in parts))
+            batches = spread.put(batches, spread.cut)
         return jitted(state, batches)
 
     return init, meta_step
@@ -206,15 +231,20 @@ def check_batches(config: MetaTrainingConfig, batches: Any) -> None:
         )
 
 
-def _unroll_all(task, learned: LearnedOptimizer, config, state: MetaState, batches, key) -> MetaGradient:
-    def one(inputs):
-        training, task_batches, task_key = inputs
-        return learned.meta_gradient(
-            state.meta_params, task, training.params, training.opt_state, task_batches, task_key
-        )
+def _unroll_all(
+    task, learned: LearnedOptimizer, config, state: MetaState, batches, key, spread: devices.Spread | None
+) -> MetaGradient:
+    def several(meta_params, inputs):
+        def one(inputs):
+            training, task_batches, task_key = inputs
+            return learned.meta_gradient(
+                meta_params, task, training.params, training.opt_state, task_batches, task_key
+            )
 
-    inputs = (state.trainings, batches, jax.random.split(key, config.num_tasks))
-    return map_trainings(task, one, inputs, config.task_axis)
+        return map_trainings(task, one, inputs, config.task_axis)
+
+    run = several if spread is None else spread.per_device(several, (False, True), True)
+    return run(state.meta_params, (state.trainings, batches, jax.random.split(key, config.num_tasks)))
 
 
 def _mean_gradient(gradients: chex.ArrayTree) -> tuple[chex.ArrayTree, jax.Array]:

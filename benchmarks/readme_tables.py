@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ablation_solvers import DAMPING_ALONE, TITLES
-from held_out import ADAM_OR_SGD, STEPS, ratios_at
+from held_out import ADAM_OR_SGD, LEARNED_RIVALS, STEPS, ratios_at
 
+from mlhf_optax import load_pretrained
 from mlhf_optax.comparison import Comparison, comparison_markdown
 from mlhf_optax.comparison.record import origin
 from mlhf_optax.comparison.results import best_at
@@ -212,16 +213,20 @@ def held_out(content: dict[str, Any]) -> list[str]:
     """Returns a row per rival and task: the loss over the rival's by step, accuracy, and time per step."""
     heads = [*map(str, STEPS), "test accuracy, points", "step / Adam's"]
     rows = [["loss of MLHF / best of the grid, after step", *heads]]
-    for rival in (ADAM_OR_SGD, "best Muon", "constant"):
+    shown = [(ADAM_OR_SGD, "ratios"), (ADAM_OR_SGD, "by_time"), ("best Muon", "ratios")]
+    for rival, kind in [*shown, ("best Muon", "by_time"), ("constant", "ratios")]:
         for entry in content["rows"]:
-            found = (ratios_at([entry], str(step), rival) for step in STEPS)
+            found = (ratios_at([entry], str(step), rival, kind) for step in STEPS)
             cells = [bold(ratio[0], 1.0) if ratio else "" for ratio in found]
-            last = accuracy_and_time(entry) if rival == ADAM_OR_SGD else ["", ""]
-            rows.append([f"{entry['task']}, {rival}", *cells, *last])
+            last = accuracy_and_time(entry) if (rival, kind) == shown[0] else ["", ""]
+            when = " in equal time" if kind == "by_time" else ""
+            rows.append([f"{entry['task']}, {rival}{when}", *cells, *last])
     note = (
         "MLHF with `load_pretrained()` on networks and data that it never met, nothing retuned, seeds: "
         f"{content['seeds']}. The best of ten learning rates of Adam and of SGD with momentum, or of seven "
-        "of Muon, is chosen anew at every step; `constant` is the best constant, the same for all tasks."
+        "of Muon, is chosen anew at every step; `constant` is the best constant, the same for all tasks. "
+        "In equal time: MLHF after that step against rivals that trained for as long, compilation apart; "
+        "empty where they did not."
     )
     return with_note(rows, note, content)
 
@@ -244,16 +249,72 @@ def held_out_medians(content: dict[str, Any]) -> list[str]:
         "default Adam": "Adam at its defaults",
         "constant": "the best constant (`gauss_newton`)",
     }
-    for rival, name in names.items():
-        found = [ratios_at(content["rows"], str(step), rival) for step in steps]
-        ahead = [f"({sum(x < 1 for x in ratios)} of {len(ratios)})" for ratios in found]
-        medians = [bold(statistics.median(ratios), 1.0) for ratios in found]
-        rows.append([name, *map(" ".join, zip(medians, ahead, strict=True))])
+    for kind, when in (("ratios", ""), ("by_time", ", in equal time")):
+        for rival, name in names.items():
+            found = [ratios_at(content["rows"], str(step), rival, kind) for step in steps]
+            cells = [
+                f"{bold(statistics.median(x), 1.0)} ({sum(ratio < 1 for ratio in x)} of {len(x)})"
+                if x
+                else ""
+                for x in found
+            ]
+            if any(cells):
+                rows.append([f"{name}{when}", *cells])
     note = (
         f"Median over {len(content['rows'])} tasks that no meta-training met; in brackets on how many MLHF "
-        "is ahead. Nothing is retuned for MLHF; each rival is tuned for each task and step anew."
+        "is ahead. Nothing is retuned for MLHF; each rival is tuned for each task and step anew. In equal "
+        "time a rival takes as many steps as fit into those of MLHF; tasks in which it trained for less are "
+        "left out."
     )
     return with_note(rows, note, content)
+
+
+def held_out_learned(content: dict[str, Any]) -> list[str]:
+    """Returns a row per learned optimizer: MLHF's loss over its loss, and what it costs."""
+    steps = STEPS[:-1]
+    entries = [row for row in content["rows"] if len(row.get("learned", {})) > 1]
+    heads = ["step / Adam's", "state, floats per parameter", "diverged"]
+    rows = [["loss of MLHF over that of", *(f"{step} steps" for step in steps), *heads]]
+    for name in ("mlhf_general", *LEARNED_RIVALS):
+        label = LEARNED[name].label
+        found = [ratios_at(entries, str(step), label) for step in steps]
+        times = [row["seconds_per_step"][name] / row["seconds_per_step"]["adam defaults"] for row in entries]
+        floats = statistics.median(row["state_floats"][name] for row in entries)
+        diverged = sum(has_diverged(row["learned"][label]) for row in entries)
+        costs = [f"{statistics.median(times):.1f}", f"{floats:.0f}", f"{diverged} of {len(entries)}"]
+        rows.append([label, *(bold(statistics.median(x), 1.0) if x else "" for x in found), *costs])
+    note = (
+        f"Medians over {len(entries)} tasks that no meta-training met. Each has the meta-parameters that are "
+        "shipped, as little retuned as MLHF; the rivals' were meta-trained for far shorter than in their "
+        "papers. Diverged: not finite at the end, or twice the loss of the tenth step."
+    )
+    return with_note(rows, note, content)
+
+
+def has_diverged(losses: list[float | None]) -> bool:
+    """Returns whether a training ended with no finite loss, or far above its first recorded one."""
+    first, last = losses[0], losses[-1]
+    return last is None or first is None or last > 2 * first
+
+
+def general_validation() -> list[str]:
+    """Returns a row per validation of the meta-training of the shipped general meta-parameters."""
+    found = load_pretrained().record
+    steps = found["meta_training"]["validation_steps"]
+    rows = [["meta-iterations", *(f"{step} steps" for step in steps), "worst of all"]]
+    for each in found["validation"]:
+        name = (
+            f"{each['iteration']}, shipped"
+            if each["iteration"] == found["best_iteration"]
+            else each["iteration"]
+        )
+        rows.append([str(name), *(bold(ratio, 1.0) for ratio in each["losses"]), f"{each['worst_loss']:.2f}"])
+    note = (
+        "Loss over that of the constant from which the LSTM starts, geometric mean over two trainings of "
+        f"{len(found['meta_training']['validation_tasks'])} larger networks that it is not trained on. "
+        f"{found['seconds'] / 60:.0f} minutes on one core."
+    )
+    return with_note(rows, note, found)
 
 
 def learned_optimizers(content: dict[str, Any]) -> list[str]:
@@ -289,6 +350,8 @@ def lodo_bowl(content: dict[str, Any]) -> list[str]:
 TABLES = {
     "held_out_medians": (held_out_medians, ["held_out"]),
     "held_out": (held_out, ["held_out"]),
+    "held_out_learned": (held_out_learned, ["held_out"]),
+    "general_validation": (general_validation, []),
     "learned_optimizers": (learned_optimizers, ["learned_optimizers"]),
     "lodo_bowl": (lodo_bowl, ["lodo_bowl"]),
     "digits-mlp": (by_step, ["digits-mlp"]),

@@ -62,7 +62,7 @@ class Reference:
         running_size = np.sqrt(sum(map(np.sum, running)) / sum(v.size for v in running))
         self.largest = max(self.largest, running_size)
         size = max(rms_of_all(g), running_size)
-        unit = size * max(1, self.largest / size) ** 0.2 / self.w0
+        unit = size * max(1, self.largest / size) ** 0.4 / self.w0
         metrics = [
             np.diag(self.diagonal(running[0], 0.5)),
             self.matrix_metric(running[1], said["diagonal"][1]),

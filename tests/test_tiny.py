@@ -26,11 +26,11 @@ def images(monkeypatch):
 
 def test_every_network_has_finite_losses_and_gradients_on_batches_of_its_size(images):
     for task in [*tiny_tasks(), *tiny_validation_tasks()]:
-        batch = task.draw(jax.random.key(1), (2,))
+        batch = jax.jit(task.draw, static_argnums=1)(jax.random.key(1), (2,))
         assert {leaf.shape[:2] for leaf in jax.tree.leaves(batch)} == {(2, task.batch_size)}, task.name
         first = jax.tree.map(lambda leaf: leaf[0], batch)
         loss_of = lambda p: task.loss_fn(task.predict_fn(p, first), first)  # noqa: B023
-        loss, gradient = jax.value_and_grad(loss_of)(task.init_fn(jax.random.key(0)))
+        loss, gradient = jax.jit(jax.value_and_grad(loss_of))(jax.jit(task.init_fn)(jax.random.key(0)))
         assert np.isfinite(loss), task.name
         for leaf in jax.tree.leaves(gradient):
             assert np.all(np.isfinite(leaf)), task.name

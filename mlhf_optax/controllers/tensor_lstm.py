@@ -74,7 +74,7 @@ class Constants(NamedTuple):
     refresh_every: int = 10
     max_rate: float = 1.5
     update_ratio: float = 0.25
-    largest_share: float = 0.2
+    largest_share: float = 0.4
     start_share: float = 0.2
     start_steps: float = 10.0
 

@@ -279,6 +279,7 @@ def draw_learned(figure: Any, content: dict[str, Any]) -> None:
             style = {"color": "black", "linestyle": "--"} if label == "best tuned Adam" else {}
             axes.plot(row["steps"], [math.nan if x is None else x for x in losses], label=label, **style)
         axes.set(xscale="log", yscale="log", title=row["task"], xlabel="steps", ylabel="training loss")
+        axes.set_ylim(1e-7, 1e2)  # what has diverged would flatten all else
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
 

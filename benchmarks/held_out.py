@@ -143,7 +143,7 @@ def _loss_between(curve: Curve, step: float) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the tasks, prints a table, writes ``results.json`` and ``figure.png``."""
+    """Runs the tasks, prints a table, writes ``results.json``, ``figure.png`` and ``learned.png``."""
     options = parse_options(Options, __doc__, arguments)
     if options.quick:
         options = dataclasses.replace(options, tasks=("digits-mlp",), steps=100, seeds=1)
@@ -152,10 +152,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         task = TASKS[name]((options.data_dir, options.cache_dir))
         length = options.steps or LENGTHS[name]
         steps = [step for step in STEPS if step < length] + [length]
+        contenders = contenders_for(task, options)
         with comparison_bar() as on_progress:
             found = compare(
                 task,
-                contenders_for(task, options),
+                contenders,
                 steps,
                 seeds=range(options.seeds),
                 folder=options.output / name,
@@ -166,10 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not found.is_complete:
             print("Stopped: --resume goes on from here; results and figure come at the end.")
             return
-        rows.append(row_of(name, found, steps))
+        rows.append(row_of(name, found, steps) | {"state_floats": state_floats(task, contenders)})
         print_row(rows[-1])
-        if options.learned:
-            rows[-1]["state_floats"] = state_floats(task, contenders_for(task, options))
     for kind in ("ratios", "by_time"):
         print_median(rows, kind)
     content = record(command, seeds=options.seeds, rows=rows)
@@ -271,9 +270,10 @@ def draw_learned(figure: Any, content: dict[str, Any]) -> None:
     """Draws loss against steps, an axis per task and a line per learned optimizer."""
     rows = [row for row in content["rows"] if len(row["learned"]) > 1]
     figure.set_size_inches(9, 2.5 * math.ceil(len(rows) / 3))
-    for axes, row in zip(
-        figure.subplots(math.ceil(len(rows) / 3), 3, squeeze=False).flat, rows, strict=False
-    ):
+    grid = figure.subplots(math.ceil(len(rows) / 3), 3, squeeze=False).flat
+    for axes in grid[len(rows) :]:
+        axes.set_axis_off()
+    for axes, row in zip(grid[: len(rows)], rows, strict=True):
         lines = row["learned"] | {"best tuned Adam": row["best_adam"]}
         for label, losses in lines.items():
             style = {"color": "black", "linestyle": "--"} if label == "best tuned Adam" else {}

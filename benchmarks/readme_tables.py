@@ -249,17 +249,16 @@ def held_out_medians(content: dict[str, Any]) -> list[str]:
         "default Adam": "Adam at its defaults",
         "constant": "the best constant (`gauss_newton`)",
     }
+
+    def cell(ratios: list[float]) -> str:
+        ahead = f"({sum(ratio < 1 for ratio in ratios)} of {len(ratios)})"
+        return f"{bold(statistics.median(ratios), 1.0)} {ahead}" if ratios else ""
+
     for kind, when in (("ratios", ""), ("by_time", ", in equal time")):
         for rival, name in names.items():
-            found = [ratios_at(content["rows"], str(step), rival, kind) for step in steps]
-            cells = [
-                f"{bold(statistics.median(x), 1.0)} ({sum(ratio < 1 for ratio in x)} of {len(x)})"
-                if x
-                else ""
-                for x in found
-            ]
             if kind == "ratios" or rival != "constant":  # its step takes about as long
-                rows.append([f"{name}{when}", *cells])
+                found = (ratios_at(content["rows"], str(step), rival, kind) for step in steps)
+                rows.append([f"{name}{when}", *map(cell, found)])
     note = (
         f"Median over {len(content['rows'])} tasks that no meta-training met; in brackets on how many MLHF "
         "is ahead. Nothing is retuned for MLHF; each rival is tuned for each task and step anew. In equal "
@@ -303,12 +302,8 @@ def general_validation() -> list[str]:
     steps = found["meta_training"]["validation_steps"]
     rows = [["meta-iterations", *(f"{step} steps" for step in steps), "worst of all"]]
     for each in found["validation"]:
-        name = (
-            f"{each['iteration']}, shipped"
-            if each["iteration"] == found["best_iteration"]
-            else each["iteration"]
-        )
-        rows.append([str(name), *(bold(ratio, 1.0) for ratio in each["losses"]), f"{each['worst_loss']:.2f}"])
+        name = str(each["iteration"]) + ", shipped" * (each["iteration"] == found["best_iteration"])
+        rows.append([name, *(bold(ratio, 1.0) for ratio in each["losses"]), f"{each['worst_loss']:.2f}"])
     note = (
         "Loss over that of the constant from which the LSTM starts, geometric mean over two trainings of "
         f"{len(found['meta_training']['validation_tasks'])} larger networks that it is not trained on. "

@@ -5,7 +5,8 @@ The system of a step is ``(G + S) d = m``, where m is a running mean of gradient
 the unit ``rms(g) / rms(w0)`` has the dimension of curvature. The network sees statistics of every tensor that
 have no scale: multiplying the loss, or measuring all parameters in another unit, changes none of them. It
 says by how much the numbers of the step differ from those of the best constant, :data:`CONSTANTS`. Its
-output weights start at zero, so before meta-training it *is* that constant.
+output weights start at zero, so before meta-training it *is* that constant, but for the first steps, in which
+damping grows to it from a share.
 """
 
 import functools

@@ -48,6 +48,35 @@ def test_training_and_validation_share_no_image_of_cifar10(images):
     assert np.mean(by_name["sparse"].examples["image"] == 0) > 0.5
 
 
+def test_training_and_validation_draw_different_digits_like_scanned_handwriting(images):
+    drawn = [tiny.draw_digits(28, 300, rows) for rows in (slice(0, None, 2), slice(1, None, 2))]
+    for examples in drawn:
+        image = examples["image"]
+        assert image.shape == (300, 28, 28, 1)
+        assert image.min() == 0
+        assert image.max() == 1
+        assert 0.6 < np.mean(image == 0) < 0.9
+        assert np.mean(image.max(0) == 0) > 0.05  # some places are always empty
+        # Ink lies around the centre, and every class is there.
+        place = np.indices((28, 28)).reshape(2, -1) @ image.reshape(300, -1).T / image.sum((1, 2, 3)) - 13.5
+        assert np.abs(place).max() < 6
+        assert set(examples["label"]) == set(range(10))
+    by_name = {task.name: task for task in (*tiny_tasks(), *tiny_validation_tasks())}
+    assert by_name["ink-autoencoder-wide"].examples["image"].min() == 0  # targets are probabilities
+    ink = by_name["ink"].examples["image"]
+    np.testing.assert_allclose(ink.mean((1, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(ink.std((1, 2, 3)), 1, rtol=1e-4)
+
+
+def test_a_drawn_digit_without_a_turn_is_the_digit(monkeypatch):
+    middle = type("Middle", (), {"integers": lambda self, low, high, size: np.full(size, 3)})()
+    middle.uniform = lambda low, high, size: np.full(size, 1.0 if low == 0.65 else (low + high) / 2)
+    monkeypatch.setattr(np.random, "Generator", lambda bits: middle)
+    drawn = tiny.draw_digits(8, 1, slice(0, None, 2))
+    digit = tiny.load_digits().meta_train["image"][6]
+    np.testing.assert_allclose(drawn["image"][0], np.clip(2.25 * (digit - 0.25), 0, 1), atol=1e-5)
+
+
 def test_a_batch_of_all_examples_holds_each_once():
     task = tiny._regression("regression")
     batch = task.draw(jax.random.key(0), (3,))
@@ -88,6 +117,20 @@ def test_the_command_line_meta_trains_and_goes_on_to_equal_bits(images, tmp_path
     assert (record["num_cg_steps"], record["curvature_batch_size"]) == (2, 0.25)
     tx = whole.optimizer(lambda p, b: b["x"] @ p, lambda z, b: jnp.mean(z**2))
     assert tx.init(jnp.ones((3, 2)))[0].controller.hidden.shape == (1, 2)
+
+
+def test_what_goes_on_from_meta_parameters_is_judged_against_the_untrained(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "mlhf_optax.cli.commands.tiny_validation_tasks", lambda folder: [tiny._regression("other")]
+    )
+    assert run(arguments(tmp_path / "first", "--meta-learning-rate", "1.0")) == 0
+    start = tmp_path / "first" / "meta_params.safetensors"
+    still = ["--meta-learning-rate", "1e-9", "--start", str(start)]
+    assert run(arguments(tmp_path / "more", *still)) == 0
+    first, more = (load_pretrained(tmp_path / name / "meta_params.safetensors") for name in ("first", "more"))
+    best = min(first.record["validation"], key=lambda entry: entry["score"])
+    assert best["score"] != 0
+    np.testing.assert_allclose(more.record["validation"][0]["score"], best["score"], rtol=1e-3)
 
 
 @pytest.mark.parametrize(

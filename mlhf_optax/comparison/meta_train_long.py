@@ -91,7 +91,11 @@ def meta_train_on_tiny_tasks(
     options = family.resolve(options, known)
     learned = family.learned(options, known)
     assert learned.init is not None  # every family has one
-    untrained = learned.init(jax.random.key(seed), tasks[0])
+    initial = learned.init(jax.random.key(seed), tasks[0])
+    # Scores are over the untrained optimizer also where others are gone on from, so that they compare.
+    untrained = family.learned(options, None).init
+    assert untrained is not None
+    reference = untrained(jax.random.key(seed), tasks[0])
     names = [task.name for task in tasks]
     made = {**dataclasses.asdict(options), "start": start, "iterations": schedule.iterations}
     made |= {"tasks": names, "validation_tasks": [task.name for task in validation_tasks]}
@@ -111,9 +115,9 @@ def meta_train_on_tiny_tasks(
     done = mt.meta_train(
         None,
         None,
-        untrained,
+        initial,
         sample,
-        _Validator(validation_tasks, learned, untrained, validation_steps, config.loss_floor),
+        _Validator(validation_tasks, learned, reference, validation_steps, config.loss_floor),
         output,
         schedule,
         seed=seed,

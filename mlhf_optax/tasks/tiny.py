@@ -2,10 +2,12 @@
 
 A step of each takes about a millisecond. Images come from scikit-learn's digits and, at 8x8 and 16x16
 pixels, from CIFAR-10, both from the parts for meta-training only: the first half of CIFAR-10's part is for
-training, the second half for validation.
+training, the second half for validation. Digits are also drawn like scanned handwriting, on a larger sheet
+(:func:`draw_digits`).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from flax import linen as nn
 
 from mlhf_optax.curvature import LossFn, PredictFn
 from mlhf_optax.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError
+from mlhf_optax.tasks.augmentation import standardize
 from mlhf_optax.tasks.cifar10 import load_cifar10
 from mlhf_optax.tasks.data import Examples, freeze, num_examples
 from mlhf_optax.tasks.digits import load_digits
@@ -69,8 +72,8 @@ def tiny_tasks(data_dir: str | Path | None = None, cache_dir: str | Path | None 
       cache_dir: where decoded images are kept.
 
     Returns:
-      Dense networks of several depths and activations, one with sparse inputs and one with wrong labels;
-      an autoencoder; convolutions with and without normalisation; an attention block; a recurrent network;
+      Dense networks of several depths and activations, two with sparse inputs and one with wrong labels;
+      autoencoders; convolutions with and without normalisation; an attention block; a recurrent network;
       and regression on all examples at once.
 
     Raises:
@@ -82,11 +85,12 @@ def tiny_tasks(data_dir: str | Path | None = None, cache_dir: str | Path | None 
     digits = load_digits().meta_train
     colour = _cifar(data_dir, cache_dir, 8, slice(0, _HALF))
     grey = _grey(colour)
+    ink = draw_digits(14, 4000, slice(0, None, 2))
     return [
         _classify("digits", MLP((32,)), digits, 64, 0.5),
         _classify("tanh", MLP((32,), activation="tanh"), grey, 64, 0.5),
         _classify("deep", MLP((48, 48)), grey, 128),
-        _autoencoder("autoencoder", MLP((32, 8, 32), 64, "tanh"), grey, 64),
+        _autoencoder("autoencoder", MLP((32, 8, 32), 64, "tanh"), _as_pixels(grey), 64),
         _classify("sparse", MLP((32, 24), activation="gelu"), _sparse(grey, 1), 32, 0.5),
         _classify("noisy", MLP((24,), activation="sigmoid"), _with_wrong_labels(grey, 0.2), 16, 0.5),
         _classify("conv", _Patches((8, 16)), colour, 64),
@@ -94,6 +98,8 @@ def tiny_tasks(data_dir: str | Path | None = None, cache_dir: str | Path | None 
         _classify("attention", _Attention(16), grey, 64),
         _classify("recurrent", _Recurrent(24), digits, 64, 0.5),
         _regression("regression"),
+        _classify("ink", MLP((32,)), _standardized(ink), 64, 0.5),
+        _autoencoder("ink-autoencoder", MLP((48, 16, 8, 16, 48), 14 * 14), ink, 64),
     ]
 
 
@@ -111,12 +117,15 @@ def tiny_validation_tasks(
     """
     other = slice(_HALF, 2 * _HALF)
     colour, large = (_cifar(data_dir, cache_dir, size, other) for size in (8, 16))
+    ink = draw_digits(28, 8000, slice(1, None, 2))
     return [
         _classify("wide", MLP((128, 128)), colour, 256),
         _classify("sparse-wide", MLP((100, 100)), _sparse(_grey(large), 3), 128),
         _classify("digits-deep", MLP((40, 40), activation="tanh"), load_digits().meta_train, 32, 0.5),
-        _autoencoder("autoencoder-wide", MLP((48, 8, 48), 64, "tanh"), _grey(colour), 128),
+        _autoencoder("autoencoder-wide", MLP((48, 8, 48), 64, "tanh"), _as_pixels(_grey(colour)), 128),
         _classify("conv-wide", _Patches((12, 24, 32)), large, 64),
+        _classify("ink-wide", MLP((100, 100)), _standardized(ink), 128),
+        _autoencoder("ink-autoencoder-wide", MLP((100, 40, 12, 40, 100), 28 * 28), ink, 128),
     ]
 
 
@@ -130,8 +139,8 @@ def _classify(
 
 
 def _autoencoder(name: str, model: nn.Module, examples: Examples, batch_size: int) -> TinyTask:
-    pixels = 1 / (1 + np.exp(-1.5 * examples["image"].reshape(len(examples["image"]), -1)))
-    task = _classify(name, model, {"image": pixels.astype(np.float32)}, batch_size)
+    pixels = examples["image"].reshape(len(examples["image"]), -1)
+    task = _classify(name, model, {"image": pixels}, batch_size)
     return dataclasses.replace(task, loss_fn=SigmoidCrossEntropy(targets="image"))
 
 
@@ -158,6 +167,50 @@ def _cifar(data_dir: Any, cache_dir: Any, size: int, rows: slice) -> Examples:
 def _grey(examples: Examples) -> Examples:
     images = examples["image"].mean(-1, keepdims=True)
     return freeze(image=(images - images.mean()) / images.std(), label=examples["label"])
+
+
+def _as_pixels(examples: Examples) -> Examples:
+    """Returns standardised images as ones in [0, 1]."""
+    pixels = 1 / (1 + np.exp(-1.5 * examples["image"]))
+    return freeze(image=pixels.astype(np.float32), label=examples["label"])
+
+
+def draw_digits(size: int, count: int, rows: slice) -> Examples:
+    """Returns scikit-learn's digits as scanned handwriting: turned, slanted, moved, on an empty square.
+
+    About four fifths of the pixels are 0, and some of them always.
+
+    Args:
+      size: height and width of the square.
+      count: number of images.
+      rows: digits of the part for meta-training that are drawn from.
+
+    Returns:
+      Images (count, size, size, 1) in [0, 1] and their labels.
+
+    Example:
+      >>> draw_digits(14, 3, slice(0, 100))["image"].shape
+      (3, 14, 14, 1)
+    """
+    digits, random = load_digits().meta_train, np.random.Generator(np.random.PCG64(5))
+    chosen = random.integers(0, len(digits["label"][rows]), count)
+    turn, slant = random.uniform(-0.25, 0.25, (2, count))
+    height_and_width, shift = random.uniform(0.65, 0.8, (2, count)), random.uniform(-0.06, 0.06, (2, count))
+    contrast = random.uniform(1.5, 3.0, (count, 1, 1))
+    # The point of the digit that a pixel of the square shows.
+    y, x = (np.indices((size, size)).reshape(2, -1, 1) + 0.5) / size - 0.5 - shift[:, None]
+    y, x = np.cos(turn) * y - np.sin(turn) * x, np.sin(turn) * y + np.cos(turn) * x
+    points = 8 * np.stack([y, x + slant * y]) / height_and_width[:, None] + 3.5
+    points = points.transpose(2, 0, 1).reshape(count, 2, size, size).astype(np.float32)
+    interpolated = jax.vmap(functools.partial(jax.scipy.ndimage.map_coordinates, order=1))
+    drawn = interpolated(digits["image"][rows][chosen, :, :, 0], (points[:, 0], points[:, 1]))
+    images = np.clip((np.asarray(drawn) - 0.25) * contrast, 0, 1)[..., None]
+    return freeze(image=images.astype(np.float32), label=digits["label"][rows][chosen])
+
+
+def _standardized(examples: Examples) -> Examples:
+    """Returns images with mean 0 and standard deviation 1 each, so that an empty place is below 0."""
+    return freeze(image=np.asarray(standardize(examples["image"])), label=examples["label"])
 
 
 def _sparse(examples: Examples, frame: int) -> Examples:

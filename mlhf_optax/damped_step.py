@@ -211,6 +211,7 @@ def look(
         loss_at=lambda p: devices.mean_over(loss_fn(predict_fn(p, batch), batch), axis_name),
         initial_rms=state.initial_rms,
         is_valid=is_valid,
+        axis_name=axis_name,
     )
 
 

@@ -104,6 +104,78 @@ def num_shards(array: Any) -> int:
     return math.prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
 
 
+def on_all(array: jax.Array) -> jax.Array:
+    """Returns the array as one that lies whole on every device of its mesh, itself if its mesh is not known.
+
+    What is small costs less to have on every device than to gather wherever it is used.
+
+    Example:
+      >>> on_all(jnp.ones(3))
+      Array([1., 1., 1.], dtype=float32)
+    """
+    mesh = _mesh_of(array)
+    return array if mesh is None else _laid(array, mesh, jax.P())
+
+
+def share_out(function: Callable[[jax.Array], Any], pieces: jax.Array, axis_name: AxisName = None) -> Any:
+    """Returns ``function(pieces)``, for which each device works on its own share of the pieces.
+
+    Under ``jit`` the devices are those of the mesh that the pieces lie on, which JAX tells by their type. In
+    ``jax.shard_map`` and ``jax.pmap`` nothing tells whether devices have the same pieces; ``axis_name`` does.
+    Where neither is known the function is called on all pieces.
+
+    Args:
+      function: maps an array of shape (m, ...) to arrays with m entries along their first axes, piece by
+        piece, for any m. Zeros are pieces, too: they fill up shares.
+      pieces: shape (n, ...), the same on all devices.
+      axis_name: the axis, or axes, along which code is mapped and the pieces are the same.
+
+    Returns:
+      What the function returns, with n entries, whole on every device.
+
+    Example:
+      >>> share_out(jnp.linalg.inv, jnp.array([[[2.0]], [[4.0]]])).ravel()
+      Array([0.5 , 0.25], dtype=float32)
+    """
+    count, mesh = pieces.shape[0], _mesh_of(pieces)
+    size = lax.axis_size(axis_name) if axis_name is not None else 1 if mesh is None else mesh.size
+    if size == 1:
+        return function(pieces)
+    share = math.ceil(count / size)
+    # What comes before would otherwise be cut, too, and moved from device to device.
+    filled = jnp.pad(on_all(pieces), [(0, share * size - count)] + [(0, 0)] * (pieces.ndim - 1))
+    if axis_name is not None:
+        first = lax.axis_index(axis_name) * share
+
+        def gathered(part: jax.Array) -> jax.Array:
+            # A sum, as by its type it is the same on all devices, which gathered parts are not.
+            own = jnp.zeros((share * size, *part.shape[1:]), part.dtype)
+            own = lax.dynamic_update_slice_in_dim(vary(own, axis_name), part, first, 0)
+            return sum_over(own, axis_name)[:count]
+
+        return jax.tree.map(gathered, function(lax.dynamic_slice_in_dim(filled, first, share)))
+    assert mesh is not None  # or the size would be 1
+    cut = jax.P(mesh.axis_names)
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=cut, out_specs=cut)
+    parts = mapped(_laid(filled, mesh, cut))
+    return jax.tree.map(lambda part: _laid(part, mesh, jax.P())[:count], parts)
+
+
+def _mesh_of(array: Any) -> jax.sharding.AbstractMesh | None:
+    """Returns the mesh of what ``jit`` traces; None if there is none, or code is mapped over axes of it."""
+    mesh = getattr(jax.typeof(array).sharding, "mesh", None)
+    if not isinstance(array, Tracer) or mesh is None or mesh.empty:
+        return None
+    return None if jax.sharding.AxisType.Manual in mesh.axis_types else mesh
+
+
+def _laid(array: jax.Array, mesh: jax.sharding.AbstractMesh, spec: jax.P) -> jax.Array:
+    sharding = jax.NamedSharding(mesh, spec)
+    # Where axes are explicit the type of an array says where it lies, and a constraint only checks it.
+    is_explicit = jax.sharding.AxisType.Explicit in mesh.axis_types
+    return (jax.sharding.reshard if is_explicit else lax.with_sharding_constraint)(array, sharding)
+
+
 def check_axis(axis_name: AxisName) -> None:
     """Raises ValueError unless the axis is one that the code is mapped over."""
     if axis_name is None:

@@ -207,6 +207,51 @@ def test_state_follows_sharded_parameters_and_no_step_is_compiled_twice(make, fo
         assert set(counts) <= {"all-gather", "all-reduce", "reduce-scatter"}
 
 
+def decomposed(compiled):
+    """How many matrices one device decomposes, by their size."""
+    found = re.findall(r" = \(f32\[(\d+),(\d+),\d+\]\S*, .*syevd", compiled.as_text())
+    return {int(size): int(count) for count, size in found}
+
+
+@pytest.mark.parametrize("place", [lambda p: PLACED(P()), shardings], ids=["data parallel", "sharded"])
+def test_kronecker_factors_are_decomposed_once_not_on_every_device(place):
+    tx, params = tensor(), jax.device_put(start(), place(start()))
+    batch = jax.device_put(examples(), PLACED(P("data")))
+    state = jax.jit(tx.init)(params)
+    step = jax.jit(make_step(tx)).lower(params, state, batch).compile()
+    # Of the two factors of 24 rows, two devices have one each; of the others one device has the only one.
+    assert decomposed(step) == {8: 1, 16: 1, 24: 1}
+    for _ in range(2):
+        params, state = step(params, state, batch)
+    assert_close(params, expected(tensor))
+
+
+def test_kronecker_factors_are_decomposed_once_in_shard_map():
+    tx, params = tensor(axis_name="data"), start()
+    specs = {"in_specs": (P(), P(), P("data")), "out_specs": (P(), P())}
+    step = jax.jit(jax.shard_map(make_step(tx, "data"), mesh=MESH, **specs))
+    assert decomposed(step.lower(params, tx.init(params), examples()).compile()) == {8: 1, 16: 1, 24: 1}
+    one = jax.jit(make_step(tensor())).lower(params, tensor().init(params), examples()).compile()
+    assert decomposed(one) == {8: 1, 16: 1, 24: 2}
+
+
+@pytest.mark.parametrize("count", [1, 8, 11])
+def test_pieces_of_work_are_shared_out_and_come_back_in_order(count):
+    pieces = np.random.default_rng(0).normal(size=(count, 3, 3)).astype(np.float32)
+    calls = []
+
+    def work(part):
+        calls.append(part.shape[0])
+        return 2 * part, part.sum((1, 2))
+
+    shared = jax.jit(functools.partial(devices.share_out, work))
+    twice, total = shared(jax.device_put(pieces, PLACED(P())))
+    assert set(calls) == {-(-count // 8)}
+    np.testing.assert_allclose(twice, 2 * pieces)
+    np.testing.assert_allclose(total, pieces.sum((1, 2)), rtol=1e-5, atol=1e-5)
+    assert twice.sharding.is_fully_replicated
+
+
 def test_map_params_gives_shardings_that_jit_init_gives():
     tx, params = coordinate(), jax.device_put(start(), shardings(start()))
     shapes = jax.eval_shape(tx.init, params)

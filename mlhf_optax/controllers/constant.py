@@ -118,7 +118,7 @@ def constant(
             rms = trees.root_mean_square(view.gradient).astype(jnp.float32)
             square = unit_decay * square + (1 - unit_decay) * jnp.square(rms)
         count = jnp.asarray(optax.safe_increment(state.count))
-        state = ConstantState(count, mean, square, rule.update(view.gradient, state.metric))
+        state = ConstantState(count, mean, square, rule.update(view.gradient, state.metric, view.axis_name))
         return Control(state, state)
 
     def operators(view: View, signal: ConstantState) -> Operators:

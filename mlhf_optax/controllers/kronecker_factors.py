@@ -72,12 +72,14 @@ def init_sides(shape: tuple[int, ...], block: int) -> Sides | None:
 def average_sides(sides: Sides, gradient: jax.Array, decay: float) -> Sides:
     """Adds the outer products of a gradient to the running means."""
     matrix = gradient.astype(jnp.float32).reshape(matrix_shape(gradient.shape))
+    if all(side.factor.shape[0] == 1 for side in sides):
+        matrix = devices.on_all(matrix)  # no larger than the factors; else it would be gathered twice
 
     def averaged(side: Side, x: jax.Array) -> Side:
         rows = _blocked(x, side.factor)
-        outer = jnp.einsum("bij,bkj->bik", rows, rows)
-        factor = decay * side.factor + (1 - decay) * outer
-        return side._replace(factor=devices.alike(side.factor, factor))
+        # Of sharded gradients the compiler would leave each device a part, and gather the mean at every use.
+        outer = devices.on_all(jnp.einsum("bij,bkj->bik", rows, rows))
+        return side._replace(factor=decay * side.factor + (1 - decay) * outer)
 
     return averaged(sides[0], matrix), averaged(sides[1], matrix.T)
 
@@ -89,22 +91,36 @@ def is_refresh_due(count: jax.Array, refresh_every: int) -> jax.Array:
 
 
 def refresh_sides(
-    is_due: jax.Array, matrices: Sequence[Sides], powers: Sequence[Any], floor: float
+    is_due: jax.Array,
+    matrices: Sequence[Sides],
+    powers: Sequence[Any],
+    floor: float,
+    axis_name: devices.AxisName = None,
 ) -> list[Sides]:
     """Takes the powers of all running means anew by eigendecomposition, if that is due.
+
+    Each block is decomposed on one device, and its eigenvectors are sent to the others: under ``jit`` for
+    states that lie on a mesh, and with ``axis_name``. Under ``vmap`` each device decomposes what it has.
 
     Args:
       is_due: whether it is, shape (). Under ``vmap`` nothing is computed unless it is due for any.
       matrices: the factors.
       powers: the exponent of each matrix, > 0.
       floor: added to the eigenvalues of a factor, in units of their mean.
+      axis_name: axis of ``jax.shard_map`` or ``jax.pmap`` along which the factors are the same.
 
     Returns:
       The factors. What did not converge, or is zero, keeps the powers that it had.
     """
     pairs = [(sides, jnp.asarray(power, jnp.float32)) for sides, power in zip(matrices, powers, strict=True)]
-    fresh = _when(is_due, functools.partial(_refreshed, floor), pairs)
-    return [sides for sides, _ in fresh]
+    shared = functools.partial(devices.share_out, _decomposed, axis_name=axis_name)
+    fresh = _when(
+        is_due,
+        functools.partial(_refreshed, floor, shared),
+        functools.partial(_refreshed, floor, _decomposed),
+        pairs,
+    )
+    return [jax.tree.map(devices.on_all, sides) for sides, _ in fresh]
 
 
 def times_sides(sides: Sides, vector: jax.Array, inverse: bool = False) -> jax.Array:
@@ -114,7 +130,18 @@ def times_sides(sides: Sides, vector: jax.Array, inverse: bool = False) -> jax.A
     return _times_blocks(right, _times_blocks(left, x).T).T.reshape(vector.shape).astype(vector.dtype)
 
 
-def _refreshed(floor: float, pairs: list[tuple[Sides, jax.Array]]) -> list[tuple[Sides, jax.Array]]:
+def _decomposed(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns eigenvalues (blocks, size) and eigenvectors of symmetric matrices (blocks, size, size)."""
+    return tuple(jnp.linalg.eigh(matrices))
+
+
+_Update = Callable[[Any], Any]
+_Decompose = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def _refreshed(
+    floor: float, decompose: _Decompose, pairs: list[tuple[Sides, jax.Array]]
+) -> list[tuple[Sides, jax.Array]]:
     by_size: dict[int, list[tuple[int, int]]] = {}
     for index, (sides, _) in enumerate(pairs):
         for which, side in enumerate(sides):
@@ -123,13 +150,13 @@ def _refreshed(floor: float, pairs: list[tuple[Sides, jax.Array]]) -> list[tuple
     for places in by_size.values():
         sides = [pairs[index][0][which] for index, which in places]
         powers = jnp.stack([pairs[index][1] for index, _ in places])
-        new, done = _with_powers(sides, powers, floor, done)
+        new, done = _with_powers(sides, powers, floor, decompose, done)
         fresh |= dict(zip(places, new, strict=True))
     return [((fresh[index, 0], fresh[index, 1]), power) for index, (_, power) in enumerate(pairs)]
 
 
 def _with_powers(
-    sides: list[Side], powers: jax.Array, floor: float, before: jax.Array
+    sides: list[Side], powers: jax.Array, floor: float, decompose: _Decompose, before: jax.Array
 ) -> tuple[list[Side], jax.Array]:
     """Takes the powers of sides with blocks of one size in one decomposition, however many there are."""
     counts = [side.factor.shape[0] for side in sides]
@@ -140,7 +167,7 @@ def _with_powers(
     factors = jnp.concatenate([side.factor for side in sides]) + 0.0 * before
     mean = of_sides(jnp.trace(factors, axis1=1, axis2=2) / factors.shape[1])
     units = jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)[owner][:, None, None]
-    eigenvalues, vectors = jnp.linalg.eigh(factors / units)
+    eigenvalues, vectors = decompose(factors / units)
     values = (jnp.maximum(eigenvalues, 0.0) + floor) ** powers[owner][:, None]
     values = values / of_sides(jnp.mean(values, axis=1))[owner][:, None]
     product = lambda scale: jnp.einsum("bij,bj,bkj->bik", vectors, scale, vectors)
@@ -150,7 +177,7 @@ def _with_powers(
     fresh, ends = [], np.cumsum(counts)
     for number, (side, end, count) in enumerate(zip(sides, ends, counts, strict=True)):
         old, new = (side.power, side.inverse), (power[end - count : end], inverse[end - count : end])
-        fresh.append(Side(side.factor, *devices.alike(old, trees.select(is_sound[number], new, old))))
+        fresh.append(Side(side.factor, *trees.select(is_sound[number], new, old)))
     return fresh, jnp.ravel(power)[0]
 
 
@@ -168,8 +195,15 @@ def _times_blocks(matrix: jax.Array, x: jax.Array) -> jax.Array:
     return product.reshape(-1, x.shape[1])[: x.shape[0]]
 
 
-def _when(is_due: jax.Array, function: Callable[[Any], Any], tree: Any) -> Any:
-    """Returns ``function(tree)`` if it is due, else the tree; under ``vmap`` computes only if any is."""
+def _when(is_due: jax.Array, function: _Update, each_of_many: _Update, tree: Any) -> Any:
+    """Returns ``function(tree)`` if it is due, else the tree; under ``vmap`` computes only if any is.
+
+    Args:
+      is_due: shape ().
+      function: from and to trees of the same shapes.
+      each_of_many: what is called in its place under ``vmap``.
+      tree: a tree of arrays.
+    """
 
     @jax.custom_batching.custom_vmap
     def run(is_due, tree):
@@ -188,9 +222,9 @@ def _when(is_due: jax.Array, function: Callable[[Any], Any], tree: Any) -> Any:
         def some(inputs):
             due, tree = inputs
             pick = lambda new, old: jnp.where(due.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
-            return due, jax.tree.map(pick, jax.vmap(function)(tree), tree)
+            return due, jax.tree.map(pick, jax.vmap(each_of_many)(tree), tree)
 
         # Again by this function, so that a vmap around this one finds a condition that it may keep, too.
-        return _when(jnp.any(due), some, (due, tree))[1], jax.tree.map(lambda _: True, tree)
+        return _when(jnp.any(due), some, some, (due, tree))[1], jax.tree.map(lambda _: True, tree)
 
     return run(is_due, tree)

@@ -27,14 +27,15 @@ class Metric(NamedTuple):
 
     Attributes:
       init: ``init(params) -> state``.
-      update: ``update(gradient, state) -> state``.
+      update: ``update(gradient, state, axis_name=None) -> state``. Along ``axis_name``, an axis of
+        ``jax.shard_map`` or ``jax.pmap``, gradient and state are the same, and a metric may share work out.
       times: ``times(state, vector, inverse=False)``, the product with M, or with its inverse.
       values: ``values(state, like)``, a tree like ``like`` that shows how large M is: a scalar per tensor or
         a number per coordinate, float32.
     """
 
     init: Callable[[chex.ArrayTree], Any]
-    update: Callable[[chex.ArrayTree, Any], Any]
+    update: Callable[..., Any]
     times: Callable[..., chex.ArrayTree]
     values: Callable[[Any, chex.ArrayTree], chex.ArrayTree]
 
@@ -52,7 +53,7 @@ def identity() -> Metric:
       {'w': Array([3.], dtype=float32)}
     """
     times = lambda state, vector, inverse=False: vector
-    return Metric(lambda params: (), lambda gradient, state: state, times, _ones)
+    return Metric(lambda params: (), lambda gradient, state, axis_name=None: state, times, _ones)
 
 
 class DiagonalState(NamedTuple):
@@ -95,7 +96,8 @@ def diagonal(decay: float = 0.98, floor: float = 1e-3) -> Metric:
         zeros = jax.tree.map(lambda p: devices.zeros_like(p, trees.wide_dtype(p)), params)
         return DiagonalState(jnp.zeros((), jnp.int32), zeros)
 
-    def update(gradient, state):
+    def update(gradient, state, axis_name=None):
+        del axis_name
         count = jnp.asarray(optax.safe_increment(state.count))
         mix = lambda v, g: _mix(decay, v, jnp.square(trees.at_least_f32(g)))
         return DiagonalState(count, jax.tree.map(mix, state.mean_square, gradient))
@@ -177,7 +179,9 @@ def kronecker(
         of = lambda p: init_sides(p.shape, block) or devices.zeros_like(p, jnp.float32)
         return KroneckerState(jnp.zeros((), jnp.int32), tuple(map(of, jax.tree.leaves(params))))
 
-    def update(gradient: chex.ArrayTree, state: KroneckerState) -> KroneckerState:
+    def update(
+        gradient: chex.ArrayTree, state: KroneckerState, axis_name: devices.AxisName = None
+    ) -> KroneckerState:
         count = jnp.asarray(optax.safe_increment(state.count))
         averaged = lambda entry, g: (
             average_sides(entry, g, decay)
@@ -187,7 +191,7 @@ def kronecker(
         entries = tuple(map(averaged, state.sides, jax.tree.leaves(gradient)))
         matrices = [entry for entry in entries if isinstance(entry, tuple)]
         is_due = is_refresh_due(count, refresh_every)
-        fresh = iter(refresh_sides(is_due, matrices, [power] * len(matrices), floor))
+        fresh = iter(refresh_sides(is_due, matrices, [power] * len(matrices), floor, axis_name))
         return KroneckerState(
             count, tuple(next(fresh) if isinstance(entry, tuple) else entry for entry in entries)
         )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mlhf_optax.curvature import Matvec
+from mlhf_optax.devices import AxisName
 
 
 class View(NamedTuple):
@@ -27,6 +28,8 @@ class View(NamedTuple):
       loss_at: ``loss_at(params)``, the loss on the whole batch.
       initial_rms: root mean square of the parameters when the optimizer was initialised, a scalar.
       is_valid: whether the gradient and its square are finite, shape (); a step that is not valid is skipped.
+      axis_name: axis of ``jax.shard_map`` or ``jax.pmap`` along which batches differ and all else here is the
+        same; None for ``jax.jit``.
     """
 
     params: chex.ArrayTree
@@ -38,6 +41,7 @@ class View(NamedTuple):
     loss_at: Callable[[Any], jax.Array]
     initial_rms: jax.Array
     is_valid: jax.Array
+    axis_name: AxisName = None
 
 
 class Control(NamedTuple):

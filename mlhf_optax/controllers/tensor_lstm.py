@@ -289,8 +289,9 @@ def _new_factors(view: View, state: TensorLSTMState, count: jax.Array, constants
     # The exponents of the step before: those of this one would have the network wait for the factors.
     powers = [state.power[i] for i in matrices]
     is_due = is_refresh_due(count, constants.refresh_every)
-    fresh = dict(zip(matrices, refresh_sides(is_due, averaged, powers, constants.floor), strict=True))
-    return tuple(fresh.get(i) for i in range(len(state.factors)))
+    fresh = refresh_sides(is_due, averaged, powers, constants.floor, view.axis_name)
+    by_tensor = dict(zip(matrices, fresh, strict=True))
+    return tuple(by_tensor.get(i) for i in range(len(state.factors)))
 
 
 def _operators(constants: Constants, view: View, signal: _Signal) -> Operators:

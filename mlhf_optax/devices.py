@@ -137,28 +137,39 @@ def share_out(function: Callable[[jax.Array], Any], pieces: jax.Array, axis_name
       >>> share_out(jnp.linalg.inv, jnp.array([[[2.0]], [[4.0]]])).ravel()
       Array([0.5 , 0.25], dtype=float32)
     """
-    count, mesh = pieces.shape[0], _mesh_of(pieces)
-    size = lax.axis_size(axis_name) if axis_name is not None else 1 if mesh is None else mesh.size
-    if size == 1:
-        return function(pieces)
-    share = math.ceil(count / size)
-    # What comes before would otherwise be cut, too, and moved from device to device.
-    filled = jnp.pad(on_all(pieces), [(0, share * size - count)] + [(0, 0)] * (pieces.ndim - 1))
     if axis_name is not None:
-        first = lax.axis_index(axis_name) * share
+        return _shared_along(axis_name, function, pieces)
+    mesh = _mesh_of(pieces)
+    return function(pieces) if mesh is None or mesh.size == 1 else _shared_over(mesh, function, pieces)
 
-        def gathered(part: jax.Array) -> jax.Array:
-            # A sum, as by its type it is the same on all devices, which gathered parts are not.
-            own = jnp.zeros((share * size, *part.shape[1:]), part.dtype)
-            own = lax.dynamic_update_slice_in_dim(vary(own, axis_name), part, first, 0)
-            return sum_over(own, axis_name)[:count]
 
-        return jax.tree.map(gathered, function(lax.dynamic_slice_in_dim(filled, first, share)))
-    assert mesh is not None  # or the size would be 1
+def _shared_along(axis_name: AxisName, function: Callable[[jax.Array], Any], pieces: jax.Array) -> Any:
+    filled = _filled(pieces, lax.axis_size(axis_name))
+    share = filled.shape[0] // lax.axis_size(axis_name)
+    first = lax.axis_index(axis_name) * share
+
+    def gathered(part: jax.Array) -> jax.Array:
+        # A sum, as by its type it is the same on all devices, which gathered parts are not.
+        own = vary(jnp.zeros((filled.shape[0], *part.shape[1:]), part.dtype), axis_name)
+        own = lax.dynamic_update_slice_in_dim(own, part, first, 0)
+        return sum_over(own, axis_name)[: pieces.shape[0]]
+
+    return jax.tree.map(gathered, function(lax.dynamic_slice_in_dim(filled, first, share)))
+
+
+def _shared_over(
+    mesh: jax.sharding.AbstractMesh, function: Callable[[jax.Array], Any], pieces: jax.Array
+) -> Any:
     cut = jax.P(mesh.axis_names)
-    mapped = jax.shard_map(function, mesh=mesh, in_specs=cut, out_specs=cut)
-    parts = mapped(_laid(filled, mesh, cut))
-    return jax.tree.map(lambda part: _laid(part, mesh, jax.P())[:count], parts)
+    # What comes before would otherwise be cut, too, and moved from device to device.
+    filled = _filled(_laid(pieces, mesh, jax.P()), mesh.size)
+    parts = jax.shard_map(function, mesh=mesh, in_specs=cut, out_specs=cut)(_laid(filled, mesh, cut))
+    return jax.tree.map(lambda part: _laid(part, mesh, jax.P())[: pieces.shape[0]], parts)
+
+
+def _filled(pieces: jax.Array, size: int) -> jax.Array:
+    """Returns the pieces, with zeros at the end that make their number a multiple of ``size``."""
+    return jnp.pad(pieces, [(0, -pieces.shape[0] % size)] + [(0, 0)] * (pieces.ndim - 1))
 
 
 def _mesh_of(array: Any) -> jax.sharding.AbstractMesh | None:

@@ -280,15 +280,16 @@ def test_shard_map_with_axis_name_equals_one_device(make, check_vma):
     assert_close(params, expected(make))
 
 
-def test_pmap_with_axis_name_equals_one_device():
-    tx, params = plain(axis_name="devices"), start()
+@pytest.mark.parametrize("make", [plain, tensor])
+def test_pmap_with_axis_name_equals_one_device(make):
+    tx, params = make(axis_name="devices"), start()
     copies = lambda tree: jax.tree.map(lambda x: jnp.stack([x] * 8), tree)
     shards = jax.tree.map(lambda x: x.reshape(8, 4, *x.shape[1:]), examples())
     step = jax.pmap(make_step(tx, "devices"), axis_name="devices")
     params, state = copies(params), copies(tx.init(params))
     for _ in range(2):
         params, state = step(params, state, shards)
-    assert_close(jax.tree.map(lambda x: x[5], params), expected(plain))
+    assert_close(jax.tree.map(lambda x: x[5], params), expected(make))
 
 
 def test_an_axis_that_is_not_bound_and_gradients_that_are_not_averaged_are_errors():

@@ -48,7 +48,13 @@ def test_training_and_validation_share_no_image_of_cifar10(images):
     assert np.mean(by_name["sparse"].examples["image"] == 0) > 0.5
 
 
-def test_training_and_validation_draw_different_digits_like_scanned_handwriting(images):
+def test_training_and_validation_draw_different_digits_like_scanned_handwriting(images, monkeypatch):
+    sources, draw = [], tiny.draw_digits
+    monkeypatch.setattr(tiny, "draw_digits", lambda *own: sources.append(own[2]) or draw(*own))
+    by_name = {task.name: task for task in (*tiny_tasks(), *tiny_validation_tasks())}
+    training, validation = (set(range(719)[rows]) for rows in sources)
+    assert training | validation == set(range(719))
+    assert not training & validation
     drawn = [tiny.draw_digits(28, 300, rows) for rows in (slice(0, None, 2), slice(1, None, 2))]
     for examples in drawn:
         image = examples["image"]
@@ -61,7 +67,6 @@ def test_training_and_validation_draw_different_digits_like_scanned_handwriting(
         place = np.indices((28, 28)).reshape(2, -1) @ image.reshape(300, -1).T / image.sum((1, 2, 3)) - 13.5
         assert np.abs(place).max() < 6
         assert set(examples["label"]) == set(range(10))
-    by_name = {task.name: task for task in (*tiny_tasks(), *tiny_validation_tasks())}
     assert by_name["ink-autoencoder-wide"].examples["image"].min() == 0  # targets are probabilities
     ink = by_name["ink"].examples["image"]
     np.testing.assert_allclose(ink.mean((1, 2, 3)), 0, atol=1e-5)

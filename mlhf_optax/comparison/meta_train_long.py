@@ -90,12 +90,13 @@ def meta_train_on_tiny_tasks(
     known = load_start(family, start)
     options = family.resolve(options, known)
     learned = family.learned(options, known)
-    assert learned.init is not None  # every family has one
-    initial = learned.init(jax.random.key(seed), tasks[0])
+
+    def initial(optimizer: mt.LearnedOptimizer) -> Any:
+        assert optimizer.init is not None  # every family has one
+        return optimizer.init(jax.random.key(seed), tasks[0])
+
     # Scores are over the untrained optimizer also where others are gone on from, so that they compare.
-    untrained = family.learned(options, None).init
-    assert untrained is not None
-    reference = untrained(jax.random.key(seed), tasks[0])
+    untrained = initial(family.learned(options, None))
     names = [task.name for task in tasks]
     made = {**dataclasses.asdict(options), "start": start, "iterations": schedule.iterations}
     made |= {"tasks": names, "validation_tasks": [task.name for task in validation_tasks]}
@@ -115,9 +116,9 @@ def meta_train_on_tiny_tasks(
     done = mt.meta_train(
         None,
         None,
-        initial,
+        initial(learned),
         sample,
-        _Validator(validation_tasks, learned, reference, validation_steps, config.loss_floor),
+        _Validator(validation_tasks, learned, untrained, validation_steps, config.loss_floor),
         output,
         schedule,
         seed=seed,

@@ -77,8 +77,7 @@ def average_sides(sides: Sides, gradient: jax.Array, decay: float) -> Sides:
 
     def averaged(side: Side, x: jax.Array) -> Side:
         rows = _blocked(x, side.factor)
-        # Of sharded gradients the compiler would leave each device a part, and gather the mean at every use.
-        outer = devices.on_all(jnp.einsum("bij,bkj->bik", rows, rows))
+        outer = jnp.einsum("bij,bkj->bik", rows, rows)
         return side._replace(factor=decay * side.factor + (1 - decay) * outer)
 
     return averaged(sides[0], matrix), averaged(sides[1], matrix.T)
@@ -120,6 +119,7 @@ def refresh_sides(
         functools.partial(_refreshed, floor, _decomposed),
         pairs,
     )
+    # Of sharded gradients the compiler would leave each device a part, and gather it at every use.
     return [jax.tree.map(devices.on_all, sides) for sides, _ in fresh]
 
 

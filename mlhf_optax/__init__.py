@@ -31,6 +31,7 @@ from mlhf_optax.pretrained import load_pretrained as load_pretrained
 from mlhf_optax.pretrained.files import Pretrained as Pretrained
 from mlhf_optax.pretrained.files import load_meta_params as load_meta_params
 from mlhf_optax.pretrained.files import save_meta_params as save_meta_params
+from mlhf_optax.transforms import limit_growth as limit_growth
 from mlhf_optax.transforms import limit_update_ratio as limit_update_ratio
 
 __version__ = "0.1.0"

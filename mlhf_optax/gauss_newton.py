@@ -25,6 +25,7 @@ def gauss_newton(
     curvature_batch_size: CurvatureBatch = None,
     per_example: PerExample = None,
     axis_name: AxisName = None,
+    max_growth: float | None = None,
     max_update_ratio: float | None = 0.25,
     momentum: float | None = None,
     weight_decay: float = 0.0,
@@ -58,6 +59,8 @@ def gauss_newton(
         one entry per example; None if that is so for all of the batch.
       axis_name: axis of ``jax.shard_map`` or ``jax.pmap`` along which batches differ
         (:func:`mlhf_optax.scale_by_damped_step`); None for ``jax.jit``.
+      max_growth: bound on the norm of a direction, as a multiple of what it has typically been lately
+        (:func:`mlhf_optax.limit_growth`); None for none, and no state. 1 prevents spikes late in a training.
       max_update_ratio: bound on the norm of the update as a share of that of the parameters; None for none.
       momentum: decay of a running average over updates; None for none.
       weight_decay: decoupled weight decay.
@@ -95,6 +98,10 @@ def gauss_newton(
         axis_name=axis_name,
     )
     after = after_solve(
-        learning_rate, max_update_ratio=max_update_ratio, momentum=momentum, weight_decay=weight_decay
+        learning_rate,
+        max_growth=max_growth,
+        max_update_ratio=max_update_ratio,
+        momentum=momentum,
+        weight_decay=weight_decay,
     )
     return optax.chain(direction, after)

@@ -107,6 +107,7 @@ def mlhf(
     curvature_batch_size: CurvatureBatch = None,
     per_example: PerExample = None,
     axis_name: AxisName = None,
+    max_growth: float | None = None,
     max_update_ratio: float | None = 0.25,
     momentum: float | None = None,
     weight_decay: float = 0.0,
@@ -128,6 +129,8 @@ def mlhf(
       per_example: what of the batch has one entry per example.
       axis_name: axis of ``jax.shard_map`` or ``jax.pmap`` along which batches differ
         (:func:`mlhf_optax.scale_by_damped_step`); None for ``jax.jit``.
+      max_growth: bound on the norm of a direction, as a multiple of what it has typically been lately
+        (:func:`mlhf_optax.limit_growth`); None for none, and no state. 1 prevents spikes late in a training.
       max_update_ratio: bound on the norm of the whole update as a share of the norm of the
         parameters (:func:`mlhf_optax.limit_update_ratio`). The authors' code has this bound at 0.25,
         but only in meta-training; meta-parameters trained under it diverge without it. None for
@@ -175,6 +178,10 @@ def mlhf(
         unroll=unroll,
     )
     after = after_solve(
-        learning_rate, max_update_ratio=max_update_ratio, momentum=momentum, weight_decay=weight_decay
+        learning_rate,
+        max_growth=max_growth,
+        max_update_ratio=max_update_ratio,
+        momentum=momentum,
+        weight_decay=weight_decay,
     )
     return optax.chain(direction, after)

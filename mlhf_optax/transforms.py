@@ -1,4 +1,4 @@
-"""What follows the solve: learning rate, bound on the update, momentum, weight decay."""
+"""What follows the solve: bounds on direction and update, learning rate, momentum, weight decay."""
 
 from typing import Any, NamedTuple
 
@@ -9,21 +9,25 @@ import optax
 
 from mlhf_optax import devices, trees
 
+_FREE_UPDATES = 3  # before there is anything that could be called typical
+
 
 def after_solve(
     learning_rate: optax.ScalarOrSchedule,
     *,
+    max_growth: float | None = None,
     max_update_ratio: float | None = 0.25,
     momentum: float | jax.Array | None = None,
     weight_decay: float | jax.Array = 0.0,
 ) -> optax.GradientTransformation:
-    """Returns what turns a direction into an update: weight decay, learning rate, bound, momentum.
+    """Returns what turns a direction into an update: bounds, weight decay, learning rate, momentum.
 
     Each update is bounded before it is averaged, so that one bad gradient moves the average by a bounded
     amount.
 
     Args:
       learning_rate: a number or an optax schedule.
+      max_growth: bound on the direction, see :func:`limit_growth`; None for no bound, and no state.
       max_update_ratio: see :func:`limit_update_ratio`; None for no bound.
       momentum: see :func:`average_updates`; None for none, and no state.
       weight_decay: see :func:`decay_weights`.
@@ -40,6 +44,7 @@ def after_solve(
       Array([-0.5, -1. ], dtype=float32)
     """
     return optax.chain(
+        *(() if max_growth is None else (limit_growth(max_growth),)),
         decay_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
         optax.identity() if max_update_ratio is None else limit_update_ratio(max_update_ratio),
@@ -84,6 +89,79 @@ def limit_update_ratio(max_update_ratio: float, min_rms: float = 1e-3) -> optax.
         return jax.tree.map(lambda u: (scale * u).astype(u.dtype), updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update_fn)
+
+
+class LimitGrowthState(NamedTuple):
+    """State of :func:`limit_growth`.
+
+    Attributes:
+      count: updates so far; those that are zero are not among them.
+      log_norm: running mean of the logarithms of their norms, before the bound.
+    """
+
+    count: jax.Array  # shape=(), dtype=int32
+    log_norm: jax.Array  # shape=(), dtype=float32
+
+
+def limit_growth(max_growth: float = 1.0, decay: float = 0.98) -> optax.GradientTransformation:
+    """Bounds the norm of the whole update to a multiple of what updates have typically had lately.
+
+    Scales the update by ``min(1, max_growth * typical / |u|)``, where ``typical`` is the geometric mean of
+    the norms of the updates before, with weights that decay. The norms count as they were before the bound,
+    so the bound follows updates that stay larger. It is without scale: updates that are all multiplied
+    by a number are bounded as before.
+
+    Late in a training that fits most examples, a few mini-batches hold one that it does not fit, and their
+    directions are far longer than the others. Each throws the parameters back by many steps. Two of three
+    spikes of the loss vanish with this bound, and losses fall by orders of magnitude where there were many;
+    elsewhere little changes. Chain it before the learning rate, so that schedules are followed at once.
+
+    Args:
+      max_growth: bound on ``|u| / typical``, > 0.
+      decay: decay of the weights per update, in (0, 1).
+
+    Returns:
+      A gradient transformation. The first three updates are not bounded, and zero updates, which skipped
+      steps give, change nothing.
+
+    Raises:
+      ValueError: for numbers out of range.
+
+    Example:
+      >>> tx = limit_growth(2.0)
+      >>> state = tx.init(None)
+      >>> for norm in (1.0, 1.0, 1.0, 10.0):
+      ...     update, state = tx.update(jnp.array([norm, 0.0]), state)
+      >>> update
+      Array([2., 0.], dtype=float32)
+    """
+    if isinstance(max_growth, int | float) and not max_growth > 0:
+        raise ValueError(f"`max_growth` must be positive, or None for no bound, got {max_growth}")
+    if not 0 < decay < 1:
+        raise ValueError(f"`decay` must be in (0, 1), got {decay}")
+
+    def init_fn(params):
+        state = LimitGrowthState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+        return devices.on_mesh_of(params, state)
+
+    def update_fn(updates, state, params: Any = None):
+        del params
+        norm = trees.norm(updates)
+        is_step = norm > 0
+        divisor = jnp.where(is_step, norm, 1.0)
+        longest = max_growth * jnp.exp(state.log_norm)
+        is_long = (state.count >= _FREE_UPDATES) & (norm > longest)
+        scale = jnp.where(is_long, longest / divisor, 1.0)
+        # The weights of a mean over all so far, until they decay more slowly than that.
+        share = jnp.maximum(1 - decay, 1 / (state.count + 1))
+        log_norm = state.log_norm + share * (jnp.log(divisor) - state.log_norm)
+        new = LimitGrowthState(
+            jnp.asarray(optax.safe_increment(state.count)), log_norm.astype(state.log_norm.dtype)
+        )
+        bounded = jax.tree.map(lambda u: (scale * u).astype(u.dtype), updates)
+        return bounded, trees.select(is_step, new, state)
+
+    return optax.GradientTransformation(init_fn, update_fn)
 
 
 def decay_weights(weight_decay: float | jax.Array) -> optax.GradientTransformation:

@@ -43,7 +43,7 @@ def test_the_names_of_the_readme_are_there():
         SoftmaxCrossEntropy SquaredError layer_types PAPER_SETTINGS AUTHORS_SETTINGS
         scale_by_mlhf scale_by_hessian_free DampedStepState StepInfo LevenbergMarquardt Settings MetaParams
         init_meta_params extend_meta_params load_meta_params list_pretrained ggn_matvec pcg
-        limit_update_ratio SigmoidCrossEntropy Pretrained
+        limit_update_ratio limit_growth SigmoidCrossEntropy Pretrained
     """
     assert set(expected.split()) - {"TrainState"} <= EXPORTS.keys()
     assert re.fullmatch(r"\d+\.\d+\.\d+", mlhf_optax.__version__)

@@ -1,4 +1,4 @@
-"""What follows the solve: the bound on the update, momentum, weight decay, their order and their errors."""
+"""What follows the solve: both bounds, momentum, weight decay, their order and their errors."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mlhf_optax import limit_update_ratio
+from mlhf_optax import limit_growth, limit_update_ratio
 from mlhf_optax.transforms import after_solve, average_updates, decay_weights, require_params
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
@@ -62,6 +62,72 @@ def test_dtypes_are_kept_and_norms_do_not_overflow_in_them(dtype):
     np.testing.assert_allclose(got.astype(float), np.full(1000, 0.5), rtol=1e-2)
 
 
+# The bound on growth.
+
+
+def bounded_norms(norms, max_growth, decay, free=3):
+    """What `limit_growth` does to norms, with the whole history at hand."""
+    seen, found = [], []
+    for norm in norms:
+        if norm > 0 and len(seen) >= free:
+            shares = np.maximum(1 - decay, 1 / np.arange(1, len(seen) + 1))
+            weights = [share * np.prod(1 - shares[k + 1 :]) for k, share in enumerate(shares)]
+            found.append(min(norm, max_growth * np.exp(np.average(np.log(seen), weights=weights))))
+        else:
+            found.append(norm)
+        seen += [norm] if norm > 0 else []
+    return found
+
+
+@pytest.mark.parametrize(("max_growth", "decay"), [(1.0, 0.98), (0.5, 0.7), (2.0, 0.9)])
+def test_norms_are_bounded_by_the_geometric_mean_of_those_before(x64, max_growth, decay):
+    norms = np.exp(np.random.default_rng(0).normal(size=80))
+    norms[[0, 7, 8]] = 0
+    direction = np.array([0.6, -0.8])
+    found, state = run(limit_growth(max_growth, decay), [jnp.asarray(n * direction) for n in norms])
+    want = np.outer(bounded_norms(norms, max_growth, decay), direction)
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+    assert int(state.count) == 77
+
+
+def test_the_bound_on_growth_has_no_scale_and_follows_updates_that_stay_larger():
+    norms = np.r_[np.ones(50), np.full(300, 100.0)]
+    small, _ = run(limit_growth(), [jnp.array([n, 0.0]) for n in norms])
+    large, _ = run(limit_growth(), [jnp.array([1e6 * n, 0.0]) for n in norms])
+    np.testing.assert_allclose(large, 1e6 * np.asarray(small), rtol=1e-4)
+    lengths = np.asarray(small)[:, 0]
+    assert lengths[50] == 1
+    assert lengths[-1] > 95
+    assert np.all(np.diff(lengths[50:]) > 0)
+
+
+def test_one_long_update_among_short_ones_hardly_moves_the_bound():
+    norms = [1.0] * 60 + [1e6, 1.0, 1e6]
+    found, _ = run(limit_growth(), [{"a": jnp.full(4, n / 2)} for n in norms])
+    lengths = [float(jnp.linalg.norm(update["a"])) for update in found]
+    np.testing.assert_allclose(lengths[:62], 1.0, rtol=1e-5)
+    assert lengths[62] < 1.4  # 1e6^0.02 = 1.32
+
+
+def test_growth_under_vmap_scan_and_grad_and_in_low_precision():
+    tx = limit_growth(decay=0.5)
+
+    def lengths(scale):
+        updates = scale * jnp.array([[1.0, 2.0], [0.0, 0.0], [3.0, 1.0], [2.0, 2.0], [9.0, 9.0]])
+        step = lambda state, update: tx.update(update, state)[::-1]
+        return jax.lax.scan(step, tx.init(None), updates)[1]
+
+    each = jax.vmap(lengths)(jnp.array([0.0, 1.0, 3.0]))
+    for got, scale in zip(each, (0.0, 1.0, 3.0), strict=True):
+        np.testing.assert_allclose(got, lengths(scale), rtol=1e-6)
+    gradient = jax.jacfwd(lengths)(0.0), jax.jacfwd(lengths)(1.0)
+    np.testing.assert_allclose(gradient[1], lengths(1.0), rtol=1e-5)  # it is without scale
+    assert np.all(np.isfinite(gradient[0]))
+    found, _ = run(limit_growth(), [jnp.ones(3, jnp.bfloat16)] * 4 + [jnp.full(3, 8.0, jnp.bfloat16)])
+    assert found[-1].dtype == jnp.bfloat16
+    np.testing.assert_allclose(found[-1].astype(float), 1.0, rtol=1e-2)
+
+
 # Momentum.
 
 
@@ -106,6 +172,12 @@ def test_without_options_it_is_the_learning_rate_alone_and_keeps_no_state():
     assert [leaf.shape for leaf in jax.tree.leaves(state)] == [()]  # the count of the schedule
 
 
+def test_growth_is_bounded_before_the_learning_rate():
+    tx = after_solve(optax.linear_schedule(0.0, 1.0, 10), max_growth=1.0, max_update_ratio=None)
+    found, _ = run(tx, [jnp.array([1.0])] * 8 + [jnp.array([5.0])], jnp.ones(1))
+    np.testing.assert_allclose(np.ravel(found), -0.1 * np.arange(9), atol=1e-6)
+
+
 @pytest.mark.parametrize("parameter", [1.0, jnp.nan, jnp.inf])
 def test_a_zero_direction_gives_a_zero_update_whatever_the_parameters_are(parameter):
     tx = after_solve(0.5, momentum=0.5, weight_decay=0.1)
@@ -136,13 +208,19 @@ def test_numbers_that_are_injected_do_not_change_the_structure_of_the_state():
 # Errors.
 
 
-def test_a_ratio_that_is_not_positive_and_a_momentum_out_of_range_are_errors():
+def test_bounds_that_are_not_positive_and_decays_out_of_range_are_errors():
     for make in (limit_update_ratio, lambda r: after_solve(1.0, max_update_ratio=r)):
         for ratio in (0, -0.5, float("nan")):
             with pytest.raises(
                 ValueError, match="`max_update_ratio` must be positive, or None for no bound, "
             ):
                 make(ratio)
+    for growth in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="`max_growth` must be positive, or None for no bound, got"):
+            after_solve(1.0, max_growth=growth)
+    for decay in (0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"`decay` must be in \(0, 1\), got"):
+            limit_growth(decay=decay)
     for momentum in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match=r"`momentum` must be in \[0, 1\), or None for none, got"):
             average_updates(momentum)

@@ -45,6 +45,7 @@ BEST_CONSTANT = {
     "metric": "kronecker",
     "gradient_decay": 0.86,
     "unit_decay": 0.98,
+    "max_growth": 1.0,
     "num_cg_steps": 2,
     "curvature_batch_size": 0.25,
 }

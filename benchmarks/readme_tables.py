@@ -307,9 +307,8 @@ def general_validation() -> list[str]:
     note = (
         "Loss over that of the constant from which the LSTM starts, geometric mean over two trainings of "
         f"{len(found['meta_training']['validation_tasks'])} larger networks that it is not trained on. "
-        f"{found['seconds'] / 60:.0f} minutes on one core. Made at commit {found['commit'][:7]}, with the "
-        f"{len(found['meta_training']['tasks'])} tasks that it had; where tasks were added since, the "
-        "command gives other numbers."
+        f"{found['seconds'] / 60:.0f} minutes on one core. Made at commit {found['commit'][:7]}, from "
+        f"{found['meta_training']['start']}. {found.get('note', '')}"
     )
     return with_note(rows, note, found)
 

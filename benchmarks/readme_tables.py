@@ -308,7 +308,7 @@ def general_validation() -> list[str]:
         "Loss over that of the constant from which the LSTM starts, geometric mean over two trainings of "
         f"{len(found['meta_training']['validation_tasks'])} larger networks that it is not trained on. "
         f"{found['seconds'] / 60:.0f} minutes on one core. Made at commit {found['commit'][:7]}, from "
-        f"{found['meta_training']['start']}. {found.get('note', '')}"
+        f"{found['meta_training']['start'] or 'nothing'}. {found.get('note', '')}"
     )
     return with_note(rows, note, found)
 

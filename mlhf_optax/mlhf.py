@@ -148,7 +148,8 @@ def mlhf(
 
     Raises:
       TypeError: from ``update`` if ``batch`` is missing.
-      ValueError: as :func:`scale_by_mlhf`, and for a ``max_update_ratio`` that is not positive.
+      ValueError: as :func:`scale_by_mlhf`, and for a ``max_growth`` or ``max_update_ratio`` that is not
+        positive.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.experimental.shard_alike import shard_alike
 
 AxisName = Hashable | Sequence[Hashable] | None
 
@@ -30,13 +29,12 @@ def zeros_like(param: Any, dtype: Any = None, leading: tuple[int, ...] = ()) -> 
       >>> zeros_like(jnp.ones((3, 2)), leading=(4,)).shape
       (4, 3, 2)
     """
-    shape = (*leading, *jnp.shape(param))
-    if isinstance(param, Tracer):
-        # A constant depends on nothing, so the compiler would give every device all of it.
-        like = jnp.broadcast_to(lax.stop_gradient(param), shape)
-        return shard_alike(like, jnp.zeros_like(like, dtype))[1]
-    zeros = jnp.zeros_like(param, dtype)
-    return jnp.broadcast_to(zeros, shape) if leading else zeros
+    if not isinstance(param, Tracer):
+        zeros = jnp.zeros_like(param, dtype)
+        return jnp.broadcast_to(zeros, (*leading, *jnp.shape(param))) if leading else zeros
+    like = jnp.broadcast_to(lax.stop_gradient(param), (*leading, *param.shape)).astype(dtype or param.dtype)
+    # A constant depends on nothing, so the compiler would give every device all of it.
+    return _placed_like(like, jnp.zeros_like(like))
 
 
 def alike(old: Any, new: Any) -> Any:
@@ -53,9 +51,22 @@ def alike(old: Any, new: Any) -> Any:
         is_traced = isinstance(before, Tracer) and isinstance(after, Tracer)
         if not is_traced or after.ndim == 0 or before.shape != after.shape:
             return after
-        return shard_alike(lax.stop_gradient(before), after)[1]
+        return _placed_like(lax.stop_gradient(before), after)
 
     return jax.tree.map(one, old, new)
+
+
+def _placed_like(like: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns the values, traced, on the devices as an array of the same shape lies."""
+    mesh = _mesh_of(like)
+    if mesh is None:
+        return values
+    if jax.sharding.AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(values, jax.typeof(like).sharding)
+    # The compiler puts what it chooses between in one place. That the choice is always the same it learns
+    # only after it has decided what lies where, and then there is nothing left to choose.
+    always = lax.optimization_barrier(jnp.array(True))
+    return jnp.where(always, values, like.astype(values.dtype))
 
 
 def on_mesh_of(params: chex.ArrayTree, state: Any) -> Any:

@@ -1,7 +1,8 @@
-"""What a data-parallel training step of MLHF sends between devices, and the efficiency that follows.
+"""What a training step of MLHF sends between devices, and the efficiency that follows.
 
-Compiles one step for meshes of 1, 2, 4 and 8 CPU devices and counts the collectives in the compiled program.
-Nothing is timed: eight devices of one CPU share its cores. The prediction for GPUs is this model:
+Compiles one step for meshes of 1, 2, 4 and 8 devices, with parameters whole on every device (data parallel)
+or cut as the batch is (sharded), and counts the collectives in the compiled program. Steps are timed only
+where devices are real: eight devices of one CPU share its cores. The prediction for GPUs is this model:
 
     compute time   = floating-point operations of one device / (peak * utilization)
     all-reduce     = latency + 2 (n - 1) / n * bytes / bandwidth     (ring)
@@ -10,10 +11,13 @@ Nothing is timed: eight devices of one CPU share its cores. The prediction for G
 
 Nothing overlaps in it, so it is pessimistic. The ideal of weak scaling is the time of one device with the
 same batch per device, that of strong scaling the time of one device divided by n.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python benchmarks/scaling.py
 """
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -25,9 +29,11 @@ import optax
 from experiment import BenchmarkOptions, command_line, parse_options
 from jax.sharding import PartitionSpec as P
 
-from mlhf_optax import SoftmaxCrossEntropy, gauss_newton, init_meta_params, mlhf
-from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
+from mlhf_optax import SoftmaxCrossEntropy, gauss_newton, init_meta_params, load_pretrained, mlhf
+from mlhf_optax.comparison.timing import interleaved
 
+PLACEMENTS = {"data parallel": P(), "sharded": P("data")}
+"""How the parameters lie, by name."""
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _SIZES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "f64": 8, "s64": 8}
 _LOSS = SoftmaxCrossEntropy()
@@ -53,6 +59,8 @@ class Options(BenchmarkOptions):
     """Floating-point operations per second of one device: float32 of an H100 without tensor cores."""
     utilization: float = 0.4
     """Share of the peak that is reached."""
+    timed: bool = jax.default_backend() != "cpu"
+    """Also time the steps; by default where devices are no parts of one CPU."""
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
@@ -106,82 +114,117 @@ def _predict(params: Any, batch: Any) -> jax.Array:
 def optimizers(cg_steps: int) -> dict[str, Any]:
     """Returns the optimizers by name."""
     coordinate = init_meta_params(jax.random.key(0), layer_types=["dense_kernel", "dense_bias"])
-    learned = {"mlhf, coordinate_lstm": coordinate, "mlhf, tensor_lstm": init_tensor_lstm(jax.random.key(0))}
-    found = {name: mlhf(1.0, of, _predict, _LOSS, num_cg_steps=cg_steps) for name, of in learned.items()}
-    found["gauss_newton"] = gauss_newton(1.0, _predict, _LOSS, num_cg_steps=cg_steps)
-    return found | {"adam": optax.with_extra_args_support(optax.adam(1e-3))}
+    return {
+        "general": load_pretrained().optimizer(_predict, _LOSS),
+        "mlhf, LSTM per coordinate": mlhf(1.0, coordinate, _predict, _LOSS, num_cg_steps=cg_steps),
+        "gauss_newton": gauss_newton(1.0, _predict, _LOSS, num_cg_steps=cg_steps),
+        "adam": optax.with_extra_args_support(optax.adam(1e-3)),
+    }
 
 
-def compile_step(tx: Any, devices: int, batch_size: int, width: int) -> Any:
-    """Returns the compiled step of a batch sharded over so many devices; nothing is run."""
-    mesh = jax.sharding.Mesh(jax.devices()[:devices], ("data",))
-    shape = lambda axes: (
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, axes))
-    )
-    batch = {"image": jnp.zeros((batch_size, 256)), "label": jnp.zeros(batch_size, jnp.int32)}
-    params = jax.eval_shape(lambda: _layers((256, width, width, 128)))
-    state = jax.tree.map(shape(P()), jax.eval_shape(tx.init, params))
+def make_step(tx: Any) -> Any:
+    """Returns ``step(params, state, batch)``, jitted."""
 
+    @jax.jit
     def step(params, state, batch):
         grads = jax.grad(lambda p: _LOSS(_predict(p, batch), batch))(params)
         updates, state = tx.update(grads, state, params, batch=batch)
         return optax.apply_updates(params, updates), state
 
-    arguments = jax.tree.map(shape(P()), params), state, jax.tree.map(shape(P("data")), batch)
-    return jax.jit(step).lower(*arguments).compile()
+    return step
+
+
+def start(tx: Any, devices: int, batch_size: int, width: int, placement: jax.P) -> tuple[Any, Any, Any]:
+    """Returns parameters, state and batch on a mesh of so many devices."""
+    mesh = jax.sharding.Mesh(jax.devices()[:devices], ("data",))
+    put = lambda tree, spec: jax.device_put(tree, jax.NamedSharding(mesh, spec))
+    image = jax.random.normal(jax.random.key(1), (batch_size, 256))
+    params = put(_layers((256, width, width, 128)), placement)
+    batch = put({"image": image, "label": jnp.arange(batch_size) % 128}, P("data"))
+    return params, jax.jit(tx.init)(params), batch
+
+
+def seconds_per_step(step: Any, arguments: tuple[Any, Any, Any], repeats: int) -> float:
+    """Returns the median over rounds of the time of one step, the state of one going into the next."""
+    params, state, batch = arguments
+
+    def run() -> Any:
+        nonlocal params, state
+        params, state = step(params, state, batch)
+        return params
+
+    return interleaved({"step": run}, repeats=repeats)["step"].median
 
 
 def measure(name: str, tx: Any, options: Options) -> list[dict[str, Any]]:
-    """Returns one row per way of scaling and size of the mesh."""
+    """Returns one row per placement, way of scaling and size of the mesh."""
     rows = []
-    for scaling in ("weak", "strong"):
-        single = 0.0
+    for (placement, spec), scaling in itertools.product(PLACEMENTS.items(), ("weak", "strong")):
+        single = single_seconds = 0.0
         for devices in options.devices:
             batch = options.batch * devices if scaling == "weak" else options.batch
-            compiled = compile_step(tx, devices, batch, options.width)
+            arguments = start(tx, devices, batch, options.width, spec)
+            compiled = make_step(tx).lower(*arguments).compile()
             found, flops = collectives(compiled.as_text()), compiled.cost_analysis()["flops"]
             single = single or flops
-            ideal = single if scaling == "weak" else single / devices
-            rows.append(
-                {
-                    "optimizer": name,
-                    "scaling": scaling,
-                    "devices": devices,
-                    "batch": batch,
-                    "flops": flops,
-                    "collectives": {kind: count for kind, (count, _) in found.items()},
-                    "bytes": sum(size for _, size in found.values()),
-                    "efficiency": predicted_efficiency(devices, flops, ideal, found, options),
-                }
-            )
+            share = 1 if scaling == "weak" else 1 / devices
+            row = {
+                "optimizer": name,
+                "placement": placement,
+                "scaling": scaling,
+                "devices": devices,
+                "batch": batch,
+                "flops": flops,
+                "collectives": {kind: count for kind, (count, _) in found.items()},
+                "bytes": sum(size for _, size in found.values()),
+                "efficiency": predicted_efficiency(devices, flops, single * share, found, options),
+            }
+            if options.timed:
+                row["seconds"] = seconds_per_step(compiled, arguments, options.repeats)
+                single_seconds = single_seconds or row["seconds"]
+                row["measured_efficiency"] = single_seconds * share / row["seconds"]
+            rows.append(row)
     return rows
 
 
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     """Prints the table."""
     print(
-        f"{'optimizer':24s}{'scaling':8s}{'devices':>8s}{'batch':>8s}{'MB':>8s}{'efficiency':>12s}"
-        "  collectives"
+        f"{'optimizer':26s}{'parameters':15s}{'scaling':8s}{'devices':>8s}{'batch':>7s}{'MB':>8s}"
+        f"{'predicted':>10s}{'measured':>10s}  collectives"
     )
     for row in rows:
         sent = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items()) or "none"
+        measured = row.get("measured_efficiency")
         print(
-            f"{row['optimizer']:24s}{row['scaling']:8s}{row['devices']:8d}{row['batch']:8d}"
-            f"{row['bytes'] / 1e6:8.1f}{row['efficiency']:12.2f}  {sent}",
+            f"{row['optimizer']:26s}{row['placement']:15s}{row['scaling']:8s}{row['devices']:8d}"
+            f"{row['batch']:7d}{row['bytes'] / 1e6:8.1f}{row['efficiency']:10.2f}"
+            f"{'-' if measured is None else format(measured, '.2f'):>10s}  {sent}",
             flush=True,
         )
 
 
 def draw(figure: Any, content: dict[str, Any]) -> None:
-    """Draws the predicted efficiency over the devices."""
-    figure.set_size_inches(9, 4)
-    for axes, scaling in zip(figure.subplots(1, 2, sharey=True), ("weak", "strong"), strict=True):
-        rows = [row for row in content["rows"] if row["scaling"] == scaling]
-        for name in dict.fromkeys(row["optimizer"] for row in rows):
-            own = [row for row in rows if row["optimizer"] == name]
-            axes.plot([r["devices"] for r in own], [r["efficiency"] for r in own], marker="o", label=name)
-        axes.set(title=f"{scaling} scaling", xlabel="devices", ylabel="predicted efficiency", ylim=(0, 1.05))
-        axes.legend(fontsize=8)
+    """Draws the efficiency over the devices: predicted as lines, measured as crosses."""
+    figure.set_size_inches(9, 7)
+    grid = figure.subplots(len(PLACEMENTS), 2, sharex=True, sharey=True)
+    for placement, row_of_axes in zip(PLACEMENTS, grid, strict=True):
+        for axes, scaling in zip(row_of_axes, ("weak", "strong"), strict=True):
+            kind = (placement, scaling)
+            rows = [row for row in content["rows"] if (row["placement"], row["scaling"]) == kind]
+            for name in dict.fromkeys(row["optimizer"] for row in rows):
+                own = [row for row in rows if row["optimizer"] == name]
+                sizes, values = [r["devices"] for r in own], [r["efficiency"] for r in own]
+                (line,) = axes.plot(sizes, values, marker="o", label=name)
+                measured = [r.get("measured_efficiency", math.nan) for r in own]
+                axes.plot(sizes, measured, linestyle="", marker="x", color=line.get_color())
+            axes.set(title=f"{placement}, {scaling} scaling", ylim=(0, 1.05))
+            axes.grid(alpha=0.3)
+    for axes in grid[-1]:
+        axes.set_xlabel("devices")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("efficiency")
+    grid[0][0].legend(fontsize=8)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -197,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for name, tx in optimizers(options.cg_steps).items():
         rows += measure(name, tx, options)
-        print_rows(rows[-2 * len(options.devices) :])
+        print_rows(rows[-2 * len(PLACEMENTS) * len(options.devices) :])
     model = {key: getattr(options, key) for key in ("bandwidth", "latency", "peak", "utilization")}
     options.save(command_line(__file__, arguments), draw, rows=rows, model=model)
 

@@ -296,6 +296,30 @@ def has_diverged(losses: list[float | None]) -> bool:
     return last is None or first is None or last > 2 * first
 
 
+def scaling(content: dict[str, Any]) -> list[str]:
+    """Returns what a step sends on the most devices, and the efficiency predicted for them."""
+    most = max(row["devices"] for row in content["rows"])
+    found = {
+        (row["optimizer"], row["placement"], row["scaling"]): row
+        for row in content["rows"]
+        if row["devices"] == most
+    }
+    rows = [["optimizer", "parameters", "collectives per step", "MB per step", "weak", "strong"]]
+    for optimizer, placement in dict.fromkeys(key[:2] for key in found):
+        weak, strong = (found[optimizer, placement, kind] for kind in ("weak", "strong"))
+        sent = ", ".join(f"{count} {kind}" for kind, count in weak["collectives"].items())
+        efficiencies = [f"{row['efficiency']:.2f}" for row in (weak, strong)]
+        rows.append([optimizer, placement, sent, f"{weak['bytes'] / 1e6:.0f}", *efficiencies])
+    each = {kind: next(r["batch"] for k, r in found.items() if k[2] == kind) for kind in ("weak", "strong")}
+    note = (
+        f"A dense network 256-1024-1024-128 on {most} devices; {each['weak']:,} examples in weak scaling, "
+        f"{each['strong']:,} in strong. The efficiencies are predicted by the model that the script writes "
+        f"out: links of {content['model']['bandwidth'] / 1e9:.0f} GB/s, nothing overlaps. No devices were at "
+        "hand to measure them on."
+    )
+    return with_note(rows, note, content)
+
+
 def general_validation() -> list[str]:
     """Returns a row per validation of the meta-training of the shipped general meta-parameters."""
     found = load_pretrained().record
@@ -347,6 +371,7 @@ TABLES = {
     "held_out_medians": (held_out_medians, ["held_out"]),
     "held_out": (held_out, ["held_out"]),
     "held_out_learned": (held_out_learned, ["held_out"]),
+    "scaling": (scaling, ["scaling"]),
     "general_validation": (general_validation, []),
     "learned_optimizers": (learned_optimizers, ["learned_optimizers"]),
     "lodo_bowl": (lodo_bowl, ["lodo_bowl"]),

@@ -32,9 +32,9 @@ def zeros_like(param: Any, dtype: Any = None, leading: tuple[int, ...] = ()) -> 
     if not isinstance(param, Tracer):
         zeros = jnp.zeros_like(param, dtype)
         return jnp.broadcast_to(zeros, (*leading, *jnp.shape(param))) if leading else zeros
-    like = jnp.broadcast_to(lax.stop_gradient(param), (*leading, *param.shape)).astype(dtype or param.dtype)
+    like = jnp.broadcast_to(param, (*leading, *param.shape))
     # A constant depends on nothing, so the compiler would give every device all of it.
-    return _placed_like(like, jnp.zeros_like(like))
+    return _placed_like(like, jnp.zeros_like(like, dtype))
 
 
 def alike(old: Any, new: Any) -> Any:
@@ -51,7 +51,7 @@ def alike(old: Any, new: Any) -> Any:
         is_traced = isinstance(before, Tracer) and isinstance(after, Tracer)
         if not is_traced or after.ndim == 0 or before.shape != after.shape:
             return after
-        return _placed_like(lax.stop_gradient(before), after)
+        return _placed_like(before, after)
 
     return jax.tree.map(one, old, new)
 
@@ -62,11 +62,11 @@ def _placed_like(like: jax.Array, values: jax.Array) -> jax.Array:
     if mesh is None:
         return values
     if jax.sharding.AxisType.Explicit in mesh.axis_types:
-        return jax.sharding.reshard(values, jax.typeof(like).sharding)
+        return _laid(values, mesh, jax.typeof(like).sharding.spec)
     # The compiler puts what it chooses between in one place. That the choice is always the same it learns
     # only after it has decided what lies where, and then there is nothing left to choose.
     always = lax.optimization_barrier(jnp.array(True))
-    return jnp.where(always, values, like.astype(values.dtype))
+    return jnp.where(always, values, lax.stop_gradient(like).astype(values.dtype))
 
 
 def on_mesh_of(params: chex.ArrayTree, state: Any) -> Any:

@@ -252,6 +252,18 @@ def test_pieces_of_work_are_shared_out_and_come_back_in_order(count):
     assert twice.sharding.is_fully_replicated
 
 
+@pytest.mark.parametrize("make", [plain, coordinate, tensor])
+def test_a_mesh_with_explicit_axes_equals_one_device(make):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    put = lambda tree, axes: jax.device_put(tree, jax.NamedSharding(mesh, axes))
+    tx, params, batch = make(), put(start(), P()), put(examples(), P("data"))
+    with jax.set_mesh(mesh):
+        state, step = jax.jit(tx.init)(params), jax.jit(make_step(tx))
+        for _ in range(2):
+            params, state = step(params, state, batch)
+    assert_close(params, expected(make))
+
+
 def test_map_params_gives_shardings_that_jit_init_gives():
     tx, params = coordinate(), jax.device_put(start(), shardings(start()))
     shapes = jax.eval_shape(tx.init, params)

@@ -1,6 +1,7 @@
 """The tables of the READMEs: every one is made from the shipped results, and its numbers are theirs."""
 
 import math
+import re
 
 import polars as pl
 import pytest
@@ -94,7 +95,7 @@ def test_the_spread_over_seeds_is_told_where_there_are_several():
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_is_made_of_the_shipped_results(name):
     lines = table(name, ROOT / "benchmarks" / "results")
-    assert lines[-1].endswith(("2026-11-21.", "2026-11-22.", "2026-11-28.", "_mlhf`."))
+    assert re.search(r"; \d{4}-\d\d-\d\d\.$|_mlhf`\.$", lines[-1])
     widths = {line.count("|") for line in lines if line.startswith("|")}
     assert len(widths) == (name != "ggn_in_loops")
 

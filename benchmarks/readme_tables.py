@@ -320,6 +320,43 @@ def scaling(content: dict[str, Any]) -> list[str]:
     return with_note(rows, note, content)
 
 
+def meta_training_processes(content: dict[str, Any]) -> list[str]:
+    """Returns a row per trainer: seconds of a meta-iteration, and how much faster two processes are."""
+    sizes = content["sizes"]
+    rows = [["trainer", "one process, s", "two, s", "speed-up", "two that exchange nothing"]]
+    for row in content["rows"]:
+        name = {"long horizons": "`make_long_horizon_step`", "meta_step": "`make_meta_step`"}[row["trainer"]]
+        seconds = [f"{row[way]:.2f}" for way in ("one", "two")]
+        rows.append([name, *seconds, *(f"{row[f'{way}_speed_up']:.2f}" for way in ("two", "apart"))])
+    note = (
+        f"A meta-iteration of {sizes['trainings']} inner trainings (pairs with long horizons) of "
+        f"{sizes['steps']} steps, `{sizes['task']}`, batch {sizes['batch']}; medians of "
+        f"{len(content['rows'][0]['rounds'])} rounds, of the ratios within a round."
+    )
+    return with_note(rows, note, content)
+
+
+def ten_times_horizon(content: dict[str, Any]) -> list[str]:
+    """Returns a row per task: last loss and worst rise of MLHF, and of Adam at its defaults."""
+    rows = [["task", "last loss", "lowest", "worst rise", "Adam's last loss", "lowest", "worst rise"]]
+    for task in dict.fromkeys(row["task"] for row in content["rows"]):
+        cells = [task]
+        for row in (one for one in content["rows"] if one["task"] == task):
+            losses = ["-" if row[name] is None else format_loss(row[name]) for name in ("last", "best")]
+            rise = "not finite" if row["worst_rise"] is None else f"{row['worst_rise']:.1f}"
+            cells += [*losses, rise + " (at chance)" * row["ends_at_chance"]]
+        rows.append(cells)
+    own = [row for row in content["rows"] if row["is_learned"]]
+    note = (
+        f"{own[0]['steps'][-1]:,} steps of one training each; meta-training ends at 3,000. The worst rise is "
+        "the largest ratio of the training loss to its lowest until then, where losses below "
+        f"{content['floor']:g} of the loss before the first step count as that much. MLHF is above "
+        f"{content['spike']:g} on {sum(row['blows_up'] for row in own)} of {len(own)}, and ends at chance on "
+        f"{sum(row['ends_at_chance'] for row in own)}."
+    )
+    return with_note(rows, note, content)
+
+
 def general_validation() -> list[str]:
     """Returns a row per validation of the meta-training of the shipped general meta-parameters."""
     found = load_pretrained().record
@@ -372,6 +409,7 @@ TABLES = {
     "held_out": (held_out, ["held_out"]),
     "held_out_learned": (held_out_learned, ["held_out"]),
     "scaling": (scaling, ["scaling"]),
+    "meta_training_processes": (meta_training_processes, ["meta_training_processes"]),
     "general_validation": (general_validation, []),
     "learned_optimizers": (learned_optimizers, ["learned_optimizers"]),
     "lodo_bowl": (lodo_bowl, ["lodo_bowl"]),

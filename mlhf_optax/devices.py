@@ -279,10 +279,17 @@ class Spread(NamedTuple):
             check_vma=False,
         )
 
+    def put_fields(self, state: Any, cut: Sequence[str]) -> Any:
+        """Returns a named tuple with the named fields cut, and the others on all devices."""
+        place = lambda name, part: self.put(part, self.cut if name in cut else self.whole)
+        return type(state)(*(place(name, part) for name, part in zip(state._fields, state, strict=True)))
+
     def put(self, tree: Any, sharding: jax.NamedSharding) -> Any:
         """Returns arrays placed so; of several processes each has all of them, and keeps its part."""
 
         def place(leaf: Any) -> Any:
+            if getattr(leaf, "sharding", None) == sharding:
+                return leaf
             if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
                 return jax.device_put(leaf, sharding)
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

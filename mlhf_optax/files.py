@@ -72,20 +72,20 @@ def locked_folder(path: str | os.PathLike) -> Iterator[Path]:
     folder = Path(path)
     lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise OSError(
-            f"`output` {folder} is in use by another run; wait until that one ends, or use another folder"
-        ) from error
-    except OSError as error:
-        reason = error.strerror or str(error)
-        message = f"`output` {folder} is not a folder that can be written to ({reason}); use another one"
-        raise OSError(error.errno, message) from error
-    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise OSError(
+                f"`output` {folder} is in use by another run; wait until that one ends, or use another folder"
+            ) from error
+        except OSError as error:
+            reason = error.strerror or str(error)
+            message = f"`output` {folder} is not a folder that can be written to ({reason}); use another one"
+            raise OSError(error.errno, message) from error
         yield folder
     finally:
-        lock.release()
+        lock.release()  # nothing to do if it was not acquired
 
 
 def pack_arrays(arrays: Mapping[str, np.ndarray], text: Mapping[str, str]) -> bytes:

@@ -1,7 +1,9 @@
 """One of the processes of `test_sharding.py`: trains on its devices, and writes or reads a checkpoint.
 
-Arguments: port, number of processes, own number, devices per process, folder, and "write", "read", "die",
-which writes and has the last process killed before the second step, or "meta", which meta-trains.
+Arguments: port, number of processes, own number, devices per process, folder, and what to do: "write";
+"read"; "die", which writes and has the last process killed before the second step; "meta", which takes three
+meta-iterations; or "run", "resume" and "all", which meta-train with checkpoints until meta-iteration 2, from
+there to 4, and from nothing to 4.
 """
 
 import os
@@ -11,8 +13,11 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from jax.sharding import PartitionSpec as P
+
+RUNS = {"run": {"stop_after": 2}, "resume": {"resume": True}, "all": {}}
 
 
 def main(port, processes, own, devices, folder, task):
@@ -32,6 +37,9 @@ def main(port, processes, own, devices, folder, task):
     if task == "meta":
         state, seen = checks.run_long(checks.LONG, checks.LEARNED_MOMENTUM, checks.CENTRE, mesh=checks.MESH)
         return write((state.centre, state.counts, state.key, seen))
+    if task in RUNS:
+        done = meta_train(checks, folder / "run", **RUNS[task])
+        return write((done.state.centre, done.state.counts, done.best_meta_params, done.best_score))
 
     def spread(tree):
         """Puts what every process has whole on the mesh, cut along the first axis."""
@@ -54,6 +62,27 @@ def main(port, processes, own, devices, folder, task):
     params, state = step(params, state, batch)
     whole = jax.jit(lambda tree: tree, out_shardings=jax.NamedSharding(checks.MESH, P()))(params)
     return write(whole)
+
+
+def meta_train(checks, folder, stop_after=None, resume=False):
+    """Four meta-iterations over all devices, with a checkpoint after every second."""
+    from mlhf_optax import meta_training as mt  # only now, as it makes arrays
+
+    algorithm = mt.make_long_horizon_step(
+        [checks.TASK], checks.LEARNED_MOMENTUM, checks.LONG, optax.sgd(0.05), mesh=checks.MESH
+    )
+    batches = [checks.pairs_of_batches(checks.LONG, 0)]
+    return mt.meta_train(
+        None,
+        None,
+        checks.CENTRE,
+        lambda key: jax.tree.map(lambda leaf: jax.random.permutation(key, leaf), batches),
+        jax.jit(lambda m: mt.Validation(abs(m["rate"] + 1.02), m["rate"][None], m["sign"])),
+        folder,
+        mt.Schedule(iterations=4, checkpoint_every=2, validate_every=1, stop_after=stop_after),
+        resume=resume,
+        algorithm=algorithm,
+    )
 
 
 if __name__ == "__main__":

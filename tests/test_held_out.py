@@ -8,6 +8,7 @@ import held_out_tasks
 import jax
 import numpy as np
 import pytest
+import ten_times_horizon
 
 from mlhf_optax.comparison import engine
 from mlhf_optax.comparison.results import Curve
@@ -58,14 +59,18 @@ def test_the_poisson_residual_is_zero_for_the_solution():
     np.testing.assert_allclose(task.predict_fn(zero, points)[:, 0], f / 10, rtol=1e-4)
 
 
+def untrained(folder):
+    """The path of untrained meta-parameters."""
+    record = {"optimizer": "mlhf_general", "learning_rate": 1.0, "num_cg_steps": 2, "batch_size": 64}
+    record |= {"task": "none", "max_update_ratio": 0.25}
+    return str(save_meta_params(folder / "general", init_tensor_lstm(jax.random.key(0)), record))
+
+
 def test_ratios_and_losses_are_printed_written_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(held_out, "RATES", {"adam": [1e-2], "sgd": [1e-1], "muon": [1e-2]})
     monkeypatch.setattr(held_out, "STEPS", (1, 4))
     monkeypatch.setattr(engine, "seconds_per_step", lambda task, optimizers: dict.fromkeys(optimizers, 0.5))
-    record = {"optimizer": "mlhf_general", "learning_rate": 1.0, "num_cg_steps": 2, "batch_size": 64}
-    record |= {"task": "none", "max_update_ratio": 0.25}
-    path = save_meta_params(tmp_path / "general", init_tensor_lstm(jax.random.key(0)), record)
-    arguments = ["--tasks", "diabetes", "--steps", "4", "--seeds", "1", "--meta-params", str(path)]
+    arguments = ["--tasks", "diabetes", "--steps", "4", "--seeds", "1", "--meta-params", untrained(tmp_path)]
     arguments += ["--learned", "rnnprop"]
     held_out.main([*arguments, "--output", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -112,3 +117,46 @@ def test_unknown_tasks_are_named(capsys):
     with pytest.raises(SystemExit):
         held_out.main(["--tasks", "mnist-transformer"])
     assert "--tasks must be among" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("losses", "rise", "blows_up", "at_chance"),
+    [
+        ([1.0, 0.5, 0.2, 0.1], 1.0, False, False),
+        ([1.0, 0.1, 0.29, 0.05], 2.9, False, False),
+        ([1.0, 0.1, 0.4, 0.05], 4.0, True, False),
+        ([1.0, 1e-8, 1e-6, 1e-9], 1.0, False, False),  # both below the floor, 2e-3
+        ([1.0, 1e-8, 0.02, 1e-9], 10.0, True, False),
+        ([2.1, 2.0, 1.9, 1.9], 1.0, False, True),
+        ([1.0, 0.5, np.inf, np.inf], None, True, True),
+        ([1.0, 0.5, np.nan, 0.5], None, True, False),
+    ],
+)
+def test_trainings_that_blow_up_or_end_at_chance_are_told(losses, rise, blows_up, at_chance):
+    found = ten_times_horizon.about(losses, first=2.0)
+    assert (found["blows_up"], found["ends_at_chance"]) == (blows_up, at_chance)
+    assert found["worst_rise"] == (None if rise is None else pytest.approx(rise))
+
+
+def test_long_trainings_are_printed_written_and_drawn(tmp_path, capsys):
+    arguments = [
+        "--tasks",
+        "diabetes",
+        "--steps",
+        "8",
+        "--records",
+        "4",
+        "--meta-params",
+        untrained(tmp_path),
+    ]
+    ten_times_horizon.main([*arguments, "--output", str(tmp_path / "out")])
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [(row["optimizer"], row["is_learned"]) for row in rows][1] == ("adam defaults", False)
+    assert rows[0]["is_learned"]
+    assert all(row["steps"] == [2, 4, 6, 8] and len(row["losses"]) == 4 for row in rows)
+    assert all(row["last"] == row["losses"][-1] < row["first_loss"] for row in rows)
+    assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "worst rise" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        ten_times_horizon.main(["--steps", "5", "--records", "6"])
+    assert "--records must be at least 1" in " ".join(capsys.readouterr().err.replace("│", " ").split())

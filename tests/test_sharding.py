@@ -1,5 +1,6 @@
 """Training on several devices: XLA makes eight of one CPU, in a process of its own."""
 
+import json
 import os
 import pathlib
 import signal
@@ -52,14 +53,19 @@ def start_processes(processes, devices, folder, task):
     ]
 
 
-def run_processes(processes, devices, folder, task):
-    """Returns the arrays that the first of so many processes writes."""
-    runs = start_processes(processes, devices, folder, task)
+def outputs_of(runs):
+    """Waits for processes and returns what they print."""
     try:
-        outputs = [run.communicate(timeout=240)[0] for run in runs]
+        return [run.communicate(timeout=240)[0] for run in runs]
     finally:
         for run in runs:
             run.kill()
+
+
+def run_processes(processes, devices, folder, task):
+    """Returns the arrays that the first of so many processes writes."""
+    runs = start_processes(processes, devices, folder, task)
+    outputs = outputs_of(runs)
     assert not any(run.returncode for run in runs), "\n".join(output[-3000:] for output in outputs)
     with np.load(folder / f"{task}.npz") as leaves:
         return [leaves[name] for name in leaves.files]
@@ -94,3 +100,29 @@ def test_two_processes_that_meta_train_equal_one(tmp_path):
     of_one, of_two = (run_processes(*count, tmp_path, "meta") for count in ((1, 4), (2, 1)))
     for one, two in zip(of_one, of_two, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_a_meta_training_of_two_processes_goes_on_in_four(tmp_path):
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    parts.mkdir()
+    whole.mkdir()
+    of_one = run_processes(1, 4, whole, "all")
+    run_processes(2, 1, parts, "run")
+    before = (parts / "run" / "metrics.jsonl").read_text()
+    assert len(before.splitlines()) == 2
+
+    refused = start_processes(2, 1, parts, "run")
+    told = outputs_of(refused)
+    assert all(run.returncode for run in refused)
+    assert "already has checkpoints; set `resume`" in told[0], told[0][-3000:]
+    assert "the first process could not go on" in told[1], told[1][-3000:]
+    assert (parts / "run" / "metrics.jsonl").read_text() == before
+
+    for one, four in zip(of_one, run_processes(4, 1, parts, "resume"), strict=True):
+        np.testing.assert_allclose(one, four, rtol=1e-4, atol=1e-5)
+    for folder in (parts, whole):
+        for name in ("metrics", "validation"):
+            lines = (folder / "run" / f"{name}.jsonl").read_text().splitlines()
+            assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4]
+    names = [file.name for file in (parts / "run" / "checkpoints").iterdir()]
+    assert sorted(names) == ["checkpoint-00000002.safetensors", "checkpoint-00000004.safetensors"]

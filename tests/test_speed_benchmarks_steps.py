@@ -1,6 +1,7 @@
 """The benchmarks of a training step and of a meta-training step, on a network of one layer."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import meta_step_time
+import meta_training_processes
 import numpy as np
 import pytest
 import step_contenders
@@ -171,3 +173,24 @@ def test_a_configuration_is_measured_in_a_process_of_its_own_and_a_failure_repor
     assert (meta_step_time.Configuration(*json.loads(options.worker)), options.repeats) == (configuration, 1)
     with pytest.raises(RuntimeError, match=r"(?s)task='unknown'.*status 1.*KeyError"):
         meta_step_time.measure_in_process(configuration, repeats=1)
+
+
+def test_the_speed_up_of_two_processes_is_that_within_a_round(tmp_path, monkeypatch, capsys):
+    seconds = {"one": iter([2.0, 3.0, 4.0]), "two": iter([1.0, 2.0, 4.0]), "apart": iter([1.0, 1.0, 1.0])}
+    monkeypatch.setattr(meta_training_processes, "TRAINERS", ("meta_step",))
+    monkeypatch.setattr(meta_training_processes, "measure", lambda trainer, way, options: next(seconds[way]))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    path = tmp_path / "out.json"
+    meta_training_processes.main(["--json", str(path), "--figure", str(tmp_path / "out.png")])
+    (row,) = json.loads(path.read_text())["rows"]
+    assert (row["one"], row["two"], row["two_speed_up"], row["apart_speed_up"]) == (3.0, 2.0, 1.5, 3.0)
+    assert "meta_step" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--trainings must be even"):
+        meta_training_processes.main(["--trainings", "3"])
+
+
+def test_a_process_that_shares_nothing_has_half_of_the_trainings():
+    worker = meta_training_processes.Worker("meta_step", "apart", 0, 0, "digits-mlp", 4, 6, 2, 1)
+    _, state, batches = meta_training_processes.algorithm(worker)
+    assert batches["label"].shape == (3, 3, 4)
+    assert state.trainings.age.shape == (3,)

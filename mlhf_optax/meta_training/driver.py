@@ -4,6 +4,7 @@ All randomness follows from the seed and the number of the iteration, so a run t
 resumed ends with the same meta-parameters, bit for bit on a CPU, as one that was left alone.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlhf_optax.files import locked_folder
+from mlhf_optax.meta_training import processes
 from mlhf_optax.meta_training.checkpoints import list_checkpoints, load_last_checkpoint, save_checkpoint
 from mlhf_optax.meta_training.config import MetaTrainingConfig
 from mlhf_optax.meta_training.json_log import append_json_line, rewind_json_lines
@@ -108,6 +110,10 @@ def meta_train(
     and ``checkpoints/`` to ``output`` as it goes; null stands for a number that is not finite. Lines of
     iterations that are done again after a stop move to ``metrics.jsonl.old`` and ``validation.jsonl.old``.
 
+    In several processes (``jax.distributed.initialize``) all of them call it, with an ``algorithm`` over a
+    mesh of the devices of all. The first one reads and writes ``output``, which the others need not see, and
+    calls ``progress``. A run may go on in another number of processes.
+
     Args:
       task: the task; not used with an ``algorithm``.
       learned: the learned optimizer; not used with an ``algorithm``.
@@ -134,6 +140,7 @@ def meta_train(
         with other settings, are of later meta-iterations than the last one asked for, or cannot be read.
       OSError: if another run writes to ``output``, or it cannot be written to; what it holds stays.
       FloatingPointError: if the meta-parameters are no longer finite.
+      RuntimeError: in the other processes, if the first one cannot start.
 
     Example:
       See ``mlhf-optax meta-train``, which is this function with a task of the package.
@@ -144,10 +151,16 @@ def meta_train(
         algorithm = make_meta_step(task, learned, config)
     about = {"seed": seed, "config": dataclasses.asdict(config), **(about or {})}
     data_key, init_key = jax.random.split(jax.random.key(seed))
-    sample = jax.jit(sample_fn)
-    with locked_folder(output) as folder:
-        start, now = _start(algorithm[0](init_key, meta_params), folder, schedule, about, resume)
-        metrics = _Metrics(folder / "metrics.jsonl")
+    sample, folder = jax.jit(sample_fn), Path(output)
+    now = processes.whole(_fresh(algorithm[0](init_key, meta_params)))
+    with contextlib.ExitStack() as lock:
+
+        def open_folder() -> tuple[int, Progressed]:
+            lock.enter_context(locked_folder(folder))
+            return _start(now, folder, schedule, about, resume)
+
+        start, now = processes.from_first(open_folder, (0, now))
+        start, metrics = int(start), _Metrics(folder / "metrics.jsonl")
         for iteration in range(start + 1, schedule.last + 1):
             state, values = algorithm[1](now.state, sample(jax.random.fold_in(data_key, iteration)))
             now = now._replace(state=state)
@@ -156,26 +169,31 @@ def meta_train(
             must_save = schedule.is_due(iteration, schedule.checkpoint_every)
             if must_validate or must_save or schedule.is_due(iteration, schedule.report_every):
                 last_line = metrics.write()
-                if progress is not None:
+                if progress is not None and processes.is_first():
                     progress(iteration, last_line)
             if must_validate:
                 now = _validated(now, iteration, validate_fn, folder)
                 metrics.restart_clock()
             if must_save:
                 _require_finite(now.state.meta_params, iteration, folder)
-                save_checkpoint(folder / "checkpoints", iteration, now, about)
+                _save(folder, iteration, now, about)
         # A run that was killed, and is now to end where its last checkpoint is, has not been judged there.
-        if start == schedule.last and not _is_validated(folder, start):
+        if start == schedule.last and not processes.from_first(lambda: _is_validated(folder, start), True):
             now = _validated(now, start, validate_fn, folder)
-            save_checkpoint(folder / "checkpoints", start, now, about)
+            _save(folder, start, now, about)
     return now
 
 
-def _start(state: Any, folder: Path, schedule: Schedule, about: dict, resume: bool) -> tuple[int, Progressed]:
-    """Returns the iteration and the state to go on from; the logs then end at that iteration."""
+def _fresh(state: Any) -> Progressed:
     best = jax.tree.map(jnp.array, state.meta_params)  # a copy: the state is donated at every step
+    return Progressed(state, best, jnp.asarray(jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
+
+
+def _start(
+    now: Progressed, folder: Path, schedule: Schedule, about: dict, resume: bool
+) -> tuple[int, Progressed]:
+    """Returns the iteration and the state to go on from; the logs then end at that iteration."""
     start = 0
-    now = Progressed(state, best, jnp.asarray(jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
     if list_checkpoints(folder / "checkpoints") and not resume:
         raise ValueError(
             f"`output` {folder} already has checkpoints; set `resume` (--resume) to go on from them, "
@@ -210,7 +228,8 @@ class _Metrics:
         for iteration, values in pending:
             line = {"iteration": iteration, "seconds": seconds}
             line |= {name: float(value) for name, value in values.items()}
-            append_json_line(self._path, line)
+            if processes.is_first():
+                append_json_line(self._path, line)
         self.restart_clock()
         return line
 
@@ -219,14 +238,22 @@ class _Metrics:
 
 
 def _validated(now: Progressed, iteration: int, validate_fn: ValidateFn, folder: Path) -> Progressed:
-    result = jax.device_get(validate_fn(now.state.meta_params))
+    # Every process validates, on its own devices, and comes to the same result.
+    result = jax.device_get(validate_fn(processes.whole(now.state.meta_params)))
     score = float(result.score)
     line = {"iteration": iteration, "score": score, "losses": np.asarray(result.losses).tolist()}
-    append_json_line(folder / "validation.jsonl", line | {"worst_loss": float(result.worst_loss)})
+    if processes.is_first():
+        append_json_line(folder / "validation.jsonl", line | {"worst_loss": float(result.worst_loss)})
     if not score < float(now.best_score):
         return now
     copy = jax.tree.map(jnp.array, now.state.meta_params)
     return Progressed(now.state, copy, jnp.asarray(score, jnp.float32), jnp.asarray(iteration, jnp.int32))
+
+
+def _save(folder: Path, iteration: int, now: Progressed, about: dict) -> None:
+    now = processes.whole(now)
+    if processes.is_first():
+        save_checkpoint(folder / "checkpoints", iteration, now, about)
 
 
 def _is_validated(folder: Path, iteration: int) -> bool:

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 from mlhf_optax import devices, trees
 from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, Task, map_trainings, task_loss
@@ -240,10 +241,7 @@ def make_long_horizon_step(
     programs = [_programs(task, learned, config, spread) for task in tasks]
 
     def placed(state: LongHorizonState) -> LongHorizonState:
-        if spread is None:
-            return state
-        shared = spread.put(state._replace(episodes=()), spread.whole)
-        return shared._replace(episodes=spread.put(state.episodes, spread.cut))
+        return state if spread is None else spread.put_fields(state, cut=("episodes",))
 
     def init(key: chex.PRNGKey, meta_params: chex.ArrayTree) -> LongHorizonState:
         if spread is not None:
@@ -452,10 +450,16 @@ def _advance(
     gradient = jax.tree.map(lambda n: jnp.tensordot(share.astype(n.dtype), n, axes=1), episodes.noise)
     # Where both have blown up there is nothing more to learn.
     ended = jnp.where(jnp.all(is_diverged, axis=1), 0, episodes.horizon)
-    diverged = jnp.sum(is_diverged).astype(jnp.int32)
-    gradient, diverged = devices.sum_over((gradient, diverged), axis_name)
-    meta_loss, mean_age = devices.mean_over((jnp.mean(meta_losses), jnp.mean(episodes.age)), axis_name)
-    result = _Result(gradient, meta_loss, mean_age, jnp.zeros((), jnp.int32), diverged)
+    result = _Result(
+        gradient,
+        meta_loss=jnp.sum(meta_losses) / (2 * config.num_pairs),
+        mean_age=jnp.sum(episodes.age) / config.num_pairs,
+        fresh=jnp.zeros((), jnp.int32),
+        diverged=jnp.sum(is_diverged).astype(jnp.int32),
+    )
+    # One vector: between processes every array of a sum takes a round of messages.
+    numbers, unravel = ravel_pytree(result)
+    result = unravel(devices.sum_over(numbers, axis_name))
     return episodes._replace(horizon=ended), result
 
 

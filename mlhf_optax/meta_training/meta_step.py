@@ -8,8 +8,9 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
-from mlhf_optax import devices, trees
+from mlhf_optax import devices
 from mlhf_optax.meta_training import replay as replay_lib
 from mlhf_optax.meta_training.config import MetaTrainingConfig
 from mlhf_optax.meta_training.episodes import with_tricks
@@ -203,8 +204,7 @@ def make_meta_step(
     def meta_step(state: MetaState, batches: Any) -> tuple[MetaState, Metrics]:
         check_batches(config, batches)
         if spread is not None:
-            parts: Any = zip(state, shardings, strict=True)
-            state = MetaState(*(spread.put(part, sharding) for part, sharding in parts))
+            state = spread.put_fields(state, cut=("trainings",))
             batches = spread.put(batches, spread.cut)
         return jitted(state, batches)
 
@@ -249,14 +249,12 @@ def _unroll_all(
 
 def _mean_gradient(gradients: chex.ArrayTree) -> tuple[chex.ArrayTree, jax.Array]:
     """Averages over the trainings whose gradient is finite; returns how many were not."""
-    is_finite = jax.vmap(trees.is_finite)(gradients)
-    kept = jnp.maximum(jnp.sum(is_finite), 1)
-
-    def mean(leaf):
-        mask = is_finite.reshape((-1,) + (1,) * (leaf.ndim - 1))
-        return jnp.sum(jnp.where(mask, leaf, 0.0), axis=0) / kept
-
-    return jax.tree.map(mean, gradients), jnp.sum(~is_finite)
+    # One array: between processes every array of a sum takes a round of messages.
+    flat = jax.vmap(lambda gradient: ravel_pytree(gradient)[0])(gradients)
+    _, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], gradients))
+    is_finite = jnp.all(jnp.isfinite(flat), axis=1)
+    total = jnp.sum(jnp.where(is_finite[:, None], flat, 0.0), axis=0)
+    return unravel(total / jnp.maximum(jnp.sum(is_finite), 1)), jnp.sum(~is_finite)
 
 
 def _metrics(state: MetaState, results: MetaGradient, gradient, health: Health) -> Metrics:

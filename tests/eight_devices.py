@@ -199,12 +199,29 @@ def test_state_follows_sharded_parameters_and_no_step_is_compiled_twice(make, fo
     assert COMPILATIONS.count == before
     assert check_follows(state, params) == followers
     assert_close(params, expected(make))
-    if make is not tensor:
-        counts = collectives(step.lower(params, state, batch).compile())
-        # For the model once, for the start of CG once, and once per step of CG, of two layers; biases may
-        # be gathered with the gradient once more.
-        assert counts["all-gather"] <= 4 * (2 + STEPS) + 2
-        assert set(counts) <= {"all-gather", "all-reduce", "reduce-scatter"}
+
+
+@pytest.mark.parametrize(("make", "products"), [(plain, 2), (coordinate, 3), (diagonal, 3)])
+def test_sharded_kernels_are_gathered_once_for_all_products(make, products):
+    """Beside a kernel, each vector that a product is taken with is gathered once."""
+    tx, params = make(), jax.device_put(start(), shardings(start()))
+    batch = jax.device_put(examples(), PLACED(P("data")))
+    step = jax.jit(make_step(tx)).lower(params, jax.jit(tx.init)(params), batch).compile()
+    gradient = jax.jit(jax.grad(loss_of)).lower(params, batch).compile()
+    gathered, once = shapes_of_gathers(step), shapes_of_gathers(gradient)
+    assert once == {"16,24": 1, "24": 1, "24,8": 1, "8": 1}
+    for shape in ("16,24", "24,8"):
+        assert 1 < gathered[shape] <= once[shape] + products
+    # Biases may be gathered with the gradient once more.
+    assert set(gathered) == set(once)
+    assert gathered.total() <= 4 * (1 + products) + 2
+    assert set(collectives(step)) <= {"all-gather", "all-reduce", "reduce-scatter"}
+
+
+def shapes_of_gathers(compiled):
+    """How many arrays of every shape a program gathers."""
+    found = re.findall(r" = (\S.*?) all-gather(?:-start)?\(", compiled.as_text())
+    return collections.Counter(shape for kinds in found for shape in re.findall(r"\[([\d,]*)\]", kinds))
 
 
 def decomposed(compiled):

@@ -411,6 +411,7 @@ TABLES = {
     "scaling": (scaling, ["scaling"]),
     "meta_training_processes": (meta_training_processes, ["meta_training_processes"]),
     "general_validation": (general_validation, []),
+    "ten_times_horizon": (ten_times_horizon, ["ten_times_horizon"]),
     "learned_optimizers": (learned_optimizers, ["learned_optimizers"]),
     "lodo_bowl": (lodo_bowl, ["lodo_bowl"]),
     "digits-mlp": (by_step, ["digits-mlp"]),

@@ -1,6 +1,7 @@
 """What the scripts share: options, the command line, and the comparisons on image tasks with their report."""
 
 import dataclasses
+import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -46,6 +47,11 @@ def command_line(script: str, arguments: Sequence[str] | None = None) -> str:
     """Returns the shell command that runs a script; its arguments are those of this process if None."""
     given = sys.argv[1:] if arguments is None else arguments
     return shlex.join(["python", f"benchmarks/{Path(script).name}", *given])
+
+
+def finite_or_none(number: float | None) -> float | None:
+    """Returns the number as JSON can have it: None, which becomes null, where it is not finite."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def save_drawing(path: Path, draw: Callable[..., None], content: Any) -> None:

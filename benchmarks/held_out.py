@@ -20,8 +20,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from experiment import command_line, parse_options, save_drawing
-from held_out_tasks import LENGTHS, TASKS
+from experiment import command_line, finite_or_none, parse_options, save_drawing
+from held_out_tasks import LENGTHS, TASKS, check_tasks
 
 from mlhf_optax import load_pretrained
 from mlhf_optax.comparison import (
@@ -85,8 +85,7 @@ class Options:
     """100 steps and one seed of the digits: minutes on two cores."""
 
     def __post_init__(self):
-        if unknown := sorted(set(self.tasks) - set(TASKS)):
-            raise ValueError(f"--tasks must be among {', '.join(TASKS)}, got {', '.join(unknown)}")
+        check_tasks(self.tasks)
         if unknown := sorted(set(self.learned) - set(LEARNED_RIVALS)):
             raise ValueError(f"--learned must be among {', '.join(LEARNED_RIVALS)}, got {', '.join(unknown)}")
         for name in ("steps", "seeds"):
@@ -183,20 +182,23 @@ def row_of(name: str, comparison: Comparison, steps: Sequence[int]) -> dict[str,
     """Returns what is kept of a task: ratios by step, losses, test accuracy and seconds per step."""
     curves = comparison.curves()
     own, *others = curves
-    finite = lambda x: x if x is not None and math.isfinite(x) else None
     adams = [curve.accuracy for curve in others if curve.family == "adam"]
     return {
         "task": name,
         "steps": list(steps),
-        "ratios": {step: {k: finite(v) for k, v in ratios(curves, step).items()} for step in steps},
-        "by_time": {step: {k: finite(v) for k, v in ratios_by_time(curves, step).items()} for step in steps},
-        "losses": [finite(own.loss_at(step)) for step in steps],
-        "learned": {
-            curve.label: [finite(x) for x in curve.train_loss] for curve in curves if curve.is_learned
+        "ratios": {step: {k: finite_or_none(v) for k, v in ratios(curves, step).items()} for step in steps},
+        "by_time": {
+            step: {k: finite_or_none(v) for k, v in ratios_by_time(curves, step).items()} for step in steps
         },
-        "best_adam": [finite(min(c.loss_at(step) for c in others if c.family == "adam")) for step in steps],
-        "accuracy": finite(own.accuracy),
-        "best_adam_accuracy": finite(max(adams)),
+        "losses": [finite_or_none(own.loss_at(step)) for step in steps],
+        "learned": {
+            curve.label: [finite_or_none(x) for x in curve.train_loss] for curve in curves if curve.is_learned
+        },
+        "best_adam": [
+            finite_or_none(min(c.loss_at(step) for c in others if c.family == "adam")) for step in steps
+        ],
+        "accuracy": finite_or_none(own.accuracy),
+        "best_adam_accuracy": finite_or_none(max(adams)),
         "seconds_per_step": {curve.optimizer: curve.seconds_per_step for curve in curves},
     }
 

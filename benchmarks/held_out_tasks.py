@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,13 @@ TASKS: dict[str, Callable[[Folders], Task]] = {
     "poisson": lambda folders: _poisson(),
 }
 """A function of folders for every task, by name."""
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Raises a ValueError that lists the tasks there are if one is unknown."""
+    if unknown := sorted(set(names) - set(TASKS)):
+        raise ValueError(f"--tasks must be among {', '.join(TASKS)}, got {', '.join(unknown)}")
+
 
 LENGTHS = {
     "digits-mlp": 3000,

@@ -70,6 +70,10 @@ class Options(BenchmarkOptions):
     worker: str = ""
     """A process as JSON; used by the script itself."""
 
+    def sizes(self) -> dict[str, Any]:
+        """Returns what a process needs to know of them."""
+        return {name: getattr(self, name) for name in ("task", "batch", "trainings", "steps", "iterations")}
+
 
 class Worker(NamedTuple):
     """What one process does."""
@@ -132,8 +136,7 @@ def measure(trainer: str, way: str, options: Options) -> float:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    sizes = (options.task, options.batch, options.trainings, options.steps, options.iterations)
-    workers = [Worker(trainer, way, own, port, *sizes) for own in range(WAYS[way])]
+    workers = [Worker(trainer, way, own, port, **options.sizes()) for own in range(WAYS[way])]
     runs = [
         subprocess.Popen(
             [sys.executable, __file__, "--worker", json.dumps(worker)],
@@ -189,8 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(row)
         times = "".join(f"{row[way]:10.3f}" for way in WAYS)
         print(f"{trainer:16s}{times}{row['two_speed_up']:10.2f}{row['apart_speed_up']:10.2f}", flush=True)
-    sizes = {name: getattr(options, name) for name in ("task", "batch", "trainings", "steps", "iterations")}
-    options.save(command_line(__file__, arguments), draw, rows=rows, sizes=sizes)
+    options.save(command_line(__file__, arguments), draw, rows=rows, sizes=options.sizes())
 
 
 if __name__ == "__main__":

@@ -244,7 +244,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_rows(found)
         rows += found
     model = {key: getattr(options, key) for key in ("bandwidth", "latency", "peak", "utilization")}
-    options.save(command_line(__file__, arguments), draw, rows=rows, model=model)
+    command = command_line(__file__, arguments)
+    if jax.default_backend() == "cpu":  # where devices are made by a flag
+        flag = f"--xla_force_host_platform_device_count={max(options.devices)}"
+        command = f"XLA_FLAGS={flag} JAX_PLATFORMS=cpu {command}"
+    options.save(command, draw, rows=rows, model=model)
 
 
 if __name__ == "__main__":

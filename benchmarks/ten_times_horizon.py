@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from experiment import command_line, parse_options, save_drawing
-from held_out_tasks import TASKS
+from experiment import command_line, finite_or_none, parse_options, save_drawing
+from held_out_tasks import TASKS, check_tasks
 
 from mlhf_optax import load_pretrained
 from mlhf_optax.comparison import compare, default_adam, learned_contender
@@ -61,8 +61,7 @@ class Options:
     """300 steps of the digits."""
 
     def __post_init__(self):
-        if unknown := sorted(set(self.tasks) - set(TASKS)):
-            raise ValueError(f"--tasks must be among {', '.join(TASKS)}, got {', '.join(unknown)}")
+        check_tasks(self.tasks)
         if self.records < 1 or self.steps < self.records:
             raise ValueError(
                 f"--records must be at least 1 and at most --steps, got {self.records} and {self.steps}"
@@ -71,7 +70,7 @@ class Options:
 
 def first_loss(task: Task) -> float:
     """Returns the training loss of initial parameters, on up to 1,024 examples."""
-    examples = jax.tree.map(lambda leaf: jnp.asarray(leaf[:1024]), task.load_data().train)
+    examples = jax.tree.map(lambda leaf: jnp.asarray(leaf[:1024]), task.data.train)
     return float(task_loss(task, task.init_fn(jax.random.key(0)), examples))
 
 
@@ -80,9 +79,9 @@ def about(losses: Sequence[float], first: float) -> dict[str, Any]:
     bounded = np.maximum(np.where(np.isfinite(losses), losses, np.inf), FLOOR * first)
     rise = float(np.max(bounded / np.minimum.accumulate(bounded)))
     return {
-        "last": losses[-1] if math.isfinite(losses[-1]) else None,
-        "best": float(np.nanmin(losses)),
-        "worst_rise": rise if math.isfinite(rise) else None,
+        "last": finite_or_none(losses[-1]),
+        "best": finite_or_none(float(np.fmin.reduce(losses))),
+        "worst_rise": finite_or_none(rise),
         "blows_up": not rise <= SPIKE,
         "ends_at_chance": not losses[-1] <= CHANCE * first,
     }
@@ -118,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for curve in found.curves():
             row = {"task": name, "optimizer": curve.label, "is_learned": curve.is_learned}
             row |= {"first_loss": first, "steps": steps}
-            row["losses"] = [loss if math.isfinite(loss) else None for loss in curve.train_loss]
+            row["losses"] = [finite_or_none(loss) for loss in curve.train_loss]
             rows.append(row | about(curve.train_loss, first))
             print_row(rows[-1])
     content = record(command, rows=rows, spike=SPIKE, floor=FLOOR, chance=CHANCE)

@@ -139,16 +139,8 @@ def test_trainings_that_blow_up_or_end_at_chance_are_told(losses, rise, blows_up
 
 
 def test_long_trainings_are_printed_written_and_drawn(tmp_path, capsys):
-    arguments = [
-        "--tasks",
-        "diabetes",
-        "--steps",
-        "8",
-        "--records",
-        "4",
-        "--meta-params",
-        untrained(tmp_path),
-    ]
+    arguments = ["--tasks", "diabetes", "--steps", "8", "--records", "4"]
+    arguments += ["--meta-params", untrained(tmp_path)]
     ten_times_horizon.main([*arguments, "--output", str(tmp_path / "out")])
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert [(row["optimizer"], row["is_learned"]) for row in rows][1] == ("adam defaults", False)

@@ -1,8 +1,9 @@
 """General meta-parameters, never retuned, on networks and data that they never met.
 
-Trains every task with MLHF, and against it the best single constant, Adam at its defaults, and grids of
-Adam, SGD with momentum and Muon with three learning rates per decade. A grid counts with its best entry at
-every step, so it is tuned for each step anew. Ratios below 1 say that MLHF has the lower training loss:
+Trains every task with MLHF, and against it two constants, Adam at its defaults, and grids of Adam, SGD with
+momentum and Muon with three learning rates per decade. The constants are ``gauss_newton``, with one unit of
+damping for all tensors, and MLHF before meta-training, with one for each. A grid counts with its best entry
+at every step, so it is tuned for each step anew. Ratios below 1 say that MLHF has the lower training loss:
 after as many steps, and in as much time, in which a rival takes more steps. The learned optimizers of the
 literature are there too, with the meta-parameters that are shipped, as little retuned as MLHF.
 
@@ -23,7 +24,7 @@ import numpy as np
 from experiment import command_line, finite_or_none, parse_options, save_drawing
 from held_out_tasks import LENGTHS, TASKS, check_tasks
 
-from mlhf_optax import load_pretrained
+from mlhf_optax import load_pretrained, mlhf
 from mlhf_optax.comparison import (
     Comparison,
     Contender,
@@ -37,25 +38,20 @@ from mlhf_optax.comparison import (
 from mlhf_optax.comparison.progress import comparison_bar
 from mlhf_optax.comparison.record import record, write_json
 from mlhf_optax.comparison.results import Curve
+from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.tasks import Task
 
 STEPS = (10, 30, 100, 300, 1000, 3000)
-BEST_CONSTANT = {
-    "metric": "kronecker",
-    "gradient_decay": 0.86,
-    "unit_decay": 0.98,
-    "max_growth": 1.0,
-    "num_cg_steps": 2,
-    "curvature_batch_size": 0.25,
-}
+STEP = {"max_growth": 1.0, "num_cg_steps": 2, "curvature_batch_size": 0.25}
+BEST_CONSTANT = {"metric": "kronecker", "gradient_decay": 0.86, "unit_decay": 0.98, **STEP}
 RATES = {
     "adam": rates_per_decade(1e-4, 1e-1),
     "sgd": rates_per_decade(1e-3, 1.0),
     "muon": rates_per_decade(1e-3, 1e-1),
 }
 ADAM_OR_SGD = "best Adam or SGD"
-RIVALS = ("constant", "default Adam", ADAM_OR_SGD, "best Muon")
+RIVALS = ("constant", "untrained", "default Adam", ADAM_OR_SGD, "best Muon")
 LEARNED_RIVALS = ("l2l", "rnnprop", "hyperadam", "variational_hyperadam", "hierarchical")
 
 
@@ -98,10 +94,17 @@ def contenders_for(task: Task, options: Options) -> list[Contender]:
     return [
         learned_contender(task, load_pretrained(options.meta_params), source=options.meta_params),
         constant_contender(task, [10.0], **BEST_CONSTANT),
+        untrained_contender(task),
         default_adam(),
         *(grid_contenders([family], rates=rates)[0] for family, rates in RATES.items()),
         *(learned_contender(task, load_pretrained(name), source=name) for name in options.learned),
     ]
+
+
+def untrained_contender(task: Task) -> Contender:
+    """Returns MLHF before meta-training, which is a constant with a unit of damping for every tensor."""
+    optimizer = mlhf(1.0, init_tensor_lstm(jax.random.key(0)), task.predict_fn, task.loss_fn, **STEP)
+    return Contender("untrained", ("untrained",), (dict(STEP),), lambda: optimizer)
 
 
 def ratios(curves: Sequence[Curve], step: int) -> dict[str, float]:
@@ -122,8 +125,9 @@ def ratios_by_time(curves: Sequence[Curve], step: int) -> dict[str, float]:
 
 
 def _ratios(curves: Sequence[Curve], step: int, loss_of: Callable[[Curve], float]) -> dict[str, float]:
-    own, constant, default, *grid = curves
-    families: dict[str, Sequence[Curve]] = {"constant": [constant], "default Adam": [default]}
+    own, constant, untrained, default, *grid = curves
+    families: dict[str, Sequence[Curve]] = {"constant": [constant], "untrained": [untrained]}
+    families["default Adam"] = [default]
     families[ADAM_OR_SGD] = [curve for curve in grid if curve.family in ("adam", "sgd")]
     families["best Muon"] = [curve for curve in grid if curve.family == "muon"]
     families |= {curve.label: [curve] for curve in grid if curve.is_learned}

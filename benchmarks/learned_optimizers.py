@@ -8,7 +8,7 @@ sigmoid; ReLU, ELU and tanh show how far that carries. The published numbers sta
 
 What is finished is kept: ``--resume`` goes on after a stop. ``--quick`` takes minutes on two cores.
 ``--meta-train NAME`` meta-trains one of them instead, with the recipe of the shipped meta-parameters: on
-MNIST of 7 x 7 pixels, and all but L2L with random scaling and a convex companion.
+MNIST of 7 x 7 pixels (``--image-size``), and all but L2L with random scaling and a convex companion.
 ``--bowl STEPS`` runs LODO instead, which is not meta-trained, on the noisy quadratic bowl of its paper: the
 minimum of a quadratic of 100 numbers moves at random before every step. The floor is 7.41, the loss of
 Newton's method; the best of Adam and momentum is published, and was found, between 14 and 16, LODO's at 9.0.
@@ -100,7 +100,10 @@ class Options:
     """Networks in training side by side in the meta-training."""
     meta_learning_rate: float = 3e-3
     """Of the meta-training; it falls along a cosine."""
-
+    image_size: int = 7
+    """Height and width of the images in the meta-training, which takes longer with more pixels."""
+    start: str | None = None
+    """Shipped name or path of meta-parameters from which the meta-training goes on."""
     bowl: int = 0
     """Run the noisy quadratic bowl instead, for so many steps; LODO's paper has 100000 and more."""
 
@@ -112,6 +115,8 @@ class Options:
             raise ValueError(f"--activations must be among {known}, got {', '.join(unknown)}")
         if self.meta_train is not None and self.meta_train not in RECIPES:
             raise ValueError(f"--meta-train must be one of {', '.join(RECIPES)}, got {self.meta_train}")
+        if self.image_size < 1 or 28 % self.image_size:
+            raise ValueError(f"--image-size must divide 28, got {self.image_size}")
         if self.starts < 1 or not self.steps or min(self.steps) < 1:
             raise ValueError(f"--starts and --steps must be at least 1, got {self.starts} and {self.steps}")
 
@@ -254,7 +259,7 @@ def bowl_row(name: str, tx: optax.GradientTransformation, steps: int, windows: i
 
 def meta_train(name: str, options: Options, command: str) -> Path:
     """Meta-trains with the recipe and returns the path of the result."""
-    task = mnist_mlp(size=7, data_dir=options.data_dir, cache_dir=options.cache_dir)
+    task = mnist_mlp(size=options.image_size, data_dir=options.data_dir, cache_dir=options.cache_dir)
     family, recipe = get_learned(name), RECIPES[name]
     config = mt.MetaTrainingConfig(
         **{
@@ -278,6 +283,7 @@ def meta_train(name: str, options: Options, command: str) -> Path:
             options.output,
             schedule,
             config,
+            start=options.start,
             validation_steps=(10, 30, 100),
             resume=options.resume,
             command=command,

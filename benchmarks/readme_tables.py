@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 SECOND_ORDER = {"hf-fixed": "HF(Fixed)", "hf-lm": "HF(LM)", "kfac": "K-FAC"}
 STEP_COLUMNS = ("adam", "mlhf", "mlhf-half", "mlhf-quarter", "somax-ggn-cg4", "hessian-free-20")
+_CONSTANTS = ("constant", "untrained")
 FLOORS = {"evaluations": "evaluating 80 tanh and what else is elementary", "copies": "copying the states"}
 
 
@@ -214,7 +215,7 @@ def held_out(content: dict[str, Any]) -> list[str]:
     heads = [*map(str, STEPS), "test accuracy, points", "step / Adam's"]
     rows = [["loss of MLHF / best of the grid, after step", *heads]]
     shown = [(ADAM_OR_SGD, "ratios"), (ADAM_OR_SGD, "by_time"), ("best Muon", "ratios")]
-    for rival, kind in [*shown, ("best Muon", "by_time"), ("constant", "ratios")]:
+    for rival, kind in [*shown, ("best Muon", "by_time"), *((name, "ratios") for name in _CONSTANTS)]:
         for entry in content["rows"]:
             found = (ratios_at([entry], str(step), rival, kind) for step in STEPS)
             cells = [bold(ratio[0], 1.0) if ratio else "" for ratio in found]
@@ -224,7 +225,9 @@ def held_out(content: dict[str, Any]) -> list[str]:
     note = (
         "MLHF with `load_pretrained()` on networks and data that it never met, nothing retuned, seeds: "
         f"{content['seeds']}. The best of ten learning rates of Adam and of SGD with momentum, or of seven "
-        "of Muon, is chosen anew at every step; `constant` is the best constant, the same for all tasks. "
+        "of Muon, is chosen anew at every step. `constant` is the best constant with one unit of damping for "
+        "all tensors, `untrained` is MLHF before meta-training, with one for each; both are the same for all "
+        "tasks. "
         "In equal time: MLHF after that step against rivals that trained for as long, compilation apart; "
         "empty where they did not."
     )
@@ -248,6 +251,7 @@ def held_out_medians(content: dict[str, Any]) -> list[str]:
         "best Muon": "the best tuned Muon",
         "default Adam": "Adam at its defaults",
         "constant": "the best constant (`gauss_newton`)",
+        "untrained": "itself before meta-training",
     }
 
     def cell(ratios: list[float]) -> str:
@@ -256,7 +260,7 @@ def held_out_medians(content: dict[str, Any]) -> list[str]:
 
     for kind, when in (("ratios", ""), ("by_time", ", in equal time")):
         for rival, name in names.items():
-            if kind == "ratios" or rival != "constant":  # its step takes about as long
+            if kind == "ratios" or rival not in _CONSTANTS:  # their steps take about as long
                 found = (ratios_at(content["rows"], str(step), rival, kind) for step in steps)
                 rows.append([f"{name}{when}", *map(cell, found)])
     note = (

@@ -34,6 +34,7 @@ class Reference:
         units = len(self.theta[1]) // 4
         self.w = [np.asarray(p, np.float64) for p in params]
         self.w0 = rms_of_all(self.w)
+        self.w0_of_tensors = [max(rms(w), self.w0) for w in self.w]
         zeros = lambda: [np.zeros_like(p) for p in self.w]
         self.d, self.mean, self.square = zeros(), zeros(), zeros()
         self.mean_weight = self.square_weight = self.largest = 0.0
@@ -62,14 +63,15 @@ class Reference:
         running_size = np.sqrt(sum(map(np.sum, running)) / sum(v.size for v in running))
         self.largest = max(self.largest, running_size)
         size = max(rms_of_all(g), running_size)
-        unit = size * max(1, self.largest / size) ** 0.4 / self.w0
+        size *= max(1, self.largest / size) ** 0.4 / running_size
+        units = [size * rms(np.sqrt(v)) / w0 for v, w0 in zip(running, self.w0_of_tensors, strict=True)]
         metrics = [
             np.diag(self.diagonal(running[0], 0.5)),
             self.matrix_metric(running[1], said["diagonal"][1]),
         ]
         trust = np.concatenate([np.full(part.size, t) for part, t in zip(g, said["trust"], strict=True)])
         start = 0
-        for metric, scale in zip(metrics, said["damping"], strict=True):
+        for metric, scale, unit in zip(metrics, said["damping"], units, strict=True):
             end = start + len(metric)
             damping[start:end, start:end] = scale * unit * metric
             start = end

@@ -98,10 +98,12 @@ def test_in_equal_time_a_rival_takes_as_many_steps_as_fit_in():
     constant = curve("gauss_newton", 0.8, [2.0, 1.0, 0.5])
     default = curve("adam", 0.1, [4.0, 2.0, 1.0])
     adams = [curve("adam", 0.1, [0.5, math.inf, math.inf]), curve("adam", 0.1, [2.0, 0.5, 0.2])]
-    curves = [own, constant, default, *adams, curve("muon", 0.4, [1.0, 0.2, 0.1])]
+    untrained = curve("untrained", 0.4, [2.5, 1.9, 0.5])
+    curves = [own, constant, untrained, default, *adams, curve("muon", 0.4, [1.0, 0.2, 0.1])]
     found = held_out.ratios_by_time(curves, 100)
     # 40 s are 50 steps of the constant and 400 of Adam.
     assert found["constant"] == pytest.approx(0.1 / 2 ** (1 - np.log10(5)))
+    assert found["untrained"] == pytest.approx(0.1 / 1.9)
     assert found["default Adam"] == pytest.approx(0.1 / 2 ** (1 - np.log10(4)))
     assert found[held_out.ADAM_OR_SGD] == pytest.approx(0.1 / (0.5 * 0.4 ** np.log10(4)))
     assert found["best Muon"] == pytest.approx(0.5)

@@ -74,9 +74,10 @@ def test_published_losses_stand_beside_those_of_100_steps(capsys):
 
 
 def test_it_meta_trains_with_the_recipe(tmp_path):
-    learned_optimizers.main(f"--quick --meta-train l2l --num-tasks 1 --output {tmp_path}".split())
+    arguments = f"--quick --meta-train l2l --num-tasks 1 --image-size 4 --start l2l --output {tmp_path}"
+    learned_optimizers.main(arguments.split())
     record = load_meta_params(tmp_path / "meta_params").record
-    assert (record["optimizer"], record["task"]) == ("l2l", "mnist-mlp-7x7")
+    assert (record["optimizer"], record["task"]) == ("l2l", "mnist-mlp-4x4")
     assert record["meta_training"]["config"]["max_age"] == 100
 
 
@@ -95,6 +96,7 @@ def test_the_bowl_is_run_with_lodo_and_its_rivals(tmp_path, capsys):
             {"activations": ("softsign",)},
             "--activations must be among sigmoid, relu, elu, tanh, got softsign",
         ),
+        ({"image_size": 5}, "--image-size must divide 28, got 5"),
         ({"meta_train": "velo"}, "--meta-train must be one of rnnprop, .*, got velo"),
         ({"starts": 0}, "--starts and --steps must be at least 1, got 0"),
     ],

@@ -7,8 +7,16 @@ import optax
 import pytest
 from tensor_lstm_reference import Reference
 
-from mlhf_optax import SoftmaxCrossEntropy, SquaredError, mlhf
-from mlhf_optax.controllers.tensor_lstm import OUTPUTS, TensorLSTM, init_tensor_lstm, say, tensor_lstm
+from mlhf_optax import SoftmaxCrossEntropy, SquaredError, mlhf, trees
+from mlhf_optax.controllers.protocol import View
+from mlhf_optax.controllers.tensor_lstm import (
+    CONSTANTS,
+    OUTPUTS,
+    TensorLSTM,
+    init_tensor_lstm,
+    say,
+    tensor_lstm,
+)
 
 
 def learned(seed=0, units=4) -> TensorLSTM:
@@ -97,9 +105,79 @@ def test_untrained_it_says_the_constants_whatever_it_sees():
     (_, state), losses = train(tx, params, batches)
     assert state[0].controller.rate == pytest.approx(1.0)
     np.testing.assert_allclose(state[0].controller.power, 0.7, rtol=1e-5)
-    info = state[0].info
-    np.testing.assert_allclose(info.damping_min, info.damping_max, rtol=1e-5)
     assert losses[-1] < 0.5 * losses[0]
+
+
+def first_damping(params, gradient) -> np.ndarray:
+    """Returns the damping of every tensor in the first step of the untrained controller."""
+    controller = tensor_lstm(init_tensor_lstm(jax.random.key(0)))
+    view = View(
+        params=params,
+        gradient=gradient,
+        direction=jax.tree.map(jnp.zeros_like, params),
+        residual=jax.tree.map(jnp.zeros_like, params),
+        ggn=lambda v: v,
+        loss=jnp.ones(()),
+        loss_at=lambda w: jnp.ones(()),
+        initial_rms=trees.root_mean_square(params),
+        is_valid=jnp.array(True),
+    )
+    control = controller.control(view, controller.init(params))
+    return np.array(jax.tree.leaves(controller.operators(view, control.signal).damping.values))
+
+
+def test_damping_has_the_unit_of_its_tensor():
+    """A layer counted in units of 1/8 has numbers 8 times as large, and curvature 1/64 as large."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = [0.1 * jax.random.normal(keys[0], (9, 5)), 0.3 * jax.random.normal(keys[1], (5, 4))]
+    gradient = [jax.random.normal(keys[2], (9, 5)), 0.2 * jax.random.normal(keys[3], (5, 4))]
+    damping = first_damping(params, gradient)
+    rms = lambda x: float(jnp.sqrt(jnp.mean(x**2)))
+    start = CONSTANTS.start_share * CONSTANTS.damping
+    of_all = float(trees.root_mean_square(params))
+    expected = [start * rms(gradient[0]) / of_all, start * rms(gradient[1]) / rms(params[1])]
+    np.testing.assert_allclose(damping, expected, rtol=1e-5)
+    other = first_damping([params[0], 8 * params[1]], [gradient[0], gradient[1] / 8])
+    np.testing.assert_allclose(other[1], damping[1] / 64, rtol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-3])
+def test_a_tensor_that_starts_near_zero_is_measured_by_the_size_of_all(factor):
+    params = [jnp.ones((9, 5)), factor * jnp.ones((5, 4))]
+    gradient = [jnp.ones((9, 5)), jnp.ones((5, 4))]
+    of_large, of_small = first_damping(params, gradient)
+    of_all = float(trees.root_mean_square(params))
+    np.testing.assert_allclose([of_large, of_small], [2.0, 2.0 / of_all], rtol=1e-5)
+
+
+def test_a_tensor_without_gradient_has_damping_above_zero():
+    damping = first_damping([jnp.ones((9, 5)), jnp.ones((5, 4))], [jnp.ones((9, 5)), jnp.zeros((5, 4))])
+    assert np.all(np.isfinite(1 / damping))
+    nothing = first_damping([jnp.zeros(3), jnp.zeros(2)], [jnp.zeros(3), jnp.zeros(2)])
+    assert np.all(np.isfinite(1 / nothing))
+
+
+@pytest.mark.parametrize("units", [(1, 30, 1, 1), (1, 1, 1, 30), (0.1, 0.1, 4, 8)])
+def test_layers_in_other_units_train_about_as_well(units):
+    """With one unit of damping for all tensors the last of these ends with 25 times the loss."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (128, 5))
+    batch = {"x": x, "label": jnp.tanh(x @ jax.random.normal(keys[1], (5, 3)))}
+    first, second = jax.random.normal(keys[2], (5, 16)), jax.random.normal(keys[3], (16, 3))
+    usual = [jnp.zeros(16), first / 5**0.5, jnp.zeros(3), second / 16**0.5]
+
+    def last_loss(units):
+        def predict_in_units(params, batch):
+            b1, w1, b2, w2 = (unit * p for unit, p in zip(units, params, strict=True))
+            return jnp.tanh(batch["x"] @ w1 + b1) @ w2 + b2
+
+        meta_params = init_tensor_lstm(jax.random.key(0))
+        tx = mlhf(1.0, meta_params, predict_in_units, SquaredError(), num_cg_steps=2)
+        batches = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (60, *leaf.shape)), batch)
+        params = [p / unit for unit, p in zip(units, usual, strict=True)]
+        return train(tx, params, batches, predict_fn=predict_in_units)[1][-1]
+
+    assert last_loss(units) < 8 * last_loss((1, 1, 1, 1))
 
 
 def test_what_it_says_is_bounded_for_any_outputs():

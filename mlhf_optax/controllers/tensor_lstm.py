@@ -2,11 +2,11 @@
 
 The system of a step is ``(G + S) d = m``, where m is a running mean of gradients and
 ``S = damping * unit * M``. M is the metric of the tensor, between Adam's diagonal and Kronecker factors, and
-the unit ``rms(g) / rms(w0)`` has the dimension of curvature. The network sees statistics of every tensor that
-have no scale: multiplying the loss, or measuring all parameters in another unit, changes none of them. It
-says by how much the numbers of the step differ from those of the best constant, :data:`CONSTANTS`. Its
-output weights start at zero, so before meta-training it *is* that constant, but for the first steps, in which
-damping grows to it from a share.
+the unit ``rms(g) / rms(w0)`` of the tensor has the dimension of curvature. The network sees statistics of
+every tensor that have no scale: multiplying the loss, or measuring all parameters in another unit, changes
+none of them. It says by how much the numbers of the step differ from those of the best constant,
+:data:`CONSTANTS`. Its output weights start at zero, so before meta-training it *is* that constant, but for
+the first steps, in which damping grows to it from a share.
 """
 
 import functools
@@ -44,7 +44,7 @@ class Constants(NamedTuple):
     """What the outputs are when the output weights are zero, and what is never learned.
 
     Attributes:
-      damping: of every tensor, in the unit ``rms(g) / rms(w0)``.
+      damping: of every tensor, in its unit ``rms(g) / rms(w0)``.
       power: exponent of the Kronecker factors.
       diagonal: share of Adam's diagonal ``v^(1/2)`` in the metric of matrices, as an exponent.
       rate: factor on the direction.
@@ -87,6 +87,7 @@ FEATURES = TENSOR_FEATURES + SHARED_FEATURES
 OUTPUTS = 7
 _TINY = 1e-30
 _SMALLEST = 1e-15  # gradient that damping is measured by, so that damping is never zero
+_SMALLEST_SHARE = 1e-8  # of a tensor's gradient in that of all, for tensors whose gradient is zero
 
 
 class TensorLSTM(NamedTuple):
@@ -167,6 +168,7 @@ class TensorLSTMState(NamedTuple):
       square: running mean of squared gradients, shaped like the parameters.
       square_weight: sum of the weights in it.
       factors: one entry per tensor, the Kronecker factors of a matrix or None.
+      initial_rms: shape (n,), root mean square of the parameters at the start, and not below that of all.
       largest: largest root mean square of gradients so far, a running mean.
       losses: shape (4,): log of the loss, its running means over 10 and 100 steps, and its first value.
       residual: shape (n,), norm of the residual over that of the right-hand side in the last solve.
@@ -183,6 +185,7 @@ class TensorLSTMState(NamedTuple):
     square: chex.ArrayTree
     square_weight: jax.Array
     factors: tuple[Any, ...]
+    initial_rms: jax.Array
     largest: jax.Array
     losses: jax.Array
     residual: jax.Array
@@ -238,6 +241,7 @@ def _init(units: int, constants: Constants, params: chex.ArrayTree) -> TensorLST
         square=zeros(),
         square_weight=scalar(),
         factors=tuple(init_sides(leaf.shape, constants.block) for leaf in leaves),
+        initial_rms=_initial_sizes(params),
         largest=scalar(),
         losses=jnp.zeros(4),
         residual=each(1.0),
@@ -297,13 +301,7 @@ def _new_factors(view: View, state: TensorLSTMState, count: jax.Array, constants
 def _operators(constants: Constants, view: View, signal: _Signal) -> Operators:
     said, state = signal
     treedef = jax.tree.structure(view.gradient)
-    # A training that is nearly done has steps with a tiny gradient; with damping as small they jump away.
-    size = jnp.maximum(trees.root_mean_square(view.gradient), _running_size(state))
-    # Even the running mean falls without end where every example is solved, and curvature with it. Damping
-    # falls more slowly, so that such a training comes to rest.
-    size = size * (jnp.maximum(state.largest, size) / jnp.maximum(size, _TINY)) ** constants.largest_share
-    size = jnp.maximum(size, _SMALLEST) / _initial_rms(view)
-    damping = treedef.unflatten(list(size * said.damping))
+    damping = treedef.unflatten(list(_damping_units(constants, view, state) * said.damping))
     trust = treedef.unflatten(list(said.trust))
     entries = zip(jax.tree.leaves(state.square), state.factors, said.diagonal, strict=True)
     diagonals = [_diagonal(v, sides, share) for v, sides, share in entries]
@@ -329,6 +327,20 @@ def _operators(constants: Constants, view: View, signal: _Signal) -> Operators:
     )
 
 
+def _damping_units(constants: Constants, view: View, state: TensorLSTMState) -> jax.Array:
+    """Returns the size of the gradient over that of the parameters for every tensor, shape (tensors,)."""
+    running = _running_size(state)
+    # A training that is nearly done has steps with a tiny gradient; with damping as small they jump away.
+    size = jnp.maximum(trees.root_mean_square(view.gradient), running)
+    # Even the running mean falls without end where every example is solved, and curvature with it. Damping
+    # falls more slowly, so that such a training comes to rest.
+    size = size * (jnp.maximum(state.largest, size) / jnp.maximum(size, _TINY)) ** constants.largest_share
+    # Layers may be in units of their own, such as inputs that are not standardised give to the first one.
+    of_tensors = jnp.sqrt(_mean_squares(state) / state.square_weight)
+    share = jnp.maximum((of_tensors + _TINY) / (running + _TINY), _SMALLEST_SHARE)
+    return share * jnp.maximum(size, _SMALLEST) / state.initial_rms
+
+
 def _observe(view: View, outcome: Outcome, state: TensorLSTMState) -> Observed:
     d, r, b, s_d = range(4)
     gram = _gram(outcome.direction, outcome.residual, outcome.right_hand_side, outcome.damped)
@@ -347,6 +359,19 @@ def _initial_rms(view: View) -> jax.Array:
     return jnp.where(view.initial_rms > 0, view.initial_rms, 1.0)
 
 
+def _initial_sizes(params: chex.ArrayTree) -> jax.Array:
+    """Returns the root mean square of every tensor, shape (tensors,), and not below that of all.
+
+    Tensors often start at zero or near it on purpose, such as biases and the last layer: they have no unit.
+    """
+    leaves = jax.tree.leaves(params)
+    if not leaves:
+        return jnp.zeros(0)
+    each = jnp.stack([trees.root_mean_square(leaf).astype(jnp.float32) for leaf in leaves])
+    of_all = trees.root_mean_square(params).astype(jnp.float32)
+    return jnp.maximum(each, jnp.where(of_all > 0, of_all, 1.0))
+
+
 # The metric of one tensor.
 
 
@@ -363,6 +388,10 @@ def _times_metric(x: jax.Array, diagonal: jax.Array, sides: Any, inverse: bool) 
         return (x / diagonal if inverse else x * diagonal).astype(x.dtype)
     half = lax.rsqrt(diagonal) if inverse else jnp.sqrt(diagonal)
     return (half * times_sides(sides, half * x, inverse)).astype(x.dtype)
+
+
+def _mean_squares(state: TensorLSTMState) -> jax.Array:
+    return jnp.stack([jnp.mean(v) for v in jax.tree.leaves(state.square)]).astype(jnp.float32)
 
 
 def _running_size(state: TensorLSTMState) -> jax.Array:
@@ -387,8 +416,7 @@ def _features(view: View, state: TensorLSTMState, constants: Constants) -> jax.A
     total = lambda each: jnp.sqrt(jnp.sum(sizes * jnp.square(each)) / jnp.sum(sizes) + _TINY)
     cosine = lambda x_y, x_x, y_y: x_y / (jnp.sqrt(x_x * y_y) + _TINY)
     rms_w, rms_g, rms_d, rms_m = map(rms, (gram[:, w, w], gram[:, g, g], gram[:, d, d], m_m))
-    squares = jnp.stack([jnp.mean(v) for v in jax.tree.leaves(state.square)]).astype(jnp.float32)
-    rms_v = jnp.sqrt(squares / state.square_weight + _TINY)
+    rms_v = jnp.sqrt(_mean_squares(state) / state.square_weight + _TINY)
     all_w, all_d, all_m, all_v = map(total, (rms_w, rms_d, rms_m, rms_v))
     is_started = (state.count > 0).astype(jnp.float32)
     is_vector = jnp.array([1.0 if matrix_shape(leaf.shape) is None else -1.0 for leaf in leaves])

@@ -187,8 +187,8 @@ def make_long_horizon_step(
     order of sums. A state, also one from a checkpoint of another number of devices, and ``batches`` may lie
     anywhere; they are put where they belong. Draw batches in place by giving them the sharding
     ``NamedSharding(mesh, PartitionSpec(axis_name))``. With several processes (``jax.distributed``), each
-    gives the same key, meta-parameters and batches, or arrays on the mesh; write checkpoints with a library
-    that knows several processes, such as orbax (:func:`meta_train` is for one).
+    gives the same key, meta-parameters and batches, or arrays on the mesh; :func:`meta_train` writes
+    checkpoints there.
 
     Args:
       tasks: what is trained, one or several; each has the same say, whatever its gradients' size.
@@ -272,40 +272,7 @@ def make_long_horizon_step(
         keys = jax.random.split(jax.random.wrap_key_data(key_data), len(tasks) + 1)
         return [jax.random.key_data(keys[0]), *keys[1:]]
 
-    @jax.jit
-    def learn(state: LongHorizonState, results: list[_Result]) -> tuple[LongHorizonState, dict]:
-        gradient, squares, dropped = _equal_say(
-            [result.gradient for result in results], state.gradient_squares, state.iteration
-        )
-        updates, opt_state = optimizer.update(gradient, state.meta_opt_state, state.centre)
-        centre, iteration = optax.apply_updates(state.centre, updates), state.iteration + 1
-        keep = jnp.minimum(config.average_decay, iteration / (iteration + 10))
-        counts = {
-            "fresh": sum(result.fresh for result in results),
-            "diverged": sum(result.diverged for result in results),
-            "dropped_gradients": dropped,
-        }
-        losses = jnp.stack([result.meta_loss for result in results])
-        metrics = {
-            "meta_loss": jnp.mean(losses),
-            "meta_gradient_norm": trees.norm(gradient),
-            "age": jnp.mean(jnp.stack([result.mean_age for result in results])),
-            **{f"meta_loss_{number}": loss for number, loss in enumerate(losses)},
-            **counts,
-        }
-        new = state._replace(
-            iteration=iteration,
-            meta_params=jax.tree.map(
-                lambda mean, now: (keep * mean + (1 - keep) * now).astype(now.dtype),
-                state.meta_params,
-                centre,
-            ),
-            centre=centre,
-            meta_opt_state=opt_state,
-            gradient_squares=squares,
-            counts={name: state.counts[name] + counts[name] for name in state.counts},
-        )
-        return new, metrics
+    learn = jax.jit(functools.partial(_learn, config, optimizer))
 
     def step(state: LongHorizonState, batches: Any):
         _check_batches(config, len(tasks), batches)
@@ -496,6 +463,47 @@ def _truncation(task, learned, config, meta_params, episode: Episode, series):
         params=params, opt_state=opt_state, first_loss=first, age=episode.age + config.truncation
     )
     return episode, meta_loss, is_diverged
+
+
+def _learn(
+    config: LongHorizonConfig,
+    optimizer: optax.GradientTransformation,
+    state: LongHorizonState,
+    results: list[_Result],
+) -> tuple[LongHorizonState, dict[str, jax.Array]]:
+    """Returns the state after a step of the meta-optimizer, and the metrics."""
+    gradient, squares, dropped = _equal_say(
+        [result.gradient for result in results], state.gradient_squares, state.iteration
+    )
+    updates, opt_state = optimizer.update(gradient, state.meta_opt_state, state.centre)
+    centre, iteration = optax.apply_updates(state.centre, updates), state.iteration + 1
+    keep = jnp.minimum(config.average_decay, iteration / (iteration + 10))
+    counts = {
+        "fresh": sum(result.fresh for result in results),
+        "diverged": sum(result.diverged for result in results),
+        "dropped_gradients": dropped,
+    }
+    losses = jnp.stack([result.meta_loss for result in results])
+    metrics = {
+        "meta_loss": jnp.mean(losses),
+        "meta_gradient_norm": trees.norm(gradient),
+        "age": jnp.mean(jnp.stack([result.mean_age for result in results])),
+        **{f"meta_loss_{number}": loss for number, loss in enumerate(losses)},
+        **counts,
+    }
+    new = state._replace(
+        iteration=iteration,
+        meta_params=jax.tree.map(
+            lambda mean, now: (keep * mean + (1 - keep) * now).astype(now.dtype),
+            state.meta_params,
+            centre,
+        ),
+        centre=centre,
+        meta_opt_state=opt_state,
+        gradient_squares=squares,
+        counts={name: state.counts[name] + counts[name] for name in state.counts},
+    )
+    return new, metrics
 
 
 def _equal_say(

@@ -13,6 +13,7 @@ What is finished is kept: ``--resume`` goes on after a stop. ``--quick`` takes m
 """
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import matplotlib
 import numpy as np
 from experiment import command_line, finite_or_none, parse_options, save_drawing
 from held_out_tasks import LENGTHS, TASKS, check_tasks
@@ -255,16 +257,17 @@ def print_median(rows: Sequence[dict[str, Any]], kind: str) -> None:
 def draw(figure: Any, content: dict[str, Any]) -> None:
     """Draws the ratios, an axis per rival, a line per task; equal steps above, equal time below."""
     figure.set_size_inches(9, 5.2)
+    colours = matplotlib.colormaps["tab20"].colors
     grid = figure.subplots(2, len(RIVALS), sharex=True, sharey=True)
     for kind, row_of_axes in zip(("ratios", "by_time"), grid, strict=True):
         for axes, rival in zip(row_of_axes, RIVALS, strict=True):
-            for row in content["rows"]:
+            for row, colour in zip(content["rows"], itertools.cycle(colours)):
                 values = [row[kind][step][rival] or math.nan for step in row["steps"]]
-                axes.plot(row["steps"], values, marker="o", markersize=3, label=row["task"])
+                axes.plot(row["steps"], values, marker="o", markersize=3, color=colour, label=row["task"])
             axes.axhline(1.0, color="black", linewidth=0.8)
             axes.set(xscale="log", yscale="log")
     for axes, rival in zip(grid[0], RIVALS, strict=True):
-        axes.set_title(f"over {rival}")
+        axes.set_title(f"over {rival}", fontsize=9)
     for axes in grid[1]:
         axes.set_xlabel("steps of MLHF")
     for axes, when in zip(grid[:, 0], ("after equal steps", "in equal time"), strict=True):

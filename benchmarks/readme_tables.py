@@ -229,7 +229,7 @@ def held_out(content: dict[str, Any]) -> list[str]:
         "all tensors, `untrained` is MLHF before meta-training, with one for each; both are the same for all "
         "tasks. "
         "In equal time: MLHF after that step against rivals that trained for as long, compilation apart; "
-        "empty where they did not."
+        f"empty where they did not. {content.get('note', '')}"
     )
     return with_note(rows, note, content)
 
@@ -267,7 +267,7 @@ def held_out_medians(content: dict[str, Any]) -> list[str]:
         f"Median over {len(content['rows'])} tasks that no meta-training met; in brackets on how many MLHF "
         "is ahead. Nothing is retuned for MLHF; each rival is tuned for each task and step anew. In equal "
         "time a rival takes as many steps as fit into those of MLHF; tasks in which it trained for less are "
-        "left out."
+        f"left out. {content.get('note', '')}"
     )
     return with_note(rows, note, content)
 
@@ -391,7 +391,8 @@ def learned_optimizers(content: dict[str, Any]) -> list[str]:
         rows.append([title, *map("".join, zip(shown, beside, strict=True))])
     note = (
         f"784-20-10 on MNIST, {content['rows'][0]['steps']} steps of batch 128, {content['starts']} starts "
-        "(published: 100). All were meta-trained on the network with sigmoid, with images of 7 x 7 pixels."
+        "(published: 100). All were meta-trained on the network with sigmoid and images of 7 x 7 pixels, and "
+        "then L2L on images of 28 x 28."
     )
     return with_note(rows, note, content)
 

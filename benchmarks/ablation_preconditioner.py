@@ -35,7 +35,7 @@ from ablation_solvers import (
     draw_batches,
 )
 from experiment import ConvnetOptions, command_line, parse_options, save_drawing
-from readme_tables import ablation
+from tables_of_trainings import ablation
 
 from mlhf_optax import MetaParams, init_meta_params, layer_types, meta_training
 from mlhf_optax.comparison.record import record, write_json

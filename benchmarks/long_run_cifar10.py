@@ -19,8 +19,8 @@ import jax
 import numpy as np
 import optax
 from experiment import ConvnetOptions, command_line, find_meta_params, parse_options, save_drawing
-from readme_tables import long_run
 from rich.progress import track
+from tables_of_trainings import long_run
 
 from mlhf_optax.comparison.record import record, write_json
 from mlhf_optax.comparison.run_grid import Program, RunGrid

@@ -5,7 +5,8 @@ import re
 
 import polars as pl
 import pytest
-from readme_tables import FILES, ROOT, TABLES, ablation, by_epoch, rewritten, second_order, table
+from readme_tables import FILES, ROOT, TABLES, rewritten, table
+from tables_of_trainings import ablation, by_epoch, second_order
 
 from mlhf_optax.comparison import Comparison
 from mlhf_optax.comparison.results import frame_of

@@ -281,8 +281,12 @@ class Spread(NamedTuple):
 
     def put_fields(self, state: Any, cut: Sequence[str]) -> Any:
         """Returns a named tuple with the named fields cut, and the others on all devices."""
-        place = lambda name, part: self.put(part, self.cut if name in cut else self.whole)
-        return type(state)(*(place(name, part) for name, part in zip(state._fields, state, strict=True)))
+        shardings = self.of_fields(type(state), cut)
+        return type(state)(*map(self.put, state, shardings))
+
+    def of_fields(self, kind: Any, cut: Sequence[str]) -> Any:
+        """Returns a named tuple of that kind which holds the sharding of every field."""
+        return kind(*(self.cut if name in cut else self.whole for name in kind._fields))
 
     def put(self, tree: Any, sharding: jax.NamedSharding) -> Any:
         """Returns arrays placed so; of several processes each has all of them, and keeps its part."""

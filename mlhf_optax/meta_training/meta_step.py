@@ -193,18 +193,16 @@ def make_meta_step(
         new = MetaState(state.iteration + 1, meta_params, opt_state, trainings, replay, key_data, totals)
         return new, metrics
 
-    shardings: Any = None
+    cut = ("trainings",)
     placement: dict[str, Any] = {}
     if spread is not None:
-        whole: Any = spread.whole
-        shardings = MetaState(*[whole] * len(MetaState._fields))._replace(trainings=spread.cut)
-        placement = {"out_shardings": (shardings, whole)}
+        placement = {"out_shardings": (spread.of_fields(MetaState, cut), spread.whole)}
     jitted = jax.jit(one_step, donate_argnums=0, **placement)
 
     def meta_step(state: MetaState, batches: Any) -> tuple[MetaState, Metrics]:
         check_batches(config, batches)
         if spread is not None:
-            state = spread.put_fields(state, cut=("trainings",))
+            state = spread.put_fields(state, cut)
             batches = spread.put(batches, spread.cut)
         return jitted(state, batches)
 

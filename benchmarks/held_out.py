@@ -13,7 +13,6 @@ What is finished is kept: ``--resume`` goes on after a stop. ``--quick`` takes m
 """
 
 import dataclasses
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 from experiment import command_line, finite_or_none, parse_options, save_drawing
 from held_out_tasks import LENGTHS, TASKS, check_tasks
@@ -45,8 +43,8 @@ from mlhf_optax.learned import LEARNED
 from mlhf_optax.tasks import Task
 
 STEPS = (10, 30, 100, 300, 1000, 3000)
-STEP = {"max_growth": 1.0, "num_cg_steps": 2, "curvature_batch_size": 0.25}
-BEST_CONSTANT = {"metric": "kronecker", "gradient_decay": 0.86, "unit_decay": 0.98, **STEP}
+STEP_OPTIONS = {"max_growth": 1.0, "num_cg_steps": 2, "curvature_batch_size": 0.25}
+BEST_CONSTANT = {"metric": "kronecker", "gradient_decay": 0.86, "unit_decay": 0.98, **STEP_OPTIONS}
 RATES = {
     "adam": rates_per_decade(1e-4, 1e-1),
     "sgd": rates_per_decade(1e-3, 1.0),
@@ -105,8 +103,9 @@ def contenders_for(task: Task, options: Options) -> list[Contender]:
 
 def untrained_contender(task: Task) -> Contender:
     """Returns MLHF before meta-training, which is a constant with a unit of damping for every tensor."""
-    optimizer = mlhf(1.0, init_tensor_lstm(jax.random.key(0)), task.predict_fn, task.loss_fn, **STEP)
-    return Contender("untrained", ("untrained",), (dict(STEP),), lambda: optimizer)
+    meta_params = init_tensor_lstm(jax.random.key(0))
+    optimizer = mlhf(1.0, meta_params, task.predict_fn, task.loss_fn, **STEP_OPTIONS)
+    return Contender("untrained", ("untrained",), (STEP_OPTIONS,), lambda: optimizer)
 
 
 def ratios(curves: Sequence[Curve], step: int) -> dict[str, float]:
@@ -256,14 +255,16 @@ def print_median(rows: Sequence[dict[str, Any]], kind: str) -> None:
 
 def draw(figure: Any, content: dict[str, Any]) -> None:
     """Draws the ratios, an axis per rival, a line per task; equal steps above, equal time below."""
+    from matplotlib import colormaps
+
     figure.set_size_inches(9, 5.2)
-    colours = matplotlib.colormaps["tab20"].colors
     grid = figure.subplots(2, len(RIVALS), sharex=True, sharey=True)
     for kind, row_of_axes in zip(("ratios", "by_time"), grid, strict=True):
         for axes, rival in zip(row_of_axes, RIVALS, strict=True):
-            for row, colour in zip(content["rows"], itertools.cycle(colours)):
+            axes.set_prop_cycle(color=colormaps["tab20"].colors)  # ten are fewer than there are tasks
+            for row in content["rows"]:
                 values = [row[kind][step][rival] or math.nan for step in row["steps"]]
-                axes.plot(row["steps"], values, marker="o", markersize=3, color=colour, label=row["task"])
+                axes.plot(row["steps"], values, marker="o", markersize=3, label=row["task"])
             axes.axhline(1.0, color="black", linewidth=0.8)
             axes.set(xscale="log", yscale="log")
     for axes, rival in zip(grid[0], RIVALS, strict=True):

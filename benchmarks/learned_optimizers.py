@@ -8,7 +8,8 @@ sigmoid; ReLU, ELU and tanh show how far that carries. The published numbers sta
 
 What is finished is kept: ``--resume`` goes on after a stop. ``--quick`` takes minutes on two cores.
 ``--meta-train NAME`` meta-trains one of them instead, with the recipe of the shipped meta-parameters: on
-MNIST of 7 x 7 pixels (``--image-size``), and all but L2L with random scaling and a convex companion.
+MNIST of 7 x 7 pixels, and all but L2L with random scaling and a convex companion. L2L went on from there with
+``--start`` and ``--image-size``; the record of the shipped file has the command.
 ``--bowl STEPS`` runs LODO instead, which is not meta-trained, on the noisy quadratic bowl of its paper: the
 minimum of a quadratic of 100 numbers moves at random before every step. The floor is 7.41, the loss of
 Newton's method; the best of Adam and momentum is published, and was found, between 14 and 16, LODO's at 9.0.

@@ -1,5 +1,6 @@
 """Tables of learned optimizers on tasks that they never met, and on those of the literature."""
 
+import math
 import statistics
 from typing import Any
 
@@ -30,9 +31,8 @@ def held_out(content: dict[str, Any]) -> list[str]:
         f"{content['seeds']}. The best of ten learning rates of Adam and of SGD with momentum, or of seven "
         "of Muon, is chosen anew at every step. `constant` is the best constant with one unit of damping for "
         "all tensors, `untrained` is MLHF before meta-training, with one for each; both are the same for all "
-        "tasks. "
-        "In equal time: MLHF after that step against rivals that trained for as long, compilation apart; "
-        f"empty where they did not. {content.get('note', '')}"
+        "tasks. In equal time: MLHF after that step against rivals that trained for as long, compilation "
+        f"apart; empty where they did not. {content.get('note', '')}"
     )
     return with_note(rows, note, content)
 
@@ -149,9 +149,8 @@ def learned_optimizers(content: dict[str, Any]) -> list[str]:
         losses = {row["activation"]: row["loss"] for row in content["rows"] if row["optimizer"] == name}
         known = content["published"].get(name, {})
         beside = [f" ({known[activation]:.2f})" if activation in known else "" for activation in activations]
-        shown = [format_loss(losses[activation]) for activation in activations]
-        title = LEARNED[name].label if name in LEARNED else "tuned Adam"
-        rows.append([title, *map("".join, zip(shown, beside, strict=True))])
+        shown = [_final(losses[activation]) for activation in activations]
+        rows.append([_title(name), *map("".join, zip(shown, beside, strict=True))])
     note = (
         f"784-20-10 on MNIST, {content['rows'][0]['steps']} steps of batch 128, {content['starts']} starts "
         "(published: 100). All were meta-trained on the network with sigmoid and images of 7 x 7 pixels, and "
@@ -168,9 +167,7 @@ def learned_optimizers_long(*contents: dict[str, Any]) -> list[str]:
             columns.setdefault(row["steps"], {})[row["optimizer"]] = row
     rows = [["final loss with sigmoid", *(f"{steps:,} steps" for steps in columns)]]
     for name in next(iter(columns.values())):
-        title = LEARNED[name].label if name in LEARNED else "tuned Adam"
-        found = [column[name]["loss"] for column in columns.values()]
-        rows.append([title, *("diverged" if loss is None else format_loss(loss) for loss in found)])
+        rows.append([_title(name), *(_final(column[name]["loss"]) for column in columns.values())])
     starts = " and ".join(str(content["starts"]) for content in contents)
     note = (
         f"The same protocol for longer, starts: {starts}. The rate of Adam is tuned for each length; the "
@@ -178,6 +175,14 @@ def learned_optimizers_long(*contents: dict[str, Any]) -> list[str]:
     )
     commands = " && ".join(content["command"] for content in contents)
     return with_note(rows, note, contents[-1] | {"command": commands})
+
+
+def _title(name: str) -> str:
+    return LEARNED[name].label if name in LEARNED else "tuned Adam"
+
+
+def _final(loss: float | None) -> str:
+    return format_loss(math.inf if loss is None else loss)  # JSON has no infinity
 
 
 def lodo_bowl(content: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import re
 import polars as pl
 import pytest
 from readme_tables import FILES, ROOT, TABLES, rewritten, table
+from tables_of_learned import learned_optimizers, learned_optimizers_long
 from tables_of_trainings import ablation, by_epoch, second_order
 
 from mlhf_optax.comparison import Comparison
@@ -65,6 +66,15 @@ def test_a_longer_run_of_mlhf_takes_the_place_of_its_rows_with_the_time_of_the_c
         ["8", "1.500 (1.50)", "10.0%", "2 (**0.25**)"],
         ["16", "0.500 (**0.50**)", "70.0%", "3 (**0.50**)"],
     ]
+
+
+def test_a_learned_optimizer_that_diverged_is_told_beside_what_is_published():
+    row = {"optimizer": "l2l", "activation": "relu", "steps": 100}
+    content = ORIGIN | {"command": "python x.py", "starts": 2, "published": {"l2l": {"relu": 1.42}}}
+    short = learned_optimizers(content | {"rows": [row | {"loss": None}]})
+    assert cells(short[2]) == ["L2L", "diverged (1.42)"]
+    long = [content | {"rows": [row | {"steps": n, "loss": x}]} for n, x in ((2000, 0.5), (10_000, None))]
+    assert cells(learned_optimizers_long(*long)[2]) == ["L2L", "0.500", "diverged"]
 
 
 def test_the_ablation_is_shown_by_configuration():

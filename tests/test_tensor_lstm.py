@@ -105,6 +105,10 @@ def test_untrained_it_says_the_constants_whatever_it_sees():
     (_, state), losses = train(tx, params, batches)
     assert state[0].controller.rate == pytest.approx(1.0)
     np.testing.assert_allclose(state[0].controller.power, 0.7, rtol=1e-5)
+    controller, info = state[0].controller, state[0].info
+    units = jnp.array([jnp.sqrt(jnp.mean(v)) for v in controller.square]) / controller.initial_rms
+    # Of each tensor in its unit, damping is the same.
+    np.testing.assert_allclose(info.damping_max / info.damping_min, units.max() / units.min(), rtol=1e-5)
     assert losses[-1] < 0.5 * losses[0]
 
 

@@ -354,9 +354,9 @@ def _observe(view: View, outcome: Outcome, state: TensorLSTMState) -> Observed:
     return accept(view, outcome, state)
 
 
-def _initial_rms(view: View) -> jax.Array:
+def _size_of(rms: jax.Array) -> jax.Array:
     # Parameters that all start at zero have no size to measure by.
-    return jnp.where(view.initial_rms > 0, view.initial_rms, 1.0)
+    return jnp.where(rms > 0, rms, 1.0)
 
 
 def _initial_sizes(params: chex.ArrayTree) -> jax.Array:
@@ -364,12 +364,8 @@ def _initial_sizes(params: chex.ArrayTree) -> jax.Array:
 
     Tensors often start at zero or near it on purpose, such as biases and the last layer: they have no unit.
     """
-    leaves = jax.tree.leaves(params)
-    if not leaves:
-        return jnp.zeros(0)
-    each = jnp.stack([trees.root_mean_square(leaf).astype(jnp.float32) for leaf in leaves])
-    of_all = trees.root_mean_square(params).astype(jnp.float32)
-    return jnp.maximum(each, jnp.where(of_all > 0, of_all, 1.0))
+    each = jnp.array([trees.root_mean_square(leaf) for leaf in jax.tree.leaves(params)], jnp.float32)
+    return jnp.maximum(each, _size_of(trees.root_mean_square(params).astype(jnp.float32)))
 
 
 # The metric of one tensor.
@@ -446,7 +442,7 @@ def _features(view: View, state: TensorLSTMState, constants: Constants) -> jax.A
         _bounded(now - fast, 0.5),
         _bounded(_log(total(rms_g) / all_v), 0.5),
         _bounded(_log(all_m / all_v) + 1, 1.0),
-        _bounded(_log(all_w / _initial_rms(view)), 1.0),
+        _bounded(_log(all_w / _size_of(view.initial_rms)), 1.0),
         _bounded(_log(jnp.minimum(1.0, constants.update_ratio / jnp.maximum(ratio, _TINY))), 1.0),
     ]
     shared = jnp.broadcast_to(jnp.stack(of_all), (len(leaves), SHARED_FEATURES))

@@ -21,6 +21,7 @@ def gauss_newton(
     metric: str | Metric = "identity",
     gradient_decay: float | None = None,
     unit_decay: float | None = None,
+    per_tensor: bool = False,
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
     per_example: PerExample = None,
@@ -52,6 +53,7 @@ def gauss_newton(
       gradient_decay: solve for the running mean of gradients with this decay, against the noise of
         mini-batches (:func:`mlhf_optax.controllers.constant`); None for the gradient of the step.
       unit_decay: keep the unit from following single small gradients; None for none.
+      per_tensor: every tensor has a unit of its own, for networks whose layers are in other units.
       num_cg_steps: CG steps K; the step costs K + 1 GGN products.
       curvature_batch_size: take GGN products on part of the batch
         (:func:`mlhf_optax.curvature.curvature_subset`).
@@ -88,7 +90,9 @@ def gauss_newton(
       True
     """
     direction = scale_by_damped_step(
-        constant(damping, metric, gradient_decay=gradient_decay, unit_decay=unit_decay),
+        constant(
+            damping, metric, gradient_decay=gradient_decay, unit_decay=unit_decay, per_tensor=per_tensor
+        ),
         predict_fn,
         loss_fn,
         name="gauss_newton",

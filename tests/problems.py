@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mlhf_optax import PAPER_SETTINGS, SoftmaxCrossEntropy, init_meta_params
+from mlhf_optax import PAPER_SETTINGS, SoftmaxCrossEntropy, SquaredError, init_meta_params
 
 LOSS = SoftmaxCrossEntropy()
 
@@ -111,3 +111,30 @@ def rescaled_direction(build, scale):
 
     found = update(scaled)
     return flat(jax.tree.map(lambda x: x * scale, found))
+
+
+def loss_in_units(build, units, steps=60):
+    """Trains a tanh network whose tensors b1, W1, b2, W2 are in units of their own; returns the last loss.
+
+    ``build(predict_fn)`` makes the optimizer. The function at the start is the same for all units.
+    """
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (128, 5))
+    batch = {"x": x, "label": jnp.tanh(x @ jax.random.normal(keys[1], (5, 3)))}
+    first, second = jax.random.normal(keys[2], (5, 16)), jax.random.normal(keys[3], (16, 3))
+    usual = [jnp.zeros(16), first / 5**0.5, jnp.zeros(3), second / 16**0.5]
+
+    def predict_fn(params, batch):
+        b1, w1, b2, w2 = (unit * p for unit, p in zip(units, params, strict=True))
+        return jnp.tanh(batch["x"] @ w1 + b1) @ w2 + b2
+
+    tx, loss_fn = build(predict_fn), SquaredError()
+
+    def step(carry, _):
+        params, state = carry
+        loss, grads = jax.value_and_grad(lambda p: loss_fn(predict_fn(p, batch), batch))(params)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return (optax.apply_updates(params, updates), state), loss
+
+    params = [p / unit for unit, p in zip(units, usual, strict=True)]
+    return jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=steps)[1][-1])(params)

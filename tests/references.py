@@ -308,13 +308,26 @@ def _kind(setting) -> str:
 
 
 def naive_gauss_newton(
-    model, w, batches, *, learning_rate, damping, metric, num_cg_steps, decay=0.98, floor=1e-3
+    model,
+    w,
+    batches,
+    *,
+    learning_rate,
+    damping,
+    metric,
+    num_cg_steps,
+    tensors=None,
+    unit_decay=0.0,
+    decay=0.98,
+    floor=1e-3,
 ):
     """Yields w after each step and its direction; None for the number of CG steps solves exactly.
 
-    The damping is `damping` rms(g) / rms(w0) times the metric, which is "identity" or "diagonal".
+    The damping is `damping` rms(g) / rms(w0) times the metric, which is "identity" or "diagonal". With
+    `tensors`, the tensor that each coordinate belongs to, each has a unit of its own.
     """
-    w0, d, mean_square = w, np.zeros_like(w), np.zeros_like(w)
+    w0, d, mean_square, running = w, np.zeros_like(w), np.zeros_like(w), np.zeros_like(w)
+    rms = lambda x: np.sqrt(np.mean(x**2))
     for t, batch in enumerate(batches, 1):
         g = model.gradient(w, batch)
         mean_square = decay * mean_square + (1 - decay) * g**2
@@ -322,7 +335,16 @@ def naive_gauss_newton(
         if metric == "diagonal":
             root = np.sqrt(mean_square / (1 - decay**t))
             diagonal = root / root.mean() + floor
-        s = damping * unit_of_damping(g, w0) * diagonal
+        unit = unit_of_damping(g, w0)
+        if tensors is not None:
+            running = unit_decay * running + (1 - unit_decay) * g**2
+            lately = np.sqrt(running / (1 - unit_decay**t))
+            size = max(rms(g), rms(lately))
+            unit = [
+                rms(lately[tensors == i]) / rms(lately) * size / max(rms(w0[tensors == i]), rms(w0))
+                for i in tensors
+            ]
+        s = damping * np.asarray(unit) * diagonal
         matrix = model.ggn(w, batch) + np.diag(s)
         if num_cg_steps is None:
             d = np.linalg.solve(matrix, g)

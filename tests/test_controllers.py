@@ -9,7 +9,7 @@ import pytest
 
 from mlhf_optax import scale_by_damped_step
 from mlhf_optax.controllers import Quotient, Scale, constant, metrics, scheduled
-from mlhf_optax.controllers.constant import unit
+from mlhf_optax.controllers.units import unit
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 

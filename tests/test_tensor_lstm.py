@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import problems
 import pytest
 from tensor_lstm_reference import Reference
 
@@ -164,24 +165,11 @@ def test_a_tensor_without_gradient_has_damping_above_zero():
 @pytest.mark.parametrize("units", [(1, 30, 1, 1), (1, 1, 1, 30), (0.1, 0.1, 4, 8)])
 def test_layers_in_other_units_train_about_as_well(units):
     """With one unit of damping for all tensors the last of these ends with 25 times the loss."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (128, 5))
-    batch = {"x": x, "label": jnp.tanh(x @ jax.random.normal(keys[1], (5, 3)))}
-    first, second = jax.random.normal(keys[2], (5, 16)), jax.random.normal(keys[3], (16, 3))
-    usual = [jnp.zeros(16), first / 5**0.5, jnp.zeros(3), second / 16**0.5]
-
-    def last_loss(units):
-        def predict_in_units(params, batch):
-            b1, w1, b2, w2 = (unit * p for unit, p in zip(units, params, strict=True))
-            return jnp.tanh(batch["x"] @ w1 + b1) @ w2 + b2
-
-        meta_params = init_tensor_lstm(jax.random.key(0))
-        tx = mlhf(1.0, meta_params, predict_in_units, SquaredError(), num_cg_steps=2)
-        batches = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (60, *leaf.shape)), batch)
-        params = [p / unit for unit, p in zip(units, usual, strict=True)]
-        return train(tx, params, batches, predict_fn=predict_in_units)[1][-1]
-
-    assert last_loss(units) < 8 * last_loss((1, 1, 1, 1))
+    build = lambda predict_fn: mlhf(
+        1.0, init_tensor_lstm(jax.random.key(0)), predict_fn, SquaredError(), num_cg_steps=2
+    )
+    usual = problems.loss_in_units(build, (1, 1, 1, 1))
+    assert problems.loss_in_units(build, units) < 8 * usual
 
 
 def test_what_it_says_is_bounded_for_any_outputs():

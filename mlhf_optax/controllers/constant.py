@@ -15,36 +15,14 @@ from mlhf_optax.controllers.protocol import (
     Operators,
     Outcome,
     Product,
+    Quotient,
     Scale,
     View,
     accept,
 )
+from mlhf_optax.controllers.units import SMALLEST_GRADIENT, initial_sizes, tensor_shares, unit
 
-# Below it a gradient is rounding noise: damping that shrank with it would let the training jump away.
-_SMALLEST_GRADIENT = 1e-7
-_SMALLEST_PARAMETERS = 1e-3
-
-
-def unit(gradient_rms: jax.Array, initial_rms: jax.Array) -> jax.Array:
-    """Returns the unit of damping, ``rms(g) / rms(w0)`` over all parameters: the dimension of curvature.
-
-    Damping in this unit shrinks with the gradient, and one constant suits networks of any width.
-
-    Args:
-      gradient_rms: root mean square of the gradient, a scalar.
-      initial_rms: that of the parameters at the start of the training, a scalar; zero counts as 1.
-
-    Returns:
-      A positive scalar, in units of the loss over parameter squared.
-
-    Example:
-      >>> float(unit(jnp.array(0.5), jnp.array(0.25)))
-      2.0
-    """
-    size = jnp.maximum(gradient_rms, _SMALLEST_GRADIENT)
-    # Parameters that all start at zero have no size to measure damping by.
-    parameters = jnp.where(initial_rms > 0, jnp.maximum(initial_rms, _SMALLEST_PARAMETERS), 1.0)
-    return size / parameters
+_TINY = 1e-15  # size of a gradient that is zero, for the derivative of a root
 
 
 class ConstantState(NamedTuple):
@@ -55,12 +33,17 @@ class ConstantState(NamedTuple):
       mean_gradient: running mean of gradients, shaped like the parameters; empty without ``gradient_decay``.
       mean_square: running mean of ``rms(g)^2``, a scalar; empty without ``unit_decay``.
       metric: state of the metric.
+      mean_squares: running mean of that of every tensor, shape (tensors,); empty without ``unit_decay`` or
+        ``per_tensor``.
+      initial_sizes: those of the tensors, shape (tensors,); empty without ``per_tensor``.
     """
 
     count: jax.Array  # shape=(), dtype=int32
     mean_gradient: Any
     mean_square: Any
     metric: Any
+    mean_squares: Any = ()
+    initial_sizes: Any = ()
 
 
 def constant(
@@ -69,6 +52,7 @@ def constant(
     *,
     gradient_decay: float | None = None,
     unit_decay: float | None = None,
+    per_tensor: bool = False,
 ) -> Controller:
     r"""Returns the controller whose damping is one constant in the unit ``rms(g) / rms(w0)``.
 
@@ -86,6 +70,9 @@ def constant(
       unit_decay: rms(g) in the unit is at least the root of its running mean square with this decay in
         [0, 1). A training that is nearly done has steps with a tiny gradient, and with the damping as
         small they jump away. None for the gradient of the step alone.
+      per_tensor: every tensor has a unit of its own, ``rms(g) / rms(w0)`` of that tensor, with rms(w0) not
+        below that of all, and CG is preconditioned by it. For networks whose layers are in other units, as
+        from inputs that are not standardised.
 
     Returns:
       The controller.
@@ -102,46 +89,76 @@ def constant(
     for name, decay in (("gradient_decay", gradient_decay), ("unit_decay", unit_decay)):
         if isinstance(decay, int | float) and not 0 <= decay < 1:
             raise ValueError(f"`{name}` must be in [0, 1), or None for none, got {decay}")
-    rule, is_identity = get_metric(metric), metric == "identity"
+    rule, is_scalar = get_metric(metric), metric == "identity" and not per_tensor
 
     def init(params: Any) -> ConstantState:
         mean = () if gradient_decay is None else jax.tree.map(devices.zeros_like, params)
         square = () if unit_decay is None else jnp.zeros((), jnp.float32)
-        return ConstantState(jnp.zeros((), jnp.int32), mean, square, rule.init(params))
+        state = ConstantState(jnp.zeros((), jnp.int32), mean, square, rule.init(params))
+        if not per_tensor:
+            return state
+        sizes = initial_sizes(params)
+        squares = () if unit_decay is None else jnp.zeros_like(sizes)
+        return state._replace(mean_squares=squares, initial_sizes=sizes)
 
     def control(view: View, state: ConstantState) -> Control:
-        mean, square = state.mean_gradient, state.mean_square
+        mean = state.mean_gradient
         if gradient_decay is not None:
             own, new = gradient_decay, 1 - gradient_decay
             mean = jax.tree.map(lambda m, g: (own * m + new * g).astype(m.dtype), mean, view.gradient)
+        state = state._replace(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            mean_gradient=mean,
+            metric=rule.update(view.gradient, state.metric, view.axis_name),
+        )
         if unit_decay is not None:
+            keep, add = unit_decay, 1 - unit_decay
+            averaged = lambda old, rms: keep * old + add * jnp.square(rms)
             rms = trees.root_mean_square(view.gradient).astype(jnp.float32)
-            square = unit_decay * square + (1 - unit_decay) * jnp.square(rms)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        state = ConstantState(count, mean, square, rule.update(view.gradient, state.metric, view.axis_name))
+            state = state._replace(mean_square=averaged(state.mean_square, rms))
+            if per_tensor:
+                state = state._replace(mean_squares=averaged(state.mean_squares, _each_rms(view.gradient)))
         return Control(state, state)
 
-    def operators(view: View, signal: ConstantState) -> Operators:
-        size = trees.root_mean_square(view.gradient)
+    def units(view: View, state: ConstantState) -> Any:
+        """Returns the unit of every tensor, scalars in a tree like the parameters."""
+        size = of_all = trees.root_mean_square(view.gradient)
         if unit_decay is not None:
-            running = signal.mean_square / _sum_of_weights(unit_decay, signal.count)
-            size = jnp.maximum(size, jnp.sqrt(jnp.maximum(running, _SMALLEST_GRADIENT**2)))
-        scale = damping * unit(size, view.initial_rms)
+            of_all = running(state, state.mean_square, SMALLEST_GRADIENT)
+            size = jnp.maximum(size, of_all)
+        if not per_tensor:
+            return jax.tree.map(lambda _: unit(size, view.initial_rms), view.gradient)
+        own = _each_rms(view.gradient) if unit_decay is None else running(state, state.mean_squares, _TINY)
+        each = tensor_shares(own, of_all) * unit(size, state.initial_sizes)
+        return jax.tree.structure(view.gradient).unflatten(list(each))
+
+    def running(state: ConstantState, mean_squares: Any, smallest: float) -> jax.Array:
+        assert unit_decay is not None
+        mean_squares = mean_squares / _sum_of_weights(unit_decay, state.count)
+        return jnp.sqrt(jnp.maximum(mean_squares, smallest**2))
+
+    def operators(view: View, signal: ConstantState) -> Operators:
+        scales = jax.tree.map(lambda one: damping * one, units(view, signal))
         b = None
         if gradient_decay is not None:
             b = scaled(1 / _sum_of_weights(gradient_decay, signal.count), signal.mean_gradient)
-        values = jax.tree.map(lambda m: scale * m, rule.values(signal.metric, view.gradient))
-        if is_identity:
+        values = jax.tree.map(jnp.multiply, scales, rule.values(signal.metric, view.gradient))
+        if is_scalar:
             return Operators(Scale(values), right_hand_side=b)
         times = functools.partial(rule.times, signal.metric)
         return Operators(
-            Product(values, lambda v: scaled(scale, times(v))),
-            Product(values, lambda v: scaled(1.0 / scale, times(v, inverse=True))),
+            Product(values, lambda v: Scale(scales)(times(v))),
+            Product(values, lambda v: Quotient(scales)(times(v, inverse=True))),
             right_hand_side=b,
             damping_after_preconditioner=lambda r: r,
         )
 
     return Controller(init, control, operators)
+
+
+def _each_rms(gradient: Any) -> jax.Array:
+    """Root mean square of every tensor, shape (tensors,), float32."""
+    return jnp.stack([trees.root_mean_square(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(gradient)])
 
 
 def _sum_of_weights(decay: float, count: jax.Array) -> jax.Array:

@@ -38,6 +38,7 @@ from mlhf_optax.controllers.protocol import (
     View,
     accept,
 )
+from mlhf_optax.controllers.units import initial_sizes, size_of, tensor_shares
 
 
 class Constants(NamedTuple):
@@ -87,7 +88,6 @@ FEATURES = TENSOR_FEATURES + SHARED_FEATURES
 OUTPUTS = 7
 _TINY = 1e-30
 _SMALLEST = 1e-15  # gradient that damping is measured by, so that damping is never zero
-_SMALLEST_SHARE = 1e-8  # of a tensor's gradient in that of all, for tensors whose gradient is zero
 
 
 class TensorLSTM(NamedTuple):
@@ -241,7 +241,7 @@ def _init(units: int, constants: Constants, params: chex.ArrayTree) -> TensorLST
         square=zeros(),
         square_weight=scalar(),
         factors=tuple(init_sides(leaf.shape, constants.block) for leaf in leaves),
-        initial_rms=_initial_sizes(params),
+        initial_rms=initial_sizes(params),
         largest=scalar(),
         losses=jnp.zeros(4),
         residual=each(1.0),
@@ -337,8 +337,7 @@ def _damping_units(constants: Constants, view: View, state: TensorLSTMState) -> 
     size = size * (jnp.maximum(state.largest, size) / jnp.maximum(size, _TINY)) ** constants.largest_share
     # Layers may be in units of their own, such as inputs that are not standardised give to the first one.
     of_tensors = jnp.sqrt(_mean_squares(state) / state.square_weight)
-    share = jnp.maximum((of_tensors + _TINY) / (running + _TINY), _SMALLEST_SHARE)
-    return share * jnp.maximum(size, _SMALLEST) / state.initial_rms
+    return tensor_shares(of_tensors, running) * jnp.maximum(size, _SMALLEST) / state.initial_rms
 
 
 def _observe(view: View, outcome: Outcome, state: TensorLSTMState) -> Observed:
@@ -352,20 +351,6 @@ def _observe(view: View, outcome: Outcome, state: TensorLSTMState) -> Observed:
         residual=keep(residual, state.residual), damped_share=keep(share, state.damped_share)
     )
     return accept(view, outcome, state)
-
-
-def _size_of(rms: jax.Array) -> jax.Array:
-    # Parameters that all start at zero have no size to measure by.
-    return jnp.where(rms > 0, rms, 1.0)
-
-
-def _initial_sizes(params: chex.ArrayTree) -> jax.Array:
-    """Returns the root mean square of every tensor, shape (tensors,), and not below that of all.
-
-    Tensors often start at zero or near it on purpose, such as biases and the last layer: they have no unit.
-    """
-    each = jnp.array([trees.root_mean_square(leaf) for leaf in jax.tree.leaves(params)], jnp.float32)
-    return jnp.maximum(each, _size_of(trees.root_mean_square(params).astype(jnp.float32)))
 
 
 # The metric of one tensor.
@@ -442,7 +427,7 @@ def _features(view: View, state: TensorLSTMState, constants: Constants) -> jax.A
         _bounded(now - fast, 0.5),
         _bounded(_log(total(rms_g) / all_v), 0.5),
         _bounded(_log(all_m / all_v) + 1, 1.0),
-        _bounded(_log(all_w / _size_of(view.initial_rms)), 1.0),
+        _bounded(_log(all_w / size_of(view.initial_rms)), 1.0),
         _bounded(_log(jnp.minimum(1.0, constants.update_ratio / jnp.maximum(ratio, _TINY))), 1.0),
     ]
     shared = jnp.broadcast_to(jnp.stack(of_all), (len(leaves), SHARED_FEATURES))

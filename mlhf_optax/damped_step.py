@@ -253,9 +253,10 @@ def damped_step(
     solution, extra = around_solve(lambda signal: _solve(controller, solver, view, signal), control.signal)
     descent = jnp.asarray(trees.vdot(solution.direction, solution.right_hand_side), jnp.float32)
     is_optimum = ~trees.is_any_nonzero(view.gradient)
-    # A gradient may be finite and overflow in a product: then nothing was solved, and the norm shows it.
-    numbers = (descent, solution.residual_norm, solution.direction, solution.residual)
-    is_finite = view.is_valid & trees.is_finite((numbers, control.state))
+    # A gradient may be finite and overflow in a product: then nothing was solved, and the norm shows it. A
+    # number of the direction or the residual that is not finite makes its inner product so, too.
+    checked = control.state if control.checked is None else control.checked
+    is_finite = view.is_valid & trees.is_finite((descent, solution.residual_norm, checked))
     is_sound = is_finite & ((descent > 0) | is_optimum)
     kept = trees.select(is_sound, control.state, state.controller)
     b, s_d = solution.right_hand_side, solution.damped
@@ -264,7 +265,10 @@ def damped_step(
     is_taken = observed.is_accepted
     direction = trees.zero_unless(is_taken & ~is_optimum, solution.direction)
     scale = solution.operators.step_scale
-    handed_on = direction if scale is None else jax.tree.map(lambda d: (scale * d).astype(d.dtype), direction)
+    handed_on = direction
+    if scale is not None:
+        scale = jnp.where(is_taken, scale, 0.0)  # it may be what was not finite
+        handed_on = jax.tree.map(lambda d: (scale * d).astype(d.dtype), direction)
     new_state = state._replace(
         count=jnp.where(is_taken, jnp.asarray(optax.safe_increment(state.count)), state.count),
         restart=jnp.where(is_finite, ~is_sound, state.restart),

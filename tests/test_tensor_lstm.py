@@ -234,6 +234,18 @@ def test_a_bad_gradient_is_skipped_and_leaves_the_state():
     assert after[0].info.skipped_steps == 1
 
 
+@pytest.mark.parametrize("field", TensorLSTM._fields)
+def test_a_network_that_is_not_finite_moves_nothing_and_leaves_the_state(field):
+    meta_params = learned()
+    meta_params = meta_params._replace(**{field: getattr(meta_params, field).at[0].set(jnp.nan)})
+    params, batches = linear_problem(steps=1)
+    tx = mlhf(1.0, meta_params, predict, SquaredError(), num_cg_steps=2)
+    end, (state, *_) = train(tx, params, batches)[0]
+    assert int(state.info.skipped_steps) == 1
+    before = tx.init(params)[0].controller
+    jax.tree.map(np.testing.assert_array_equal, (end, state.controller), (params, before))
+
+
 def test_no_unit_is_refused():
     with pytest.raises(ValueError, match="`units` must be at least 1, got 0"):
         init_tensor_lstm(jax.random.key(0), 0)

@@ -281,7 +281,9 @@ def _control(meta_params: TensorLSTM, constants: Constants, view: View, state: T
         hidden=hidden,
         cell=cell,
     )
-    return Control(_Signal(said, state), state)
+    # Means and factors are finite where these are.
+    small = state._replace(mean=(), square=(), factors=())
+    return Control(_Signal(said, state), state, checked=(small, _inner(view.gradient, view.gradient)))
 
 
 def _new_factors(view: View, state: TensorLSTMState, count: jax.Array, constants: Constants) -> tuple:
@@ -304,13 +306,13 @@ def _operators(constants: Constants, view: View, signal: _Signal) -> Operators:
     damping = treedef.unflatten(list(_damping_units(constants, view, state) * said.damping))
     trust = treedef.unflatten(list(said.trust))
     entries = zip(jax.tree.leaves(state.square), state.factors, said.diagonal, strict=True)
-    diagonals = [_diagonal(v, sides, share) for v, sides, share in entries]
+    roots = [_diagonal_root(v, sides, share) for v, sides, share in entries]
 
     def times(vector, scales, inverse=False):
         leaves = jax.tree.leaves(vector)
         products = [
             _times_metric(x, h, sides, inverse)
-            for x, h, sides in zip(leaves, diagonals, state.factors, strict=True)
+            for x, h, sides in zip(leaves, roots, state.factors, strict=True)
         ]
         return _scaled(scales, treedef.unflatten(products))
 
@@ -341,11 +343,10 @@ def _damping_units(constants: Constants, view: View, state: TensorLSTMState) -> 
 
 
 def _observe(view: View, outcome: Outcome, state: TensorLSTMState) -> Observed:
-    d, r, b, s_d = range(4)
-    gram = _gram(outcome.direction, outcome.residual, outcome.right_hand_side, outcome.damped)
-    curvature = gram[:, d, b] - gram[:, d, r]  # <d, (G + S) d>
-    share = jnp.clip(gram[:, d, s_d] / jnp.where(curvature > 0, curvature, 1e30), 0.0, 1.0)
-    residual = jnp.sqrt(gram[:, r, r] / (gram[:, b, b] + _TINY))
+    d, r, b = outcome.direction, outcome.residual, outcome.right_hand_side
+    curvature = _inner(d, b) - _inner(d, r)  # <d, (G + S) d>
+    share = jnp.clip(_inner(d, outcome.damped) / jnp.where(curvature > 0, curvature, 1e30), 0.0, 1.0)
+    residual = jnp.sqrt(_inner(r, r) / (_inner(b, b) + _TINY))
     keep = lambda new, old: jnp.where(outcome.is_sound, new, old)
     state = state._replace(
         residual=keep(residual, state.residual), damped_share=keep(share, state.damped_share)
@@ -356,19 +357,22 @@ def _observe(view: View, outcome: Outcome, state: TensorLSTMState) -> Observed:
 # The metric of one tensor.
 
 
-def _diagonal(square: jax.Array, sides: Any, share: jax.Array) -> jax.Array:
-    """Returns Adam's part of a metric, ``v^(1/2)`` for vectors and ``v^(share / 2)`` for matrices, mean 1."""
-    exponent = 0.5 if sides is None else 0.5 * share
-    h = (square / (jnp.mean(square) + _TINY) + 1e-6) ** exponent
-    return h / jnp.mean(h)
+def _diagonal_root(square: jax.Array, sides: Any, share: jax.Array) -> jax.Array:
+    """Returns ``h^(1/2)`` for Adam's part h of a metric, with mean 1: ``v^(share / 2)`` for matrices.
+
+    For vectors, of which it is the whole metric, h is ``v^(1/2)``.
+    """
+    exponent = 0.25 * (1.0 if sides is None else share)
+    # On CPUs a power takes three times as long as a logarithm and an exponential.
+    root = jnp.exp(exponent * jnp.log(square / (jnp.mean(square) + _TINY) + 1e-6))
+    return root * lax.rsqrt(jnp.mean(jnp.square(root)))
 
 
-def _times_metric(x: jax.Array, diagonal: jax.Array, sides: Any, inverse: bool) -> jax.Array:
+def _times_metric(x: jax.Array, root: jax.Array, sides: Any, inverse: bool) -> jax.Array:
     """Returns M x or its inverse; ``M = h^(1/2) (L^p (h^(1/2) .) R^p)`` for matrices, h for vectors."""
-    if sides is None:
-        return (x / diagonal if inverse else x * diagonal).astype(x.dtype)
-    half = lax.rsqrt(diagonal) if inverse else jnp.sqrt(diagonal)
-    return (half * times_sides(sides, half * x, inverse)).astype(x.dtype)
+    half = 1 / root if inverse else root
+    inner = half * x if sides is None else times_sides(sides, half * x, inverse)
+    return (half * inner).astype(x.dtype)
 
 
 def _mean_squares(state: TensorLSTMState) -> jax.Array:
@@ -386,17 +390,16 @@ def _features(view: View, state: TensorLSTMState, constants: Constants) -> jax.A
     """Returns statistics without scale within [-1, 1], shape (tensors, FEATURES)."""
     leaves = jax.tree.leaves(view.gradient)
     sizes = jnp.array([leaf.size for leaf in leaves], jnp.float32)
-    # Inner products of parameters, gradient, direction and mean of gradients, each with each.
-    w, g, d, old = range(4)
-    gram = _gram(view.params, view.gradient, view.direction, state.mean)
+    w, g, d, old = view.params, view.gradient, view.direction, state.mean
+    g_g, d_d, old_old, g_old, g_d = _inner(g, g), _inner(d, d), _inner(old, old), _inner(g, old), _inner(g, d)
     old_share, new_share = 0.9 / jnp.maximum(state.mean_weight, 1e-3), 0.1  # of the mean with this gradient
-    m_m = old_share**2 * gram[:, old, old] + new_share**2 * gram[:, g, g]
-    m_m = jnp.maximum(m_m + 2 * old_share * new_share * gram[:, old, g], 0.0)
-    m_d = old_share * gram[:, old, d] + new_share * gram[:, g, d]
+    m_m = old_share**2 * old_old + new_share**2 * g_g
+    m_m = jnp.maximum(m_m + 2 * old_share * new_share * g_old, 0.0)
+    m_d = old_share * _inner(old, d) + new_share * g_d
     rms = lambda squares: jnp.sqrt(squares / sizes + _TINY)
     total = lambda each: jnp.sqrt(jnp.sum(sizes * jnp.square(each)) / jnp.sum(sizes) + _TINY)
     cosine = lambda x_y, x_x, y_y: x_y / (jnp.sqrt(x_x * y_y) + _TINY)
-    rms_w, rms_g, rms_d, rms_m = map(rms, (gram[:, w, w], gram[:, g, g], gram[:, d, d], m_m))
+    rms_w, rms_g, rms_d, rms_m = map(rms, (_inner(w, w), g_g, d_d, m_m))
     rms_v = jnp.sqrt(_mean_squares(state) / state.square_weight + _TINY)
     all_w, all_d, all_m, all_v = map(total, (rms_w, rms_d, rms_m, rms_v))
     is_started = (state.count > 0).astype(jnp.float32)
@@ -408,9 +411,9 @@ def _features(view: View, state: TensorLSTMState, constants: Constants) -> jax.A
         _bounded(_log(rms_w / all_w), 3.0),
         is_started * _bounded(_log(rms_d / (rms_w + 0.1 * all_w)) + 4, 3.0),
         is_started * _bounded(_log(rms_d / all_d), 3.0),
-        cosine(gram[:, g, d], gram[:, g, g], gram[:, d, d]),
-        cosine(gram[:, g, old], gram[:, g, g], gram[:, old, old]),
-        cosine(m_d, m_m, gram[:, d, d]),
+        cosine(g_d, g_g, d_d),
+        cosine(g_old, g_g, old_old),
+        cosine(m_d, m_m, d_d),
         is_started * _bounded(_log(state.residual), 2.0),
         is_started * (2 * state.damped_share - 1),
         is_vector,
@@ -487,19 +490,10 @@ def say(outputs: jax.Array, constants: Constants = CONSTANTS) -> Said:
     )
 
 
-def _gram(*trees_of_tensors: chex.ArrayTree) -> jax.Array:
-    """Returns inner products within each tensor of k trees with n tensors, shape (n, k, k), float32.
-
-    One matrix product for each tensor: programs have many tensors, and each pass of its own takes time to
-    compile.
-    """
-
-    def of_tensor(*vectors: jax.Array) -> jax.Array:
-        rows = jnp.stack([vector.astype(jnp.float32).reshape(-1) for vector in vectors])
-        return jnp.matmul(rows, rows.T, precision=lax.Precision.HIGHEST)
-
-    each = zip(*map(jax.tree.leaves, trees_of_tensors), strict=True)
-    return jnp.stack([of_tensor(*vectors) for vectors in each])
+def _inner(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
+    """Returns the inner product of each of n tensors with its counterpart, shape (n,), float32."""
+    each = map(trees.vdot, jax.tree.leaves(a), jax.tree.leaves(b))
+    return jnp.stack([product.astype(jnp.float32) for product in each])
 
 
 def _mean_square(tree: chex.ArrayTree) -> Any:

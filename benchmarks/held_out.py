@@ -5,7 +5,8 @@ momentum and Muon with three learning rates per decade. The constants are ``gaus
 damping for all tensors, and MLHF before meta-training, with one for each. A grid counts with its best entry
 at every step, so it is tuned for each step anew. Ratios below 1 say that MLHF has the lower training loss:
 after as many steps, and in as much time, in which a rival takes more steps. The learned optimizers of the
-literature are there too, with the meta-parameters that are shipped, as little retuned as MLHF.
+literature are there too, with the meta-parameters that are shipped, as little retuned as MLHF; LODO, which
+has none, with the settings that its authors use for a ResNet on CIFAR-10.
 
     python benchmarks/held_out.py --data-dir DIR --output runs/held_out
 
@@ -24,7 +25,7 @@ import numpy as np
 from experiment import command_line, finite_or_none, parse_options, save_drawing
 from held_out_tasks import LENGTHS, TASKS, check_tasks
 
-from mlhf_optax import load_pretrained, mlhf
+from mlhf_optax import load_pretrained, lodo, mlhf
 from mlhf_optax.comparison import (
     Comparison,
     Contender,
@@ -52,7 +53,14 @@ RATES = {
 }
 ADAM_OR_SGD = "best Adam or SGD"
 RIVALS = ("constant", "untrained", "default Adam", ADAM_OR_SGD, "best Muon")
-LEARNED_RIVALS = ("l2l", "rnnprop", "hyperadam", "variational_hyperadam", "hierarchical")
+LODO = Contender(
+    "lodo",
+    ("lodo",),
+    ({"learning_rate": 0.08459, "meta_learning_rate": 7.946e-6, "momentum": 0.9343},),
+    lambda: lodo(0.08459, 7.946e-6, 0.9343),
+    labels=("LODO",),
+)
+LEARNED_RIVALS = ("l2l", "rnnprop", "hyperadam", "variational_hyperadam", "hierarchical", "lodo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +105,18 @@ def contenders_for(task: Task, options: Options) -> list[Contender]:
         untrained_contender(task),
         default_adam(),
         *(grid_contenders([family], rates=rates)[0] for family, rates in RATES.items()),
-        *(learned_contender(task, load_pretrained(name), source=name) for name in options.learned),
+        *(rival_contender(task, name) for name in options.learned),
     ]
+
+
+def rival_contender(task: Task, name: str) -> Contender:
+    """Returns a learned optimizer of the literature."""
+    return LODO if name == "lodo" else learned_contender(task, load_pretrained(name), source=name)
+
+
+def label_of(name: str) -> str:
+    """Returns what tables call a learned optimizer."""
+    return LODO.labels[0] if name == "lodo" else LEARNED[name].label
 
 
 def untrained_contender(task: Task) -> Contender:
@@ -131,9 +149,14 @@ def _ratios(curves: Sequence[Curve], step: int, loss_of: Callable[[Curve], float
     families["default Adam"] = [default]
     families[ADAM_OR_SGD] = [curve for curve in grid if curve.family in ("adam", "sgd")]
     families["best Muon"] = [curve for curve in grid if curve.family == "muon"]
-    families |= {curve.label: [curve] for curve in grid if curve.is_learned}
+    families |= {curve.label: [curve] for curve in grid if _is_on_the_shelf(curve)}
     best = {name: np.min([loss_of(curve) for curve in of_name]) for name, of_name in families.items()}
     return {name: max(own.loss_at(step), 1e-6) / float(np.maximum(loss, 1e-6)) for name, loss in best.items()}
+
+
+def _is_on_the_shelf(curve: Curve) -> bool:
+    """Returns whether the curve is that of a learned optimizer, MLHF among them."""
+    return curve.is_learned or curve.family == "lodo"
 
 
 def _loss_between(curve: Curve, step: float) -> float:
@@ -197,7 +220,9 @@ def row_of(name: str, comparison: Comparison, steps: Sequence[int]) -> dict[str,
         },
         "losses": [finite_or_none(own.loss_at(step)) for step in steps],
         "learned": {
-            curve.label: [finite_or_none(x) for x in curve.train_loss] for curve in curves if curve.is_learned
+            curve.label: [finite_or_none(x) for x in curve.train_loss]
+            for curve in curves
+            if _is_on_the_shelf(curve)
         },
         "best_adam": [
             finite_or_none(min(c.loss_at(step) for c in others if c.family == "adam")) for step in steps
@@ -211,7 +236,9 @@ def row_of(name: str, comparison: Comparison, steps: Sequence[int]) -> dict[str,
 def state_floats(task: Task, contenders: Sequence[Contender]) -> dict[str, float]:
     """Returns the numbers per parameter in the state of MLHF, Adam and the learned optimizers."""
     params = jax.eval_shape(task.init_fn, jax.random.key(0))
-    shown = [one for one in contenders if one.family in LEARNED or one.names == default_adam().names]
+    shown = [
+        one for one in contenders if {one.family, *one.names} & {*LEARNED, "lodo", *default_adam().names}
+    ]
     count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
     state = lambda one: jax.eval_shape(one.make_optimizer().init, params)
     return {one.names[0]: count(state(one)) / count(params) for one in shown}

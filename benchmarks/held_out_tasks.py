@@ -65,6 +65,23 @@ def poisson_points() -> Dataset:
     return _without_meta_training(points(), points())
 
 
+def burgers_points() -> Dataset:
+    """Returns random points (x, t) of [-1, 1] x [0, 1]: 1,024 to train on, 1,024 to test on."""
+    random = np.random.Generator(np.random.PCG64(2))
+    points = lambda: freeze(
+        image=random.uniform((-1, 0), (1, 1), (1024, 2)).astype(np.float32),
+        target=np.zeros((1024, 1), np.float32),
+    )
+    return _without_meta_training(points(), points())
+
+
+def quadratic_minima() -> Dataset:
+    """Returns minima for ``quadratic_deep``, with deviation 0.6: 1,000 to train on, 1,000 to test on."""
+    minima = lambda seed: np.random.RandomState(seed).normal(0, 0.6, (1000, 100)).astype(np.float32)
+    parts = (freeze(image=minima(seed), target=np.zeros((1000, 100), np.float32)) for seed in (42, 43))
+    return _without_meta_training(*parts)
+
+
 def _without_meta_training(train: Any, test: Any) -> Dataset:
     return Dataset({name: np.empty_like(array[:0]) for name, array in train.items()}, train, test)
 
@@ -180,10 +197,60 @@ def _poisson() -> Task:
     return dataclasses.replace(task, predict_fn=predict_fn)
 
 
+BATCH_SIZES = {f"mnist-mlp-{size}": size for size in (64, 256, 1024, 4096)}  # for when second order pays
+
+
+def _burgers() -> Task:
+    """A network u(x, t) with u_t + u u_x = nu u_xx, nu = 0.01 / pi; the outputs are the residuals.
+
+    u(x, 0) = -sin(pi x), and 0 at the edges x = -1 and 1: by a factor on the network. A shock grows at x = 0.
+    """
+    model = MLP((32, 32), 1, "tanh")
+    task = _flax("burgers", model, jnp.zeros((1, 2)), SquaredError(targets="target"), burgers_points, 1024)
+
+    def predict_fn(params: Any, batch: Any) -> jax.Array:
+        network = lambda point: model.apply({"params": params}, point[None])[0, 0]
+        u = lambda point: -jnp.sin(jnp.pi * point[0]) + point[1] * (1 - point[0] ** 2) * network(point)
+
+        def residual(point: jax.Array) -> jax.Array:
+            u_x, u_t = jax.grad(u)(point)
+            u_xx = jax.hessian(u)(point)[0, 0]
+            return u_t + u(point) * u_x - 0.01 / jnp.pi * u_xx
+
+        return jax.vmap(residual)(batch["image"])[:, None]
+
+    return dataclasses.replace(task, predict_fn=predict_fn)
+
+
+def _quadratic_deep() -> Task:
+    """``quadratic_deep`` of DeepOBS (Schneider, Balles, Hennig 2019): 100 numbers, noise on the minimum.
+
+    ``0.5 (w - x)^T H (w - x)``, the mean over x; 90 eigenvalues of H lie in [0, 1], 10 in [30, 60].
+    """
+    random = np.random.RandomState(42)
+    eigenvalues = np.concatenate([random.uniform(0, 1, 90), random.uniform(30, 60, 10)])
+    rotation = np.linalg.qr(random.normal(size=(100, 100)))[0]
+    # The loss is a mean over the 100 outputs of every example.
+    root = jnp.asarray(10 * np.sqrt(eigenvalues)[:, None] * rotation.T, jnp.float32)
+    return Task(
+        name="quadratic-deep",
+        description="quadratic_deep of DeepOBS",
+        init_fn=lambda key: {"w": jnp.ones(100)},
+        predict_fn=lambda params, batch: (params["w"] - batch["image"]) @ root.T,
+        loss_fn=SquaredError(targets="target"),
+        load_data=quadratic_minima,
+        num_classes=None,
+        batch_size=128,
+    )
+
+
 TASKS: dict[str, Callable[[Folders], Task]] = {
     "digits-mlp": lambda folders: digits_mlp(hidden=(64, 64)),
     "mnist-mlp": lambda folders: _mnist("mnist-mlp", MLP((100, 100)), folders),
-    "mnist-mlp-1024": lambda folders: _mnist("mnist-mlp-1024", MLP((100, 100)), folders, 1024),
+    **{
+        name: functools.partial(_mnist, name, MLP((100, 100)), batch_size=size)
+        for name, size in BATCH_SIZES.items()
+    },
     "mnist-conv": lambda folders: _mnist("mnist-conv", ConvNet((8, 16), (32,)), folders),
     "mnist-groupnorm": lambda folders: _mnist("mnist-groupnorm", _GroupNormNet((8, 16)), folders),
     "cifar10-conv": lambda folders: cifar10_convnet(
@@ -196,6 +263,8 @@ TASKS: dict[str, Callable[[Folders], Task]] = {
     ),
     "diabetes": lambda folders: _diabetes(),
     "poisson": lambda folders: _poisson(),
+    "burgers": lambda folders: _burgers(),
+    "quadratic-deep": lambda folders: _quadratic_deep(),
 }
 """A function of folders for every task, by name."""
 
@@ -209,7 +278,7 @@ def check_tasks(names: Sequence[str]) -> None:
 LENGTHS = {
     "digits-mlp": 3000,
     "mnist-mlp": 1000,
-    "mnist-mlp-1024": 300,
+    **dict.fromkeys(BATCH_SIZES, 300),
     "mnist-conv": 300,
     "mnist-groupnorm": 1000,
     "cifar10-conv": 300,
@@ -218,5 +287,7 @@ LENGTHS = {
     "shakespeare-transformer": 300,
     "diabetes": 3000,
     "poisson": 300,
+    "burgers": 300,
+    "quadratic-deep": 1000,
 }
 """Steps of a training of every task."""

@@ -4,7 +4,7 @@ import math
 import statistics
 from typing import Any
 
-from held_out import ADAM_OR_SGD, LEARNED_RIVALS, STEPS, ratios_at
+from held_out import ADAM_OR_SGD, LEARNED_RIVALS, STEPS, label_of, ratios_at
 from table_cells import bold, with_note
 
 from mlhf_optax import load_pretrained
@@ -82,12 +82,15 @@ def held_out_learned(content: dict[str, Any]) -> list[str]:
     heads = ["step / Adam's", "state, floats per parameter", "diverged"]
     rows = [["loss of MLHF over that of", *(f"{step} steps" for step in steps), *heads]]
     for name in ("mlhf_general", *LEARNED_RIVALS):
-        label = LEARNED[name].label
-        found = [ratios_at(entries, str(step), label) for step in steps]
-        times = [row["seconds_per_step"][name] / row["seconds_per_step"]["adam defaults"] for row in entries]
-        floats = statistics.median(row["state_floats"][name] for row in entries)
-        diverged = sum(has_diverged(row["learned"][label]) for row in entries)
-        costs = [f"{statistics.median(times):.1f}", f"{floats:.0f}", f"{diverged} of {len(entries)}"]
+        label = label_of(name)
+        own = [row for row in entries if label in row["learned"]]
+        if not own:
+            continue
+        found = [ratios_at(own, str(step), label) for step in steps]
+        times = [row["seconds_per_step"][name] / row["seconds_per_step"]["adam defaults"] for row in own]
+        floats = statistics.median(row["state_floats"][name] for row in own)
+        diverged = sum(has_diverged(row["learned"][label]) for row in own)
+        costs = [f"{statistics.median(times):.1f}", f"{floats:.0f}", f"{diverged} of {len(own)}"]
         rows.append([label, *(bold(statistics.median(x), 1.0) if x else "" for x in found), *costs])
     note = (
         f"Medians over {len(entries)} tasks that no meta-training met. Each has the meta-parameters that are "

@@ -8,7 +8,7 @@ import problems
 import pytest
 from tensor_lstm_reference import Reference
 
-from mlhf_optax import SoftmaxCrossEntropy, SquaredError, mlhf, trees
+from mlhf_optax import SoftmaxCrossEntropy, SquaredError, gauss_newton, mlhf, trees
 from mlhf_optax.controllers.protocol import View
 from mlhf_optax.controllers.tensor_lstm import (
     CONSTANTS,
@@ -209,6 +209,21 @@ def test_it_trains_tensors_of_every_rank_under_vmap_as_alone():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=2e-3, atol=1e-3), w, alone[0])
     assert np.all(state[0].info.skipped_steps == 0)
     assert np.all(losses[:, -1] < losses[:, 0])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda predict_fn: mlhf(1.0, learned(), predict_fn, SquaredError(), num_cg_steps=2),
+        lambda predict_fn: gauss_newton(1.0, predict_fn, SquaredError(), metric="kronecker"),
+    ],
+)
+def test_parameters_without_a_matrix_train_under_vmap(build):
+    batches = {"x": jnp.ones((30, 4, 1)), "label": jnp.arange(3.0) * jnp.ones((30, 4, 3))}
+    tx = build(lambda w, batch: w * batch["x"])
+    run = lambda w: train(tx, w, batches, predict_fn=lambda w, batch: w * batch["x"])[1]
+    losses = jax.vmap(run)(jnp.ones((2, 3)) * jnp.array([[1.0], [2.0]]))
+    assert np.all(losses[:, -1] < 0.2 * losses[:, 0])
 
 
 def test_bfloat16_parameters_have_statistics_in_float32():

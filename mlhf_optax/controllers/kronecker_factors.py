@@ -111,6 +111,8 @@ def refresh_sides(
     Returns:
       The factors. What did not converge, or is zero, keeps the powers that it had.
     """
+    if not matrices:  # parameters that are all vectors
+        return []
     pairs = [(sides, jnp.asarray(power, jnp.float32)) for sides, power in zip(matrices, powers, strict=True)]
     shared = functools.partial(devices.share_out, _decomposed, axis_name=axis_name)
     fresh = _when(

@@ -10,6 +10,9 @@ has none, with the settings that its authors use for a ResNet on CIFAR-10.
 
     python benchmarks/held_out.py --data-dir DIR --output runs/held_out
 
+With ``--cosine`` all rates, that of MLHF too, fall along a cosine to zero at the end of the training, where
+losses are then compared; learned optimizers that have no rate are left out, and nothing is timed.
+
 What is finished is kept: ``--resume`` goes on after a stop. ``--quick`` takes minutes on two cores.
 """
 
@@ -22,6 +25,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from experiment import command_line, finite_or_none, parse_options, save_drawing
 from held_out_tasks import LENGTHS, TASKS, check_tasks
 
@@ -81,6 +85,8 @@ class Options:
     """Where MNIST and CIFAR-10 lie; by default $TFDS_DATA_DIR."""
     cache_dir: Path | None = None
     """Where decoded data are kept."""
+    cosine: bool = False
+    """All rates fall along a cosine."""
     output: Path = Path("runs/held_out")
     """Folder for all that is written."""
     resume: bool = False
@@ -97,16 +103,29 @@ class Options:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
 
 
-def contenders_for(task: Task, options: Options) -> list[Contender]:
-    """Returns MLHF and its rivals."""
-    return [
+def contenders_for(task: Task, options: Options, length: int) -> list[Contender]:
+    """Returns MLHF and its rivals for trainings of so many steps."""
+    rivals = [
         learned_contender(task, load_pretrained(options.meta_params), source=options.meta_params),
         constant_contender(task, [10.0], **BEST_CONSTANT),
         untrained_contender(task),
         default_adam(),
         *(grid_contenders([family], rates=rates)[0] for family, rates in RATES.items()),
-        *(rival_contender(task, name) for name in options.learned),
     ]
+    if options.cosine:
+        return [with_cosine(contender, length) for contender in rivals]
+    return [*rivals, *(rival_contender(task, name) for name in options.learned)]
+
+
+def with_cosine(contender: Contender, length: int) -> Contender:
+    """Returns optimizers whose updates fall along a cosine to zero after so many steps."""
+    schedule = optax.cosine_decay_schedule(1.0, length)
+
+    def make(**setting: Any) -> optax.GradientTransformation:
+        return optax.chain(contender.make_optimizer(**setting), optax.scale_by_schedule(schedule))
+
+    settings = tuple({**setting, "cosine_steps": length} for setting in contender.settings)
+    return dataclasses.replace(contender, make_optimizer=make, settings=settings)
 
 
 def rival_contender(task: Task, name: str) -> Contender:
@@ -180,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         task = TASKS[name]((options.data_dir, options.cache_dir))
         length = options.steps or LENGTHS[name]
         steps = [step for step in STEPS if step < length] + [length]
-        contenders = contenders_for(task, options)
+        contenders = contenders_for(task, options, length)
         with comparison_bar() as on_progress:
             found = compare(
                 task,
@@ -189,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 seeds=range(options.seeds),
                 folder=options.output / name,
                 resume=options.resume,
+                timed=not options.cosine,
                 command=command,
                 on_progress=on_progress,
             )
@@ -197,12 +217,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         rows.append(row_of(name, found, steps) | {"state_floats": state_floats(task, contenders)})
         print_row(rows[-1])
-    for kind in ("ratios", "by_time"):
+    for kind in ("ratios",) if options.cosine else ("ratios", "by_time"):
         print_median(rows, kind)
     content = record(command, seeds=options.seeds, rows=rows)
     write_json(options.output / "results.json", content)
     save_drawing(options.output / "figure.png", draw, content)
-    if options.learned:
+    if options.learned and not options.cosine:
         save_drawing(options.output / "learned.png", draw_learned, content)
 
 

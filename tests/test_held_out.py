@@ -6,11 +6,13 @@ import math
 import held_out
 import held_out_tasks
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import ten_times_horizon
 
-from mlhf_optax.comparison import engine
+from mlhf_optax.comparison import Contender, engine
 from mlhf_optax.comparison.results import Curve
 from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
 from mlhf_optax.pretrained import save_meta_params
@@ -86,15 +88,24 @@ def untrained(folder):
     return str(save_meta_params(folder / "general", init_tensor_lstm(jax.random.key(0)), record))
 
 
-def test_ratios_and_losses_are_printed_written_and_drawn(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def run_diabetes(tmp_path, monkeypatch):
+    """Runs four steps of few optimizers, each of which is said to take half a second; returns the row."""
     monkeypatch.setattr(held_out, "RATES", {"adam": [1e-2], "sgd": [1e-1], "muon": [1e-2]})
     monkeypatch.setattr(held_out, "STEPS", (1, 4))
     monkeypatch.setattr(engine, "seconds_per_step", lambda task, optimizers: dict.fromkeys(optimizers, 0.5))
-    arguments = ["--tasks", "diabetes", "--steps", "4", "--seeds", "1", "--meta-params", untrained(tmp_path)]
-    arguments += ["--learned", "rnnprop", "lodo"]
-    held_out.main([*arguments, "--output", str(tmp_path / "out")])
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    (row,) = results["rows"]
+
+    def run(*options):
+        arguments = ["--tasks", "diabetes", "--steps", "4", "--seeds", "1", "--output", str(tmp_path / "out")]
+        held_out.main([*arguments, "--meta-params", untrained(tmp_path), *options])
+        (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+        return row
+
+    return run
+
+
+def test_ratios_and_losses_are_printed_written_and_drawn(tmp_path, run_diabetes, capsys):
+    row = run_diabetes("--learned", "rnnprop", "lodo")
     assert (row["task"], row["steps"], row["accuracy"]) == ("diabetes", [1, 4], None)
     assert set(row["ratios"]["4"]) == {*held_out.RIVALS, "RNNprop", "LODO"}
     assert row["state_floats"]["adam defaults"] == pytest.approx(2, abs=0.01)
@@ -107,6 +118,27 @@ def test_ratios_and_losses_are_printed_written_and_drawn(tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     assert "best Adam or SGD" in printed
     assert "median over tasks" in printed
+
+
+def test_with_a_cosine_nothing_is_timed_and_what_has_no_rate_is_left_out(tmp_path, run_diabetes, capsys):
+    row = run_diabetes("--cosine")
+    assert set(row["ratios"]["4"]) == set(held_out.RIVALS)
+    assert set(row["by_time"]["4"].values()) == {None}
+    assert (tmp_path / "out" / "figure.png").exists()
+    assert "median over tasks" in capsys.readouterr().out
+
+
+def test_with_a_cosine_updates_fall_to_zero():
+    rates = {"learning_rate": np.array([1.0])}
+    sgd = Contender("sgd", ("sgd",), ({"learning_rate": 1.0},), optax.sgd, rates)
+    contender = held_out.with_cosine(sgd, 4)
+    tx = contender.make_optimizer(learning_rate=2.0)
+    state, updates = tx.init(jnp.ones(())), []
+    for _ in range(5):
+        update, state = tx.update(jnp.ones(()), state)
+        updates.append(float(update))
+    np.testing.assert_allclose(updates, [-2, -1 - 0.5**0.5, -1, -1 + 0.5**0.5, 0], atol=1e-6)
+    assert contender.settings == ({"learning_rate": 1.0, "cosine_steps": 4},)
 
 
 def test_in_equal_time_a_rival_takes_as_many_steps_as_fit_in():

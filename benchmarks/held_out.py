@@ -64,6 +64,8 @@ LODO = Contender(
     lambda: lodo(0.08459, 7.946e-6, 0.9343),
     labels=("LODO",),
 )
+SOLVED = 1e-6
+"""Losses below it count as this much."""
 LEARNED_RIVALS = ("l2l", "rnnprop", "hyperadam", "variational_hyperadam", "hierarchical", "lodo")
 
 
@@ -148,7 +150,7 @@ def untrained_contender(task: Task) -> Contender:
 def ratios(curves: Sequence[Curve], step: int) -> dict[str, float]:
     """Returns MLHF's loss over that of every rival after a step, means over seeds.
 
-    Losses below 1e-6 count as 1e-6: by then a task is solved.
+    Losses below :data:`SOLVED` count as that: by then a task is solved.
     """
     return _ratios(curves, step, lambda rival: rival.loss_at(step))
 
@@ -170,7 +172,8 @@ def _ratios(curves: Sequence[Curve], step: int, loss_of: Callable[[Curve], float
     families["best Muon"] = [curve for curve in grid if curve.family == "muon"]
     families |= {curve.label: [curve] for curve in grid if _is_on_the_shelf(curve)}
     best = {name: np.min([loss_of(curve) for curve in of_name]) for name, of_name in families.items()}
-    return {name: max(own.loss_at(step), 1e-6) / float(np.maximum(loss, 1e-6)) for name, loss in best.items()}
+    loss = max(own.loss_at(step), SOLVED)
+    return {name: loss / float(np.maximum(lowest, SOLVED)) for name, lowest in best.items()}
 
 
 def _is_on_the_shelf(curve: Curve) -> bool:
@@ -273,6 +276,8 @@ def print_row(row: dict[str, Any]) -> None:
     for rival in row["ratios"][row["steps"][0]]:
         for kind, unknown in (("ratios", "diverged"), ("by_time", "-")):
             values = [row[kind][step][rival] for step in row["steps"]]
+            if kind == "by_time" and set(values) == {None}:
+                continue
             name = rival if kind == "ratios" else "  in equal time"
             print(f"{name:21s}" + "".join(f"{unknown if x is None else format(x, '.2f'):>9}" for x in values))
     print(f"{'(loss)':21s}" + "".join(f"{x:9.4f}" if x is not None else f"{'-':>9}" for x in row["losses"]))

@@ -4,7 +4,8 @@ import math
 import statistics
 from typing import Any
 
-from held_out import ADAM_OR_SGD, LEARNED_RIVALS, STEPS, label_of, ratios_at
+from held_out import ADAM_OR_SGD, LEARNED_RIVALS, SOLVED, STEPS, label_of, ratios_at
+from held_out_tasks import BATCH_SIZES, LENGTHS
 from table_cells import bold, with_note
 
 from mlhf_optax import load_pretrained
@@ -12,6 +13,13 @@ from mlhf_optax.comparison.tables import format_loss
 from mlhf_optax.learned import LEARNED
 
 _CONSTANTS = ("constant", "untrained")
+_RIVAL_NAMES = {
+    ADAM_OR_SGD: "the best tuned Adam or momentum",
+    "best Muon": "the best tuned Muon",
+    "default Adam": "Adam at its defaults",
+    "constant": "the best constant (`gauss_newton`)",
+    "untrained": "itself before meta-training",
+}
 
 
 def held_out(content: dict[str, Any]) -> list[str]:
@@ -39,30 +47,26 @@ def held_out(content: dict[str, Any]) -> list[str]:
 
 def accuracy_and_time(entry: dict[str, Any]) -> list[str]:
     """Returns how many points of accuracy MLHF is ahead of Adam, and its time per step over Adam's."""
-    own, best = entry["accuracy"], entry["best_adam_accuracy"]
     seconds = entry["seconds_per_step"]
-    points = "" if None in (own, best) else f"{100 * (own - best):+.1f}"
-    return [points, f"{seconds['mlhf_general'] / seconds['adam defaults']:.1f}"]
+    return [_points(entry), f"{seconds['mlhf_general'] / seconds['adam defaults']:.1f}"]
+
+
+def _points(entry: dict[str, Any]) -> str:
+    own, best = entry["accuracy"], entry["best_adam_accuracy"]
+    return "" if None in (own, best) else f"{100 * (own - best):+.1f}"
 
 
 def held_out_medians(content: dict[str, Any]) -> list[str]:
     """Returns the median over tasks of the loss over every rival's, by step."""
     steps = STEPS[:-1]  # few tasks go on to the last
     rows = [["loss of MLHF over that of", *(f"{step} steps" for step in steps)]]
-    names = {
-        ADAM_OR_SGD: "the best tuned Adam or momentum",
-        "best Muon": "the best tuned Muon",
-        "default Adam": "Adam at its defaults",
-        "constant": "the best constant (`gauss_newton`)",
-        "untrained": "itself before meta-training",
-    }
 
     def cell(ratios: list[float]) -> str:
         ahead = f"({sum(ratio < 1 for ratio in ratios)} of {len(ratios)})"
         return f"{bold(statistics.median(ratios), 1.0)} {ahead}" if ratios else ""
 
     for kind, when in (("ratios", ""), ("by_time", ", in equal time")):
-        for rival, name in names.items():
+        for rival, name in _RIVAL_NAMES.items():
             if kind == "ratios" or rival not in _CONSTANTS:  # their steps take about as long
                 found = (ratios_at(content["rows"], str(step), rival, kind) for step in steps)
                 rows.append([f"{name}{when}", *map(cell, found)])
@@ -71,6 +75,55 @@ def held_out_medians(content: dict[str, Any]) -> list[str]:
         "is ahead. Nothing is retuned for MLHF; each rival is tuned for each task and step anew. In equal "
         "time a rival takes as many steps as fit into those of MLHF; tasks in which it trained for less are "
         f"left out. {content.get('note', '')}"
+    )
+    return with_note(rows, note, content)
+
+
+def held_out_cosine(others: dict[str, Any], content: dict[str, Any]) -> list[str]:
+    """Returns two rows per task: loss at the end over that of rivals whose rates have fallen to zero."""
+    heads = [*_RIVAL_NAMES.values(), "loss", "test accuracy, points"]
+    rows = [["at the end, loss of MLHF over that of", "steps", *heads]]
+    constant = {row["task"]: row for row in others["rows"]}
+    found: dict[str, list[list[float]]] = {"falling rate": [], "constant rate": []}
+    for how, ratios in found.items():
+        for entry in content["rows"]:
+            steps = entry["steps"][-1]
+            own = entry if how == "falling rate" else constant[entry["task"]]
+            loss = own["losses"][-1]
+            gain = max(loss, SOLVED) / max(entry["losses"][-1], SOLVED)
+            at_end = (ratios_at([entry], str(steps), rival)[0] for rival in _RIVAL_NAMES)
+            ratios.append([gain * ratio for ratio in at_end])
+            points = _points({**entry, "accuracy": own["accuracy"]})
+            cells = [bold(ratio, 1.0) for ratio in ratios[-1]]
+            rows.append([f"{entry['task']}, {how}", str(steps), *cells, format_loss(loss), points])
+    for how, ratios in found.items():
+        medians = [statistics.median(of_rival) for of_rival in zip(*ratios, strict=True)]
+        rows.append([f"median, {how}", "", *(bold(ratio, 1.0) for ratio in medians), "", ""])
+    note = (
+        "The rates of all rivals, and of the constants, fall along a cosine to zero at the last step; their "
+        f"grids are those of the other tables, tuned for the loss at the end. Seeds: {content['seeds']}."
+    )
+    return with_note(rows, note, content)
+
+
+def held_out_batches(others: dict[str, Any], content: dict[str, Any]) -> list[str]:
+    """Returns a row per batch size of one network: the loss over the best rivals', by steps and by time."""
+    sizes = {"mnist-mlp": 128, **BATCH_SIZES}
+    entries = [row for row in (*content["rows"], *others["rows"]) if row["task"] in sizes]
+    entries.sort(key=lambda row: sizes[row["task"]])
+    steps = [step for step in STEPS if step <= LENGTHS["mnist-mlp-64"]]
+    shown = [(rival, kind) for kind in ("ratios", "by_time") for rival in (ADAM_OR_SGD, "best Muon")]
+    rows = [["batch", "loss of MLHF over that of", *(f"{step} steps" for step in steps), "step / Adam's"]]
+    for rival, kind in shown:
+        for entry in entries:
+            found = (ratios_at([entry], str(step), rival, kind) for step in steps)
+            cells = [bold(ratio[0], 1.0) if ratio else "" for ratio in found]
+            time = accuracy_and_time(entry)[1] if (rival, kind) == shown[0] else ""
+            name = rival + ", in equal time" * (kind == "by_time")
+            rows.append([str(sizes[entry["task"]]), name, *cells, time])
+    note = (
+        "MNIST, 784-100-100-10, at every batch size against its own grid. The rows of 128 and 1,024 are "
+        "those of the table above."
     )
     return with_note(rows, note, content)
 

@@ -18,6 +18,8 @@ from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
 from mlhf_optax.pretrained import save_meta_params
 from mlhf_optax.tasks import Dataset
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 @pytest.fixture
 def made_up_data(monkeypatch):

@@ -38,6 +38,17 @@ def strict_ranks():
         yield
 
 
+@pytest.fixture(scope="module")
+def unoptimised():
+    """LLVM leaves out its costly passes, which halves the time to compile.
+
+    For files whose tests are of what is run, written and shown. Those of numerics run what users run.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _no_programs_of_other_files():
     """All compiled programs in memory would take gigabytes; what a file needs again comes from the folder."""

@@ -113,10 +113,14 @@ def rescaled_direction(build, scale):
     return flat(jax.tree.map(lambda x: x * scale, found))
 
 
-def loss_in_units(build, units, steps=60):
-    """Trains a tanh network whose tensors b1, W1, b2, W2 are in units of their own; returns the last loss.
+OTHER_UNITS = ((1, 30, 1, 1), (1, 1, 1, 30), (0.1, 0.1, 4, 8))
 
-    ``build(predict_fn)`` makes the optimizer. The function at the start is the same for all units.
+
+def losses_in_units(build, steps=60):
+    """Trains a tanh network whose tensors b1, W1, b2, W2 are in units of their own.
+
+    Returns the last loss in usual units, and an array of those in `OTHER_UNITS`. ``build(predict_fn)`` makes
+    the optimizer. The function at the start is the same for all units.
     """
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (128, 5))
@@ -124,17 +128,21 @@ def loss_in_units(build, units, steps=60):
     first, second = jax.random.normal(keys[2], (5, 16)), jax.random.normal(keys[3], (16, 3))
     usual = [jnp.zeros(16), first / 5**0.5, jnp.zeros(3), second / 16**0.5]
 
-    def predict_fn(params, batch):
-        b1, w1, b2, w2 = (unit * p for unit, p in zip(units, params, strict=True))
-        return jnp.tanh(batch["x"] @ w1 + b1) @ w2 + b2
+    def last_loss(units):
+        def predict_fn(params, batch):
+            b1, w1, b2, w2 = (unit * p for unit, p in zip(units, params, strict=True))
+            return jnp.tanh(batch["x"] @ w1 + b1) @ w2 + b2
 
-    tx, loss_fn = build(predict_fn), SquaredError()
+        tx, loss_fn = build(predict_fn), SquaredError()
 
-    def step(carry, _):
-        params, state = carry
-        loss, grads = jax.value_and_grad(lambda p: loss_fn(predict_fn(p, batch), batch))(params)
-        updates, state = tx.update(grads, state, params, batch=batch)
-        return (optax.apply_updates(params, updates), state), loss
+        def step(carry, _):
+            params, state = carry
+            loss, grads = jax.value_and_grad(lambda p: loss_fn(predict_fn(p, batch), batch))(params)
+            updates, state = tx.update(grads, state, params, batch=batch)
+            return (optax.apply_updates(params, updates), state), loss
 
-    params = [p / unit for unit, p in zip(units, usual, strict=True)]
-    return jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=steps)[1][-1])(params)
+        params = [p / unit for unit, p in zip(units, usual, strict=True)]
+        return jax.lax.scan(step, (params, tx.init(params)), length=steps)[1][-1]
+
+    losses = jax.jit(jax.vmap(last_loss))(jnp.array([(1, 1, 1, 1), *OTHER_UNITS], jnp.float32))
+    return losses[0], losses[1:]

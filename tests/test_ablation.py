@@ -15,7 +15,7 @@ from mlhf_optax import Settings, init_meta_params, mlhf
 from mlhf_optax.controllers.coordinate_lstm import coordinate_lstm
 from mlhf_optax.damped_step import look
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "unoptimised")
 
 
 @pytest.fixture(name="system")

@@ -21,6 +21,8 @@ from mlhf_optax.files import locked_folder
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.tasks import TASKS, get_task
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 RECORD = {"optimizer": "mlhf", "task": "digits-mlp", "learning_rate": 0.5, "batch_size": 64}
 RECORD |= {"num_cg_steps": 1, "max_update_ratio": 0.1}
 TINY = ("--seeds", "2", "--steps", "3", "--hidden", "4")

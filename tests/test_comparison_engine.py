@@ -20,6 +20,8 @@ from mlhf_optax.comparison.run_grid import Program, RunGrid
 from mlhf_optax.files import locked_folder
 from mlhf_optax.tasks import Stream, no_augmentation, take
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 PLAIN = dataclasses.replace(TASK, augment_fn=no_augmentation)
 
 

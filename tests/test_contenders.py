@@ -22,6 +22,8 @@ from mlhf_optax.comparison import (
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.tasks import get_task
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 def test_the_grid_is_that_of_the_paper():
     contenders = grid_contenders()

@@ -26,6 +26,8 @@ from mlhf_optax.meta_training import (
     meta_train,
 )
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 SCHEDULE = Schedule(iterations=9, checkpoint_every=2, validate_every=3, report_every=5)
 
 

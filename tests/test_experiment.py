@@ -12,6 +12,8 @@ from experiment import ExperimentOptions, learned_contenders, limit_data, parse_
 from mlhf_optax.comparison import engine, grid_contenders
 from mlhf_optax.tasks import part_size
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 def parse(folder, *arguments):
     base = ["--epochs", "1", "--seeds", "1", "--meta-params", "untrained", "--output", str(folder)]

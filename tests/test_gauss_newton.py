@@ -73,13 +73,12 @@ def test_a_constant_factor_on_the_loss_changes_nothing(x64, metric):
     np.testing.assert_allclose(other, one, rtol=1e-5)
 
 
-@pytest.mark.parametrize("units", [(1, 30, 1, 1), (1, 1, 1, 30), (0.1, 0.1, 4, 8)])
-def test_units_of_their_own_suit_layers_in_other_units(units):
-    def loss(per_tensor):
+def test_units_of_their_own_suit_layers_in_other_units():
+    def losses(per_tensor):
         build = lambda predict_fn: gauss_newton(1.0, predict_fn, SquaredError(), per_tensor=per_tensor)
-        return problems.loss_in_units(build, units)
+        return problems.losses_in_units(build)[1]
 
-    assert loss(per_tensor=True) < 0.4 * loss(per_tensor=False)
+    assert np.all(losses(per_tensor=True) < 0.4 * losses(per_tensor=False))
 
 
 @both_metrics

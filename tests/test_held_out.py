@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import held_out
 import held_out_tasks
@@ -122,12 +123,21 @@ def test_ratios_and_losses_are_printed_written_and_drawn(tmp_path, run_diabetes,
     assert "median over tasks" in printed
 
 
-def test_with_a_cosine_nothing_is_timed_and_what_has_no_rate_is_left_out(tmp_path, run_diabetes, capsys):
-    row = run_diabetes("--cosine")
-    assert set(row["ratios"]["4"]) == set(held_out.RIVALS)
-    assert set(row["by_time"]["4"].values()) == {None}
-    assert (tmp_path / "out" / "figure.png").exists()
-    assert "median over tasks" in capsys.readouterr().out
+def test_with_a_cosine_nothing_is_timed_and_what_has_no_rate_is_left_out(monkeypatch, capsys):
+    calls = []
+
+    def compare(task, contenders, steps, **options):
+        calls.append((contenders, steps, options["timed"]))
+        return types.SimpleNamespace(is_complete=False)
+
+    monkeypatch.setattr(held_out, "compare", compare)
+    held_out.main(["--tasks", "diabetes", "--steps", "40", "--cosine"])
+    ((contenders, steps, is_timed),) = calls
+    families = {"mlhf_general", "gauss_newton", "untrained", "adam defaults", *held_out.RATES}
+    assert {one.family for one in contenders} == families
+    assert all(setting["cosine_steps"] == 40 for one in contenders for setting in one.settings)
+    assert (steps, is_timed) == ([10, 30, 40], False)
+    assert "Stopped: --resume goes on" in capsys.readouterr().out
 
 
 def test_with_a_cosine_updates_fall_to_zero():

@@ -18,6 +18,8 @@ from mlhf_optax.meta_training.inner_trainings import (
 )
 from mlhf_optax.meta_training.replay import init_replay
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 # Health.
 
 

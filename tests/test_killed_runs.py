@@ -77,6 +77,7 @@ def run(folder, *arguments):
         "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command = [sys.executable, __file__, str(folder), *map(str, arguments)]
     done = subprocess.run(command, env=os.environ | cache, capture_output=True, text=True, check=False)

@@ -26,6 +26,8 @@ from mlhf_optax.learned.adam_rates import AdamRates, adam_rates
 from mlhf_optax.learned.mlhf import MLHFOptions
 from mlhf_optax.meta_training import MetaTrainingConfig, make_meta_step
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 TASK = SimpleNamespace(init_fn=lambda key: mlp_params(dtype=jnp.float32), predict_fn=mlp, loss_fn=LOSS)
 
 

@@ -13,6 +13,8 @@ from mlhf_optax import load_meta_params
 from mlhf_optax.tasks import Dataset, mnist, mnist_mlp
 from mlhf_optax.tasks.data import freeze
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 @pytest.fixture(autouse=True)
 def noise(monkeypatch):

@@ -11,6 +11,8 @@ import pytest
 from mlhf_optax import SquaredError
 from mlhf_optax.meta_training import LongHorizonConfig, make_long_horizon_step, unrolled_optimizer
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 TASK = SimpleNamespace(
     init_fn=lambda key: jax.random.normal(key, (3,)),
     predict_fn=lambda params, batch: batch["x"] @ params,

@@ -9,6 +9,8 @@ from blobs import TASK
 
 from mlhf_optax.files import locked_folder
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 @pytest.fixture(autouse=True)
 def _blobs(monkeypatch):

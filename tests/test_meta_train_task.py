@@ -16,6 +16,8 @@ from mlhf_optax.learned import get_learned
 from mlhf_optax.learned.mlhf import MLHFOptions
 from mlhf_optax.tasks import Dataset, digits_mlp
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 LAST = 4
 OPTIONS = MLHFOptions(num_cg_steps=1)
 

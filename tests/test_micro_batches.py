@@ -12,6 +12,8 @@ from flax import nnx
 from mlhf_optax import TrainState, gauss_newton, ggn_matvec, mlhf, over_micro_batches
 from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 COUNT = 4
 WHOLE = problems.batch(size=8 * COUNT)
 MICRO = jax.tree.map(lambda x: x.reshape(COUNT, 8, *x.shape[1:]), WHOLE)

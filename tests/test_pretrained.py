@@ -29,6 +29,8 @@ from mlhf_optax.controllers.lstm_settings import LogFeatures, Multiply, Softplus
 from mlhf_optax.files import pack_arrays, unpack_arrays
 from mlhf_optax.learned import LEARNED
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 RECORD = {
     "optimizer": "mlhf",
     "task": "two-moons",

@@ -10,6 +10,8 @@ from mlhf_optax import layer_types
 from mlhf_optax.tasks import ResNet, batch_statistics, mini_resnet, resnet18
 from mlhf_optax.tasks.resnet import overlapping_max_pool
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 SMALL = ResNet(stages=((1, 2), (1, 4)), num_outputs=3)
 
 

@@ -19,6 +19,8 @@ from mlhf_optax.learned.rnnprop import RNNPropOptions, init_rnnprop, rnnprop
 from mlhf_optax.learned.variational_hyperadam import init_variational_hyperadam, variational_hyperadam
 from mlhf_optax.meta_training import META_LOSSES, MetaTrainingConfig, Trajectory, make_meta_step, with_tricks
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 TASK = SimpleNamespace(init_fn=lambda key: mlp_params(dtype=jnp.float32), predict_fn=mlp, loss_fn=LOSS)
 BACKPROPAGATED = ["rnnprop", "l2l", "hyperadam", "variational_hyperadam", "hierarchical"]
 

@@ -10,6 +10,8 @@ from experiment import parse_options
 
 from mlhf_optax import LevenbergMarquardt, hessian_free
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 def test_the_grids_are_those_of_the_paper():
     contenders = [script.fixed_contender(TASK), *(script.adapted_contender(TASK, d) for d in script.DECAYS)]

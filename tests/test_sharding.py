@@ -11,6 +11,7 @@ import sys
 import numpy as np
 
 FOLDER = pathlib.Path(__file__).parent
+QUICKLY_COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # devices are compared with one another
 
 
 def test_on_eight_devices():
@@ -29,7 +30,7 @@ def test_on_eight_devices():
             FOLDER / "eight_devices.py",
         ],
         cwd=FOLDER.parent,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | QUICKLY_COMPILED,
         capture_output=True,
         text=True,
         check=False,
@@ -45,6 +46,7 @@ def start_processes(processes, devices, folder, task):
     script = FOLDER / "one_of_two_processes.py"
     call = lambda own: [sys.executable, script, *map(str, (port, processes, own, devices, folder, task))]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{FOLDER}:{FOLDER.parent}"}
+    environment |= QUICKLY_COMPILED
     return [
         subprocess.Popen(
             call(i), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import lstm_throughput
 import pytest
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 def run(module, tmp_path, *arguments):
     """Runs a script; returns its report."""

@@ -19,6 +19,8 @@ from jax.flatten_util import ravel_pytree
 
 from mlhf_optax.tasks import MLP
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 OPTIMIZERS = ["sgd", "adam", "hessian-free-20", "mlhf", "mlhf-half", "mlhf-quarter"]
 
 

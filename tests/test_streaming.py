@@ -8,6 +8,8 @@ import pytest
 from mlhf_optax.tasks import Stream, imagenet, load_imagenet
 from mlhf_optax.tasks.imagenet import central_crop, random_crop
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 def draw(example, rng):
     return {"x": np.int32(example), "random": np.int32(rng.integers(1 << 30))}

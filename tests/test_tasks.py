@@ -31,6 +31,8 @@ from mlhf_optax.tasks import (
 from mlhf_optax.tasks.data import freeze
 from mlhf_optax.tasks.imagenet import random_crop
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 def noise(count, side, num_classes):
     rng = np.random.default_rng(count)

@@ -162,14 +162,13 @@ def test_a_tensor_without_gradient_has_damping_above_zero():
     assert np.all(np.isfinite(1 / nothing))
 
 
-@pytest.mark.parametrize("units", [(1, 30, 1, 1), (1, 1, 1, 30), (0.1, 0.1, 4, 8)])
-def test_layers_in_other_units_train_about_as_well(units):
+def test_layers_in_other_units_train_about_as_well():
     """With one unit of damping for all tensors the last of these ends with 25 times the loss."""
     build = lambda predict_fn: mlhf(
         1.0, init_tensor_lstm(jax.random.key(0)), predict_fn, SquaredError(), num_cg_steps=2
     )
-    usual = problems.loss_in_units(build, (1, 1, 1, 1))
-    assert problems.loss_in_units(build, units) < 8 * usual
+    usual, others = problems.losses_in_units(build)
+    assert np.all(others < 8 * usual)
 
 
 def test_what_it_says_is_bounded_for_any_outputs():

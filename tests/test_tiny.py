@@ -1,5 +1,7 @@
 """Tiny tasks, and meta-training over long horizons on them by the command line, on made-up images."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from mlhf_optax import load_pretrained
 from mlhf_optax.cli.commands import run
 from mlhf_optax.learned.mlhf_general import MLHFGeneralOptions
 from mlhf_optax.tasks import Dataset, tiny, tiny_tasks, tiny_validation_tasks
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
 
 
 @pytest.fixture
@@ -24,13 +28,18 @@ def images(monkeypatch):
     return part
 
 
+def first_gradient(task, key):
+    """Two batches, and the loss of fresh parameters on the first of them with its gradient."""
+    batch = task.draw(key, (2,))
+    first = jax.tree.map(lambda leaf: leaf[0], batch)
+    loss_of = lambda p: task.loss_fn(task.predict_fn(p, first), first)
+    return batch, jax.value_and_grad(loss_of)(task.init_fn(key))
+
+
 def test_every_network_has_finite_losses_and_gradients_on_batches_of_its_size(images):
     for task in [*tiny_tasks(), *tiny_validation_tasks()]:
-        batch = jax.jit(task.draw, static_argnums=1)(jax.random.key(1), (2,))
+        batch, (loss, gradient) = jax.jit(functools.partial(first_gradient, task))(jax.random.key(0))
         assert {leaf.shape[:2] for leaf in jax.tree.leaves(batch)} == {(2, task.batch_size)}, task.name
-        first = jax.tree.map(lambda leaf: leaf[0], batch)
-        loss_of = lambda p: task.loss_fn(task.predict_fn(p, first), first)  # noqa: B023
-        loss, gradient = jax.jit(jax.value_and_grad(loss_of))(jax.jit(task.init_fn)(jax.random.key(0)))
         assert np.isfinite(loss), task.name
         for leaf in jax.tree.leaves(gradient):
             assert np.all(np.isfinite(leaf)), task.name

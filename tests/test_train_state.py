@@ -14,6 +14,8 @@ from flax.training import train_state as flax_train_state
 
 from mlhf_optax import SoftmaxCrossEntropy, TrainState, gauss_newton
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 LOSS = SoftmaxCrossEntropy()
 BATCH = {"image": np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32), "label": np.arange(8) % 2}
 

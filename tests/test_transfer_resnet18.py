@@ -9,6 +9,8 @@ from blobs import TASK
 
 from mlhf_optax.tasks import Dataset
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 class Streamed:
     """Examples that are not in memory."""

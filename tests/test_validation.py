@@ -13,6 +13,8 @@ from mlhf_optax.meta_training import make_validation, unrolled_optimizer
 from mlhf_optax.meta_training.learned_optimizer import task_loss
 from mlhf_optax.meta_training.validation import Validation, score_of
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 STEPS, NUM_STARTS = (1, 4, 6), 2
 TASK = SimpleNamespace(
     init_fn=lambda key: {"kernel": jax.random.normal(key, (3, 2))},

@@ -57,13 +57,8 @@ RATES = {
 }
 ADAM_OR_SGD = "best Adam or SGD"
 RIVALS = ("constant", "untrained", "default Adam", ADAM_OR_SGD, "best Muon")
-LODO = Contender(
-    "lodo",
-    ("lodo",),
-    ({"learning_rate": 0.08459, "meta_learning_rate": 7.946e-6, "momentum": 0.9343},),
-    lambda: lodo(0.08459, 7.946e-6, 0.9343),
-    labels=("LODO",),
-)
+_LODO_SETTING = {"learning_rate": 0.08459, "meta_learning_rate": 7.946e-6, "momentum": 0.9343}
+LODO = Contender("lodo", ("lodo",), (_LODO_SETTING,), lambda: lodo(**_LODO_SETTING), labels=("LODO",))
 SOLVED = 1e-6
 """Losses below it count as this much."""
 LEARNED_RIVALS = ("l2l", "rnnprop", "hyperadam", "variational_hyperadam", "hierarchical", "lodo")

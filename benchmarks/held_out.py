@@ -61,7 +61,9 @@ _LODO_SETTING = {"learning_rate": 0.08459, "meta_learning_rate": 7.946e-6, "mome
 LODO = Contender("lodo", ("lodo",), (_LODO_SETTING,), lambda: lodo(**_LODO_SETTING), labels=("LODO",))
 SOLVED = 1e-6
 """Losses below it count as this much."""
-LEARNED_RIVALS = ("l2l", "rnnprop", "hyperadam", "variational_hyperadam", "hierarchical", "lodo")
+LEARNED_RIVALS = ("l2l", "rnnprop", "hyperadam", "variational_hyperadam", "hierarchical", LODO.family)
+ON_THE_SHELF = {*LEARNED, LODO.family}
+"""Families of all learned optimizers, MLHF among them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +129,12 @@ def with_cosine(contender: Contender, length: int) -> Contender:
 
 def rival_contender(task: Task, name: str) -> Contender:
     """Returns a learned optimizer of the literature."""
-    return LODO if name == "lodo" else learned_contender(task, load_pretrained(name), source=name)
+    return LODO if name == LODO.family else learned_contender(task, load_pretrained(name), source=name)
 
 
 def label_of(name: str) -> str:
     """Returns what tables call a learned optimizer."""
-    return LODO.labels[0] if name == "lodo" else LEARNED[name].label
+    return LODO.labels[0] if name == LODO.family else LEARNED[name].label
 
 
 def untrained_contender(task: Task) -> Contender:
@@ -165,15 +167,10 @@ def _ratios(curves: Sequence[Curve], step: int, loss_of: Callable[[Curve], float
     families["default Adam"] = [default]
     families[ADAM_OR_SGD] = [curve for curve in grid if curve.family in ("adam", "sgd")]
     families["best Muon"] = [curve for curve in grid if curve.family == "muon"]
-    families |= {curve.label: [curve] for curve in grid if _is_on_the_shelf(curve)}
+    families |= {curve.label: [curve] for curve in grid if curve.family in ON_THE_SHELF}
     best = {name: np.min([loss_of(curve) for curve in of_name]) for name, of_name in families.items()}
     loss = max(own.loss_at(step), SOLVED)
     return {name: loss / float(np.maximum(lowest, SOLVED)) for name, lowest in best.items()}
-
-
-def _is_on_the_shelf(curve: Curve) -> bool:
-    """Returns whether the curve is that of a learned optimizer, MLHF among them."""
-    return curve.is_learned or curve.family == "lodo"
 
 
 def _loss_between(curve: Curve, step: float) -> float:
@@ -240,7 +237,7 @@ def row_of(name: str, comparison: Comparison, steps: Sequence[int]) -> dict[str,
         "learned": {
             curve.label: [finite_or_none(x) for x in curve.train_loss]
             for curve in curves
-            if _is_on_the_shelf(curve)
+            if curve.family in ON_THE_SHELF
         },
         "best_adam": [
             finite_or_none(min(c.loss_at(step) for c in others if c.family == "adam")) for step in steps
@@ -254,9 +251,7 @@ def row_of(name: str, comparison: Comparison, steps: Sequence[int]) -> dict[str,
 def state_floats(task: Task, contenders: Sequence[Contender]) -> dict[str, float]:
     """Returns the numbers per parameter in the state of MLHF, Adam and the learned optimizers."""
     params = jax.eval_shape(task.init_fn, jax.random.key(0))
-    shown = [
-        one for one in contenders if {one.family, *one.names} & {*LEARNED, "lodo", *default_adam().names}
-    ]
+    shown = [one for one in contenders if one.family in {*ON_THE_SHELF, default_adam().family}]
     count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
     state = lambda one: jax.eval_shape(one.make_optimizer().init, params)
     return {one.names[0]: count(state(one)) / count(params) for one in shown}

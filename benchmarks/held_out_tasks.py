@@ -58,18 +58,18 @@ def load_diabetes() -> Dataset:
 
 def poisson_points() -> Dataset:
     """Returns random points of the square [-1, 1]^2: 1,024 to train on, 1,024 to test on."""
-    random = np.random.Generator(np.random.PCG64(1))
-    points = lambda: freeze(
-        image=random.uniform(-1, 1, (1024, 2)).astype(np.float32), target=np.zeros((1024, 1), np.float32)
-    )
-    return _without_meta_training(points(), points())
+    return _random_points(1, -1, 1)
 
 
 def burgers_points() -> Dataset:
     """Returns random points (x, t) of [-1, 1] x [0, 1]: 1,024 to train on, 1,024 to test on."""
-    random = np.random.Generator(np.random.PCG64(2))
+    return _random_points(2, (-1, 0), (1, 1))
+
+
+def _random_points(seed: int, lowest: Any, highest: Any) -> Dataset:
+    random = np.random.Generator(np.random.PCG64(seed))
     points = lambda: freeze(
-        image=random.uniform((-1, 0), (1, 1), (1024, 2)).astype(np.float32),
+        image=random.uniform(lowest, highest, (1024, 2)).astype(np.float32),
         target=np.zeros((1024, 1), np.float32),
     )
     return _without_meta_training(points(), points())
@@ -197,9 +197,6 @@ def _poisson() -> Task:
     return dataclasses.replace(task, predict_fn=predict_fn)
 
 
-BATCH_SIZES = {f"mnist-mlp-{size}": size for size in (64, 256, 1024, 4096)}  # for when second order pays
-
-
 def _burgers() -> Task:
     """A network u(x, t) with u_t + u u_x = nu u_xx, nu = 0.01 / pi; the outputs are the residuals.
 
@@ -244,6 +241,7 @@ def _quadratic_deep() -> Task:
     )
 
 
+BATCH_SIZES = {f"mnist-mlp-{size}": size for size in (64, 256, 1024, 4096)}  # for when second order pays
 TASKS: dict[str, Callable[[Folders], Task]] = {
     "digits-mlp": lambda folders: digits_mlp(hidden=(64, 64)),
     "mnist-mlp": lambda folders: _mnist("mnist-mlp", MLP((100, 100)), folders),

@@ -73,11 +73,10 @@ def is_any_nonzero(tree: chex.ArrayTree) -> jax.Array:
 
 
 def _largest(tree: chex.ArrayTree) -> list[jax.Array]:
-    """Returns the largest absolute number of every leaf of floats; NaN if any is."""
+    """Returns the largest absolute number of every leaf that has any; NaN if any is."""
     # One maximum per leaf: on CPUs it takes a quarter of the time of a flag per number.
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    floats = [leaf for leaf in leaves if leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return [jnp.max(jnp.abs(at_least_f32(leaf))) for leaf in floats]
+    return [jnp.max(jnp.abs(at_least_f32(leaf))) for leaf in leaves if leaf.size]
 
 
 def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:

@@ -76,3 +76,11 @@ def test_zeros_take_the_place_of_what_is_not_finite():
     tree = {"a": jnp.array([jnp.nan, jnp.inf])}
     np.testing.assert_array_equal(trees.zero_unless(jnp.asarray(False), tree)["a"], np.zeros(2))
     assert not np.isfinite(trees.zero_unless(jnp.asarray(True), tree)["a"]).any()
+
+
+def test_whole_numbers_count_among_what_is_finite_and_what_is_not_zero():
+    tree = {"count": jnp.array([0, -3]), "flags": jnp.array([False, False]), "empty": jnp.zeros(0)}
+    assert trees.is_finite(tree)
+    assert trees.is_any_nonzero(tree)
+    assert not trees.is_any_nonzero(tree | {"count": jnp.array([0, 0])})
+    assert not trees.is_finite(tree | {"loss": jnp.array(jnp.nan)})

@@ -20,7 +20,13 @@ from mlhf_optax.controllers.protocol import (
     View,
     accept,
 )
-from mlhf_optax.controllers.units import SMALLEST_GRADIENT, initial_sizes, tensor_shares, unit
+from mlhf_optax.controllers.units import (
+    SMALLEST_GRADIENT,
+    initial_sizes,
+    tensor_shares,
+    tensor_sizes,
+    unit,
+)
 
 _TINY = 1e-15  # size of a gradient that is zero, for the derivative of a root
 
@@ -31,18 +37,17 @@ class ConstantState(NamedTuple):
     Attributes:
       count: steps so far.
       mean_gradient: running mean of gradients, shaped like the parameters; empty without ``gradient_decay``.
-      mean_square: running mean of ``rms(g)^2``, a scalar; empty without ``unit_decay``.
+      mean_square: running mean of ``rms(g)^2``, a scalar, or with ``per_tensor`` that of every tensor, shape
+        (tensors,); empty without ``unit_decay``.
       metric: state of the metric.
-      mean_squares: running mean of that of every tensor, shape (tensors,); empty without ``unit_decay`` or
-        ``per_tensor``.
-      initial_sizes: those of the tensors, shape (tensors,); empty without ``per_tensor``.
+      initial_sizes: root mean square of every tensor at the start, and not below that of all, shape
+        (tensors,); empty without ``per_tensor``.
     """
 
     count: jax.Array  # shape=(), dtype=int32
     mean_gradient: Any
     mean_square: Any
     metric: Any
-    mean_squares: Any = ()
     initial_sizes: Any = ()
 
 
@@ -93,13 +98,10 @@ def constant(
 
     def init(params: Any) -> ConstantState:
         mean = () if gradient_decay is None else jax.tree.map(devices.zeros_like, params)
-        square = () if unit_decay is None else jnp.zeros((), jnp.float32)
-        state = ConstantState(jnp.zeros((), jnp.int32), mean, square, rule.init(params))
-        if not per_tensor:
-            return state
-        sizes = initial_sizes(params)
-        squares = () if unit_decay is None else jnp.zeros_like(sizes)
-        return state._replace(mean_squares=squares, initial_sizes=sizes)
+        sizes = initial_sizes(params) if per_tensor else ()
+        shape = (len(jax.tree.leaves(params)),) if per_tensor else ()
+        square = () if unit_decay is None else jnp.zeros(shape, jnp.float32)
+        return ConstantState(jnp.zeros((), jnp.int32), mean, square, rule.init(params), sizes)
 
     def control(view: View, state: ConstantState) -> Control:
         mean = state.mean_gradient
@@ -112,30 +114,27 @@ def constant(
             metric=rule.update(view.gradient, state.metric, view.axis_name),
         )
         if unit_decay is not None:
-            keep, add = unit_decay, 1 - unit_decay
-            averaged = lambda old, rms: keep * old + add * jnp.square(rms)
-            rms = trees.root_mean_square(view.gradient).astype(jnp.float32)
-            state = state._replace(mean_square=averaged(state.mean_square, rms))
-            if per_tensor:
-                state = state._replace(mean_squares=averaged(state.mean_squares, _each_rms(view.gradient)))
+            rms = tensor_sizes(view.gradient) if per_tensor else trees.root_mean_square(view.gradient)
+            square = jnp.square(rms.astype(jnp.float32))
+            state = state._replace(mean_square=unit_decay * state.mean_square + (1 - unit_decay) * square)
         return Control(state, state)
 
     def units(view: View, state: ConstantState) -> Any:
         """Returns the unit of every tensor, scalars in a tree like the parameters."""
         size = of_all = trees.root_mean_square(view.gradient)
+        of_tensors = tensor_sizes(view.gradient) if per_tensor else None
         if unit_decay is not None:
-            of_all = running(state, state.mean_square, SMALLEST_GRADIENT)
+            lately = state.mean_square / _sum_of_weights(unit_decay, state.count)
+            if per_tensor:
+                of_tensors = jnp.sqrt(jnp.maximum(lately, _TINY**2))
+                numbers = [leaf.size for leaf in jax.tree.leaves(view.gradient)]
+                lately = jnp.average(lately, weights=jnp.array(numbers, jnp.float32))
+            of_all = jnp.sqrt(jnp.maximum(lately, SMALLEST_GRADIENT**2))
             size = jnp.maximum(size, of_all)
-        if not per_tensor:
+        if of_tensors is None:
             return jax.tree.map(lambda _: unit(size, view.initial_rms), view.gradient)
-        own = _each_rms(view.gradient) if unit_decay is None else running(state, state.mean_squares, _TINY)
-        each = tensor_shares(own, of_all) * unit(size, state.initial_sizes)
+        each = tensor_shares(of_tensors, of_all) * unit(size, state.initial_sizes)
         return jax.tree.structure(view.gradient).unflatten(list(each))
-
-    def running(state: ConstantState, mean_squares: Any, smallest: float) -> jax.Array:
-        assert unit_decay is not None
-        mean_squares = mean_squares / _sum_of_weights(unit_decay, state.count)
-        return jnp.sqrt(jnp.maximum(mean_squares, smallest**2))
 
     def operators(view: View, signal: ConstantState) -> Operators:
         scales = jax.tree.map(lambda one: damping * one, units(view, signal))
@@ -154,11 +153,6 @@ def constant(
         )
 
     return Controller(init, control, operators)
-
-
-def _each_rms(gradient: Any) -> jax.Array:
-    """Root mean square of every tensor, shape (tensors,), float32."""
-    return jnp.stack([trees.root_mean_square(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(gradient)])
 
 
 def _sum_of_weights(decay: float, count: jax.Array) -> jax.Array:

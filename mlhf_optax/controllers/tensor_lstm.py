@@ -35,6 +35,7 @@ from mlhf_optax.controllers.protocol import (
     Operators,
     Outcome,
     Product,
+    Scale,
     View,
     accept,
 )
@@ -314,7 +315,7 @@ def _operators(constants: Constants, view: View, signal: _Signal) -> Operators:
             _times_metric(x, h, sides, inverse)
             for x, h, sides in zip(leaves, roots, state.factors, strict=True)
         ]
-        return _scaled(scales, treedef.unflatten(products))
+        return Scale(scales)(treedef.unflatten(products))
 
     inverted = jax.tree.map(lambda t, s: t / s, trust, damping)
     return Operators(
@@ -325,7 +326,7 @@ def _operators(constants: Constants, view: View, signal: _Signal) -> Operators:
         ),
         start=jax.tree.map(lambda d: (said.warm * d).astype(d.dtype), view.direction),
         step_scale=said.rate,
-        damping_after_preconditioner=lambda r: _scaled(trust, r),
+        damping_after_preconditioner=Scale(trust),
     )
 
 
@@ -498,7 +499,3 @@ def _inner(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
 
 def _mean_square(tree: chex.ArrayTree) -> Any:
     return trees.total([jnp.sum(leaf) for leaf in jax.tree.leaves(tree)]) / trees.size(tree)
-
-
-def _scaled(scales: chex.ArrayTree, tree: chex.ArrayTree) -> chex.ArrayTree:
-    return jax.tree.map(lambda s, x: (s * x).astype(x.dtype), scales, tree)

@@ -45,8 +45,12 @@ def initial_sizes(params: Any) -> jax.Array:
       >>> initial_sizes({"kernel": jnp.full((2, 2), 3.0), "zero_bias": jnp.zeros(5)})
       Array([3., 2.], dtype=float32)
     """
-    each = jnp.array([trees.root_mean_square(leaf) for leaf in jax.tree.leaves(params)], jnp.float32)
-    return jnp.maximum(each, size_of(trees.root_mean_square(params).astype(jnp.float32)))
+    return jnp.maximum(tensor_sizes(params), size_of(trees.root_mean_square(params).astype(jnp.float32)))
+
+
+def tensor_sizes(tree: Any) -> jax.Array:
+    """Returns the root mean square of every tensor, shape (tensors,), float32."""
+    return jnp.array([trees.root_mean_square(leaf) for leaf in jax.tree.leaves(tree)], jnp.float32)
 
 
 def size_of(rms: jax.Array) -> jax.Array:

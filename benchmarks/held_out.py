@@ -17,6 +17,7 @@ What is finished is kept: ``--resume`` goes on after a stop. ``--quick`` takes m
 """
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -104,15 +105,20 @@ class Options:
 
 def contenders_for(task: Task, options: Options, length: int) -> list[Contender]:
     """Returns MLHF and its rivals for trainings of so many steps."""
+    pretrained = load_pretrained(options.meta_params)
     rivals = [
-        learned_contender(task, load_pretrained(options.meta_params), source=options.meta_params),
+        learned_contender(task, pretrained, source=options.meta_params),
         constant_contender(task, [10.0], **BEST_CONSTANT),
         untrained_contender(task),
         default_adam(),
         *(grid_contenders([family], rates=rates)[0] for family, rates in RATES.items()),
     ]
     if options.cosine:
-        return [with_cosine(contender, length) for contender in rivals]
+        own, *others = (with_cosine(contender, length) for contender in rivals)
+        # A schedule bounds the learned rate of MLHF; what is multiplied by it would fall twice.
+        cosine = {"learning_rate": optax.cosine_decay_schedule(1.0, length)}
+        bounded = functools.partial(pretrained.optimizer, task.predict_fn, task.loss_fn, **cosine)
+        return [dataclasses.replace(own, make_optimizer=bounded), *others]
     return [*rivals, *(rival_contender(task, name) for name in options.learned)]
 
 

@@ -74,7 +74,8 @@ class DampedStepState(NamedTuple):
     Attributes:
       count: number of steps that were not skipped.
       direction: d of the last such step, shaped like the parameters; empty if CG starts from zero.
-      residual: r of the last such step, likewise.
+      residual: r of the last such step, if the controller looks at it; else empty.
+      damped: S d of the last such step, likewise.
       restart: the next CG starts from zero, because the last direction was not one of descent. From zero CG
         always descends. From a direction that no longer fits it may not, and as a skipped step leaves
         the state as it was, a training on one batch would try the same step for ever.
@@ -85,7 +86,8 @@ class DampedStepState(NamedTuple):
 
     count: jax.Array  # shape=(), dtype=int32
     direction: chex.ArrayTree
-    residual: chex.ArrayTree
+    residual: Any
+    damped: Any
     restart: jax.Array  # shape=(), dtype=bool
     controller: Any
     initial_rms: jax.Array  # shape=(), at least float32
@@ -151,14 +153,16 @@ def _just_solve(solve: SolveFn, signal: Any) -> tuple[Solution, Any]:
 def init_state(controller: Controller, params: chex.ArrayTree) -> DampedStepState:
     """Returns the state before the first step; each leaf has its own buffer, so that it may be donated."""
     devices.on_mesh_of(params, ())  # an error of its own, where the parameters lie on several meshes
-    vector = lambda: jax.tree.map(devices.zeros_like, params) if controller.is_warm_started else ()
+    vector = lambda is_kept: jax.tree.map(devices.zeros_like, params) if is_kept else ()
+    direction = vector(controller.is_warm_started)
+    residual, kept = vector(controller.keeps_residual), vector(controller.keeps_damped)
     info = StepInfo(
         *(jnp.zeros((), jnp.int32 if name in _COUNTS else jnp.float32) for name in StepInfo._fields)
     )
     info = info._replace(best_loss=jnp.full((), jnp.inf, jnp.float32))
     count, restart = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
     rms = jnp.array(trees.root_mean_square(params))
-    state = DampedStepState(count, vector(), vector(), restart, controller.init(params), rms, info)
+    state = DampedStepState(count, direction, residual, kept, restart, controller.init(params), rms, info)
     return devices.on_mesh_of(params, state)
 
 
@@ -200,12 +204,16 @@ def look(
     gradient, batch = trees.zero_unless(is_valid, gradient), _shielded(is_valid, batch)
     part = curvature_subset(predict_fn, params, batch, curvature_batch_size, per_example, loss_fn=loss_fn)
     loss, ggn = loss_and_ggn(predict_fn, loss_fn, params, part, axis_name)
-    zeros = jax.tree.map(jnp.zeros_like, gradient)
+    if controller.is_warm_started:
+        direction, kept = trees.zero_unless(~state.restart, (state.direction, state.damped))
+    else:
+        direction, kept = jax.tree.map(jnp.zeros_like, gradient), ()
     return View(
         params=params,
         gradient=gradient,
-        direction=trees.zero_unless(~state.restart, state.direction) if controller.is_warm_started else zeros,
-        residual=state.residual if controller.is_warm_started else zeros,
+        direction=direction,
+        residual=state.residual,
+        damped=kept,
         ggn=ggn,
         loss=jnp.where(is_valid, loss, jnp.nan),
         loss_at=lambda p: devices.mean_over(loss_fn(predict_fn(p, batch), batch), axis_name),
@@ -263,7 +271,7 @@ def damped_step(
     outcome = Outcome(solution.direction, solution.residual, is_sound, b, s_d)
     observed = controller.observe(view, outcome, kept)
     is_taken = observed.is_accepted
-    direction = trees.zero_unless(is_taken & ~is_optimum, solution.direction)
+    direction, s_d = trees.zero_unless(is_taken & ~is_optimum, (solution.direction, s_d))
     scale = solution.operators.step_scale
     handed_on = direction
     if scale is not None:
@@ -276,10 +284,12 @@ def damped_step(
         info=_info(state.info, view, solution, descent, is_taken, observed.reduction_ratio),
     )
     if controller.is_warm_started:
-        new_state = new_state._replace(
-            direction=trees.select(is_taken, direction, state.direction),
-            residual=trees.select(is_taken, solution.residual, state.residual),
-        )
+        new_state = new_state._replace(direction=trees.select(is_taken, direction, state.direction))
+    if controller.keeps_residual:
+        residual = trees.select(is_taken, solution.residual, state.residual)
+        new_state = new_state._replace(residual=residual)
+    if controller.keeps_damped:
+        new_state = new_state._replace(damped=trees.select(is_taken, s_d, state.damped))
     return Step(handed_on, devices.alike(state, new_state), is_taken, control.seen, extra)
 
 
@@ -295,6 +305,7 @@ def _solve(controller: Controller, solver: Solver, view: View, signal: Any) -> S
         start if controller.is_warm_started else None,
         shift=None if after is None else operators.damping,
         shift_after_preconditioner=after,
+        shifted_x0=operators.damped_start,
         num_steps=solver.num_steps,
         preconditioner=operators.preconditioner,
         tolerance=solver.tolerance,

@@ -22,6 +22,7 @@ def scale_by_mlhf(
     curvature_batch_size: CurvatureBatch = None,
     per_example: PerExample = None,
     axis_name: AxisName = None,
+    schedule: optax.Schedule | None = None,
     layer_types_fn: LayerTypesFn | None = None,
     carry_dtype: Any = "float32",
     unroll: bool | int = True,
@@ -50,6 +51,9 @@ def scale_by_mlhf(
         example, such as ``("image", "label")``; None if that is so for all of the batch.
       axis_name: axis of ``jax.shard_map`` or ``jax.pmap`` along which batches differ
         (:func:`mlhf_optax.scale_by_damped_step`); None for ``jax.jit``.
+      schedule: the learning rate that follows, if it is a schedule. The general meta-parameters have a rate
+        of their own, which falls towards the end of a training. With a schedule it makes room: the product
+        of both is the smaller of the learned rate and 1.5 times the schedule.
       layer_types_fn: maps the parameters to a tree of layer type names;
         :func:`mlhf_optax.layer_types` if None.
       carry_dtype: dtype in which the LSTM states are stored.
@@ -82,7 +86,7 @@ def scale_by_mlhf(
       <https://arxiv.org/abs/1805.08462>`_, 2018, Algorithm 1.
     """
     if isinstance(meta_params, TensorLSTM):
-        controller = tensor_lstm(meta_params)
+        controller = tensor_lstm(meta_params, schedule=schedule)
     else:
         controller = coordinate_lstm(meta_params, layer_types_fn=layer_types_fn, carry_dtype=carry_dtype)
     return scale_by_damped_step(
@@ -119,7 +123,9 @@ def mlhf(
 
     Args:
       learning_rate: a number or an optax schedule. The paper's rule is the batch size in use over
-        the batch size of meta-training; the record of shipped meta-parameters says what to use.
+        the batch size of meta-training; the record of shipped meta-parameters says what to use. A number
+        multiplies the learned rate of the general meta-parameters; a schedule bounds it, as ``schedule`` of
+        :func:`scale_by_mlhf`.
       meta_params: see :func:`scale_by_mlhf`, as ``predict_fn``, ``loss_fn``, ``num_cg_steps``,
         ``curvature_batch_size``, ``per_example``, ``layer_types_fn``, ``carry_dtype`` and ``unroll``.
       predict_fn: the model.
@@ -174,6 +180,7 @@ def mlhf(
         curvature_batch_size=curvature_batch_size,
         per_example=per_example,
         axis_name=axis_name,
+        schedule=learning_rate if callable(learning_rate) else None,
         layer_types_fn=layer_types_fn,
         carry_dtype=carry_dtype,
         unroll=unroll,

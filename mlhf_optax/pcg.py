@@ -56,6 +56,7 @@ def pcg(
     preconditioner: Matvec | None = None,
     shift: Matvec | None = None,
     shift_after_preconditioner: Matvec | None = None,
+    shifted_x0: chex.ArrayTree | None = None,
     initial_residual: chex.ArrayTree | None = None,
     tolerance: chex.Numeric = 0.0,
     early_exit: bool = False,
@@ -73,6 +74,7 @@ def pcg(
       shift: S, if the matrix of the system is ``A + S`` and ``S P^-1`` is cheap. As p is made of
         ``y = P^-1 r``, ``S p`` is known from r, and no step needs a product with S.
       shift_after_preconditioner: the product with ``S P^-1``; None if ``preconditioner`` is ``S^-1``.
+      shifted_x0: ``S x0`` if it is known already.
       initial_residual: ``b - A x0`` if it is known already, which saves one product.
       tolerance: absolute norm of the residual below which no further step is taken.
       early_exit: leave the loop at convergence instead of idling to the end. Saves time where the
@@ -105,7 +107,7 @@ def pcg(
         r0 = b
         s_x0 = () if shift is None else jax.tree.map(jnp.zeros_like, b)
     elif shift is not None:
-        s_x0 = shift(start)
+        s_x0 = shift(start) if shifted_x0 is None else shifted_x0
     if r0 is None:
         a_x0 = matvec(start) if shift is None else jax.tree.map(jnp.add, matvec(start), s_x0)
         r0 = jax.tree.map(jnp.subtract, b, a_x0)

@@ -186,7 +186,7 @@ jax.monitoring.register_event_duration_secs_listener(COMPILATIONS)
 
 
 @pytest.mark.parametrize("init", [jax.jit, lambda f: f], ids=["jit", "eager"])
-@pytest.mark.parametrize(("make", "followers"), [(coordinate, 44), (diagonal, 12), (tensor, 16)])
+@pytest.mark.parametrize(("make", "followers"), [(coordinate, 44), (diagonal, 8), (tensor, 16)])
 def test_state_follows_sharded_parameters_and_no_step_is_compiled_twice(make, followers, init):
     tx, params = make(), jax.device_put(start(), shardings(start()))
     batch = jax.device_put(examples(), PLACED(P("data")))

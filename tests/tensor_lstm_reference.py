@@ -37,6 +37,7 @@ class Reference:
         self.w0_of_tensors = [max(rms(w), self.w0) for w in self.w]
         zeros = lambda: [np.zeros_like(p) for p in self.w]
         self.d, self.mean, self.square = zeros(), zeros(), zeros()
+        self.damped, self.last_damping = zeros(), np.ones(2)
         self.mean_weight = self.square_weight = self.largest = 0.0
         rows, columns = self.w[1].shape
         self.factors = [np.zeros((rows, rows)), np.zeros((columns, columns))]
@@ -77,11 +78,16 @@ class Reference:
             start = end
         rhs = np.concatenate([m.ravel() / self.mean_weight for m in self.mean])
         d = said["warm"] * np.concatenate([part.ravel() for part in self.d])
-        d, r = self.solve(ggn + damping, trust[:, None] * np.linalg.inv(damping), rhs, d)
+        s_d = damping @ d
+        scales = [scale * unit for scale, unit in zip(said["damping"], units, strict=True)]
+        if not self.is_refreshed:  # what the step before found, for the matrix
+            s_d[columns:] = said["warm"] * scales[1] / self.last_damping[1] * self.damped[1].ravel()
+        self.last_damping = scales
+        inverse = trust[:, None] * np.linalg.inv(damping)
+        d, r, s_d = self.solve(ggn, damping, inverse, rhs, d, s_d)
         cut = lambda v: [v[:columns], v[columns:].reshape(self.w[1].shape)]
-        self.d = cut(d)
-        damped = cut(damping @ d)
-        for i, (di, ri, bi, si) in enumerate(zip(self.d, cut(r), cut(rhs), damped, strict=True)):
+        self.d, self.damped = cut(d), cut(s_d)
+        for i, (di, ri, bi, si) in enumerate(zip(self.d, cut(r), cut(rhs), self.damped, strict=True)):
             self.residual[i] = np.sqrt(np.sum(ri * ri) / np.sum(bi * bi))
             self.share[i] = np.clip(np.sum(di * si) / (np.sum(di * bi) - np.sum(di * ri)), 0, 1)
         self.rate, self.last_power = said["rate"], said["power"][1]
@@ -94,17 +100,18 @@ class Reference:
         return loss
 
     @staticmethod
-    def solve(matrix, inverse, b, d, steps=2):
-        r = b - matrix @ d
+    def solve(ggn, damping, inverse, b, d, s_d, steps=2):
+        matrix = ggn + damping
+        r = b - ggn @ d - s_d
         y = inverse @ r
         p = y
         for _ in range(steps):
             rho = r @ y
             alpha = rho / (p @ matrix @ p)
-            d, r = d + alpha * p, r - alpha * matrix @ p
+            d, r, s_d = d + alpha * p, r - alpha * matrix @ p, s_d + alpha * damping @ p
             y = inverse @ r
             p = y + (r @ y) / rho * p
-        return d, r
+        return d, r, s_d
 
     @staticmethod
     def diagonal(square, exponent):
@@ -121,7 +128,8 @@ class Reference:
         self.mean_weight = (1 - share) * self.mean_weight + share
         for i, outer in enumerate((g[1] @ g[1].T, g[1].T @ g[1])):
             self.factors[i] = C.factor_decay * self.factors[i] + (1 - C.factor_decay) * outer
-        if self.count + 1 in (1, 2, 4, 8) or (self.count + 1) % 10 == 0:
+        self.is_refreshed = self.count + 1 in (1, 2, 4, 8) or (self.count + 1) % 10 == 0
+        if self.is_refreshed:
             self.powers = [power_of(factor, self.last_power) for factor in self.factors]
 
     def controls(self, g, loss):

@@ -273,4 +273,45 @@ def test_a_controller_of_a_users_own_takes_the_steps_it_asks_for(x64):
             rtol=1e-5,
         )
         params = jax.tree.map(lambda p, d: p - d, params, direction)
-    assert jax.tree.leaves((state.direction, state.residual)) == []
+    assert jax.tree.leaves((state.direction, state.residual, state.damped)) == []
+
+
+def test_a_controller_is_handed_what_it_keeps_of_the_step_before(x64):
+    """S d of a step, known from the solve, saves the product with S at the start of the next one."""
+    seen = []
+
+    def control(view, state):
+        jax.debug.callback(lambda *values: seen.append(values), view.direction, view.residual, view.damped)
+        return Control((), state)
+
+    def operators(view, signal):
+        scales = jax.tree.map(lambda p: jnp.full((), 2.0), view.params)
+        return Operators(
+            Scale(scales),
+            Quotient(scales),
+            damping_after_preconditioner=lambda r: r,
+            damped_start=view.damped,
+        )
+
+    controller = Controller(lambda params: (), control, operators, keeps_residual=True, keeps_damped=True)
+    params, batches = problems.mlp_params(), problems.batches(3)
+    tx = scale_by_damped_step(controller, problems.mlp, problems.LOSS, solver=Solver(2))
+    model, state, update = references.Model(), tx.init(params), jax.jit(tx.update)
+    for batch in batches:
+        grads = jax.jit(jax.grad(problems.mlp_loss))(params, batch)
+        before = state
+        _, state = update(grads, state, params, batch=batch)
+        jax.effects_barrier()
+        kept = (before.direction, before.residual, before.damped)
+        # The callback is handed float32.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), seen[-1], kept)
+        w, d = problems.flat(params), problems.flat(state.direction)
+        np.testing.assert_allclose(problems.flat(state.damped), 2 * d, rtol=1e-9, atol=1e-12)
+        residual = model.gradient(w, batch) - model.ggn(w, batch) @ d - 2 * d
+        np.testing.assert_allclose(problems.flat(state.residual), residual, rtol=1e-7, atol=1e-10)
+    # A bad batch leaves them, and an optimum has no direction.
+    bad = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grads)
+    _, kept = update(bad, state, params, batch=batch)
+    assert_same((kept.direction, kept.damped), (state.direction, state.damped))
+    _, at_rest = update(jax.tree.map(jnp.zeros_like, grads), state, params, batch=batch)
+    assert not any(map(np.any, jax.tree.leaves((at_rest.direction, at_rest.damped))))

@@ -122,7 +122,7 @@ def test_adapted_damping_agrees_with_a_second_implementation(rule, learning_rate
 
 def ratio_of(loss, w, gradient, direction, residual, damping, step_size):
     """The reduction ratio and the loss after the step; of what a step sees only these are needed."""
-    view = View(w, gradient, None, None, None, loss(w), loss, None, None)
+    view = View(w, gradient, None, None, None, None, loss(w), loss, None, None)
     return reduction_ratio(view, Outcome(direction, residual, jnp.array(True)), damping, step_size)
 
 

@@ -71,7 +71,7 @@ OPTIMIZERS = {
         {"damping": 0.3, "metric": "diagonal", "num_cg_steps": 2, "unroll": 1},
         static=("num_cg_steps", "unroll"),
         injected=("damping",),
-        by_parameter=((3, 2),) * 3,
+        by_parameter=((3, 2),) * 2,  # direction and diagonal
     ),
     "hessian_free": Entry(
         hessian_free, {"damping": 0.1, "num_cg_steps": 2}, injected=("damping",), smooth={"early_exit": False}

@@ -155,6 +155,34 @@ def test_no_product_is_spent_on_what_is_known():
     np.testing.assert_allclose(x, products(b, x0)[1], rtol=1e-10)
 
 
+def test_a_shift_whose_inverse_preconditions_needs_no_product_in_a_step():
+    matrix, b, x0, values = system()
+    calls = []
+
+    def shift(v):
+        calls.append(1)
+        return values * v
+
+    def solved(**known):
+        calls.clear()
+        inverse = lambda r: 0.5 * r / values
+        after = {"shift_after_preconditioner": lambda r: 0.5 * r}
+        x, r, info = pcg(
+            lambda v: matrix @ v, b, x0, num_steps=3, preconditioner=inverse, shift=shift, **after, **known
+        )
+        return len(calls), (x, r, info.shifted)
+
+    whole = pcg(
+        lambda v: matrix @ v + values * v, b, x0, num_steps=3, preconditioner=lambda r: 0.5 * r / values
+    )
+    for known, wanted in (({}, 1), ({"shifted_x0": values * x0}, 0)):
+        count, (x, r, shifted) = solved(**known)
+        assert count == wanted
+        np.testing.assert_allclose(x, whole[0], rtol=1e-10)
+        np.testing.assert_allclose(r, whole[1], atol=1e-10)
+        np.testing.assert_allclose(shifted, values * x, rtol=1e-10)
+
+
 # Tolerance.
 
 

@@ -69,6 +69,8 @@ def test_steps_agree_with_numpy_float64():
     np.testing.assert_allclose(losses, expected, rtol=2e-3)
     for got, wanted in zip(w, reference.w, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-4)
+    for got, wanted in zip(state[0].damped, reference.damped, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-4)
     controller = state[0].controller
     np.testing.assert_allclose(controller.damped_share, reference.share, rtol=5e-3)
     np.testing.assert_allclose(controller.hidden, reference.hidden, atol=2e-3)
@@ -120,7 +122,8 @@ def first_damping(params, gradient) -> np.ndarray:
         params=params,
         gradient=gradient,
         direction=jax.tree.map(jnp.zeros_like, params),
-        residual=jax.tree.map(jnp.zeros_like, params),
+        residual=(),
+        damped=jax.tree.map(jnp.zeros_like, params),
         ggn=lambda v: v,
         loss=jnp.ones(()),
         loss_at=lambda w: jnp.ones(()),
@@ -244,7 +247,8 @@ def test_a_bad_gradient_is_skipped_and_leaves_the_state():
     bad = [jnp.full_like(p, jnp.nan) for p in w]
     updates, after = tx.update(bad, state, w, batch=batch)
     assert all(np.all(u == 0) for u in updates)
-    jax.tree.map(np.testing.assert_array_equal, after[0].controller, state[0].controller)
+    kept = lambda of: (of[0].controller, of[0].direction, of[0].damped)
+    jax.tree.map(np.testing.assert_array_equal, kept(after), kept(state))
     assert after[0].info.skipped_steps == 1
 
 
@@ -258,6 +262,26 @@ def test_a_network_that_is_not_finite_moves_nothing_and_leaves_the_state(field):
     assert int(state.info.skipped_steps) == 1
     before = tx.init(params)[0].controller
     jax.tree.map(np.testing.assert_array_equal, (end, state.controller), (params, before))
+
+
+def test_a_schedule_bounds_the_learned_rate():
+    params, batches = linear_problem()
+    make = lambda learning_rate: mlhf(learning_rate, learned(), predict, SquaredError(), num_cg_steps=2)
+    # All ones is no bound, as the number is.
+    for one, other in zip(
+        *(train(make(rate), params, batches)[0][0] for rate in (1.0, lambda t: 1.0)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+    rate = float(train(make(1.0), params, batches)[0][1][0].controller.rate)
+    for factor in (0.9 * rate, 0.1 * rate, 0.0):  # a rate is at most 1.5 times the schedule
+        schedule = lambda t, factor=factor: jnp.where(t < 13, 1.0, factor)
+        (w, state), _ = train(make(schedule), params, batches)
+        assert state[0].controller.rate == pytest.approx(min(rate, 1.5 * factor), rel=1e-4)
+        before = jax.tree.map(lambda leaf: leaf[:13], batches)
+        moved = [a - b for a, b in zip(w, train(make(1.0), params, before)[0][0], strict=True)]
+        expected = [-min(rate, 1.5 * factor) * d for d in state[0].direction]
+        for one, other in zip(moved, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_no_unit_is_refused():

@@ -210,7 +210,7 @@ def coordinate_lstm(
         )
         return Operators(damping, settings.preconditioner(values, damping.values))
 
-    return Controller(init, control, operators)
+    return Controller(init, control, operators, keeps_residual=True)
 
 
 def run_network(

@@ -129,7 +129,10 @@ def times_sides(sides: Sides, vector: jax.Array, inverse: bool = False) -> jax.A
     """Returns ``L^power V R^power`` for a tensor V, or the product with the inverse, in its dtype."""
     x = vector.reshape(matrix_shape(vector.shape)).astype(jnp.float32)
     left, right = (side.inverse if inverse else side.power for side in sides)
-    return _times_blocks(right, _times_blocks(left, x).T).T.reshape(vector.shape).astype(vector.dtype)
+    x = _times_blocks(left, x)
+    # Powers are symmetric. A product with one needs no transposed vectors, which take time.
+    x = x @ right[0] if right.shape[0] == 1 else _times_blocks(right, x.T).T
+    return x.reshape(vector.shape).astype(vector.dtype)
 
 
 def _decomposed(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -22,7 +22,8 @@ class View(NamedTuple):
       params: w, the current parameters.
       gradient: g, shaped like the parameters; zeros if it is not finite.
       direction: d0, where CG starts: the previous direction, or zeros.
-      residual: r0, the previous residual, or zeros.
+      residual: r0, the previous residual, or zeros; empty unless the controller keeps it.
+      damped: S d0 with S of the step before; empty unless the controller keeps it.
       ggn: product with the undamped GGN at w.
       loss: loss on the batch of the GGN products at w, a scalar of at least float32.
       loss_at: ``loss_at(params)``, the loss on the whole batch.
@@ -35,7 +36,8 @@ class View(NamedTuple):
     params: chex.ArrayTree
     gradient: chex.ArrayTree
     direction: chex.ArrayTree
-    residual: chex.ArrayTree
+    residual: Any
+    damped: Any
     ggn: Matvec
     loss: jax.Array
     loss_at: Callable[[Any], jax.Array]
@@ -135,6 +137,8 @@ class Operators(NamedTuple):
       step_scale: factor on the direction that is handed on, a scalar; None is 1.
       damping_after_preconditioner: the product with ``S P^-1`` where it is cheap, as for a preconditioner
         that is ``S^-1``. The solve then needs no product with S per step, and tells S d.
+      damped_start: S times ``start``, given with ``damping_after_preconditioner`` by a controller that knows
+        it; None to work it out.
     """
 
     damping: Operator
@@ -143,6 +147,7 @@ class Operators(NamedTuple):
     start: chex.ArrayTree | None = None
     step_scale: jax.Array | None = None
     damping_after_preconditioner: Matvec | None = None
+    damped_start: chex.ArrayTree | None = None
 
 
 class Outcome(NamedTuple):
@@ -192,8 +197,10 @@ class Controller(NamedTuple):
       control: ``control(view, state) ->`` :class:`Control`.
       operators: ``operators(view, signal) ->`` :class:`Operators`.
       observe: ``observe(view, outcome, state) ->`` :class:`Observed`; :func:`accept` for most.
-      is_warm_started: CG starts from the previous direction, which the state then holds with its
-        residual; otherwise from zero.
+      is_warm_started: CG starts from the previous direction, which the state then holds; otherwise from zero.
+      keeps_residual: the state holds the previous residual, too, for the view; only if warm started.
+      keeps_damped: the state holds S times the previous direction, likewise; needs operators with
+        ``damping_after_preconditioner``.
     """
 
     init: Callable[[chex.ArrayTree], Any]
@@ -201,3 +208,5 @@ class Controller(NamedTuple):
     operators: Callable[[View, Any], Operators]
     observe: Callable[[View, Outcome, Any], Observed] = accept
     is_warm_started: bool = True
+    keeps_residual: bool = False
+    keeps_damped: bool = False

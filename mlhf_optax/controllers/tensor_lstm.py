@@ -171,10 +171,11 @@ class TensorLSTMState(NamedTuple):
       factors: one entry per tensor, the Kronecker factors of a matrix or None.
       initial_rms: shape (n,), root mean square of the parameters at the start, and not below that of all.
       largest: largest root mean square of gradients so far, a running mean.
+      damping: shape (n,), of the last step.
       losses: shape (4,): log of the loss, its running means over 10 and 100 steps, and its first value.
       residual: shape (n,), norm of the residual over that of the right-hand side in the last solve.
       damped_share: shape (n,), share of damping in the curvature along the last direction.
-      rate: the last one.
+      rate: the last one, times that of the schedule.
       power: shape (n,), the last exponents.
       hidden: shape (n, units), of the LSTM.
       cell: likewise.
@@ -188,6 +189,7 @@ class TensorLSTMState(NamedTuple):
     factors: tuple[Any, ...]
     initial_rms: jax.Array
     largest: jax.Array
+    damping: jax.Array
     losses: jax.Array
     residual: jax.Array
     damped_share: jax.Array
@@ -198,19 +200,36 @@ class TensorLSTMState(NamedTuple):
 
 
 class _Signal(NamedTuple):
-    """What operators are made of."""
+    """What operators are made of.
+
+    Attributes:
+      said: what the network says.
+      state: with this step's gradient.
+      grown: shape (n,), damping over that of the step before.
+      is_fresh: whether powers of factors were taken in this step, shape ().
+    """
 
     said: Said
     state: TensorLSTMState
+    grown: jax.Array
+    is_fresh: jax.Array
 
 
-def tensor_lstm(meta_params: TensorLSTM, constants: Constants = CONSTANTS) -> Controller:
+def tensor_lstm(
+    meta_params: TensorLSTM,
+    constants: Constants = CONSTANTS,
+    *,
+    schedule: optax.Schedule | None = None,
+) -> Controller:
     """Returns the learned controller for any network.
 
     Args:
       meta_params: what was learned.
       constants: what the outputs are bounded around. Meta-parameters belong to the constants that they were
         trained with.
+      schedule: factor by which the direction is multiplied after a step, by the number of steps; None for 1.
+        The learned rate falls late in a training, and with a factor that falls, too, their product would
+        fall twice. So it is as large as it may be, but for a product above the learned rate.
 
     Returns:
       The controller. Its state is two floats per parameter, and for a matrix side of n rows about
@@ -224,9 +243,10 @@ def tensor_lstm(meta_params: TensorLSTM, constants: Constants = CONSTANTS) -> Co
     units = meta_params.bias.shape[0] // 4
     return Controller(
         init=functools.partial(_init, units, constants),
-        control=functools.partial(_control, meta_params, constants),
+        control=functools.partial(_control, meta_params, constants, schedule),
         operators=functools.partial(_operators, constants),
         observe=_observe,
+        keeps_damped=True,
     )
 
 
@@ -244,6 +264,7 @@ def _init(units: int, constants: Constants, params: chex.ArrayTree) -> TensorLST
         factors=tuple(init_sides(leaf.shape, constants.block) for leaf in leaves),
         initial_rms=initial_sizes(params),
         largest=scalar(),
+        damping=each(1.0),
         losses=jnp.zeros(4),
         residual=each(1.0),
         damped_share=each(1.0),
@@ -254,7 +275,13 @@ def _init(units: int, constants: Constants, params: chex.ArrayTree) -> TensorLST
     )
 
 
-def _control(meta_params: TensorLSTM, constants: Constants, view: View, state: TensorLSTMState) -> Control:
+def _control(
+    meta_params: TensorLSTM,
+    constants: Constants,
+    schedule: optax.Schedule | None,
+    view: View,
+    state: TensorLSTMState,
+) -> Control:
     decay = constants.square_decay
     mix = lambda v, g: decay * v + (1 - decay) * jnp.square(trees.at_least_f32(g))
     state = state._replace(
@@ -268,26 +295,35 @@ def _control(meta_params: TensorLSTM, constants: Constants, view: View, state: T
     # Far from any optimum curvature is a better guide than later, among noise.
     time = state.count / constants.start_steps
     said = said._replace(damping=said.damping * (constants.start_share + time) / (1 + time))
+    factor = 1.0 if schedule is None else jnp.asarray(schedule(state.count), jnp.float32)
+    if schedule is not None:
+        said = said._replace(rate=jnp.minimum(said.rate / jnp.maximum(factor, _TINY), constants.max_rate))
     share = 1 / said.memory
     count = jnp.asarray(optax.safe_increment(state.count))
+    is_due = is_refresh_due(count, constants.refresh_every)
+    damping = _damping_units(constants, view, state) * said.damping
+    grown = damping / state.damping
     state = state._replace(
         count=count,
         mean=jax.tree.map(
             lambda m, g: (1 - share) * m + share * g.astype(m.dtype), state.mean, view.gradient
         ),
         mean_weight=(1 - share) * state.mean_weight + share,
-        factors=_new_factors(view, state, count, constants),
-        rate=said.rate,
+        factors=_new_factors(view, state, is_due, constants),
+        damping=damping,
+        rate=factor * said.rate,
         power=said.power,
         hidden=hidden,
         cell=cell,
     )
     # Means and factors are finite where these are.
     small = state._replace(mean=(), square=(), factors=())
-    return Control(_Signal(said, state), state, checked=(small, _inner(view.gradient, view.gradient)))
+    return Control(
+        _Signal(said, state, grown, is_due), state, checked=(small, _inner(view.gradient, view.gradient))
+    )
 
 
-def _new_factors(view: View, state: TensorLSTMState, count: jax.Array, constants: Constants) -> tuple:
+def _new_factors(view: View, state: TensorLSTMState, is_due: jax.Array, constants: Constants) -> tuple:
     """Returns the factors with this gradient, their powers taken anew if that is due."""
     decay = constants.factor_decay
     matrices = [i for i, sides in enumerate(state.factors) if sides is not None]
@@ -295,16 +331,15 @@ def _new_factors(view: View, state: TensorLSTMState, count: jax.Array, constants
     averaged = [average_sides(state.factors[i], gradients[i], decay) for i in matrices]
     # The exponents of the step before: those of this one would have the network wait for the factors.
     powers = [state.power[i] for i in matrices]
-    is_due = is_refresh_due(count, constants.refresh_every)
     fresh = refresh_sides(is_due, averaged, powers, constants.floor, view.axis_name)
     by_tensor = dict(zip(matrices, fresh, strict=True))
     return tuple(by_tensor.get(i) for i in range(len(state.factors)))
 
 
 def _operators(constants: Constants, view: View, signal: _Signal) -> Operators:
-    said, state = signal
+    said, state = signal.said, signal.state
     treedef = jax.tree.structure(view.gradient)
-    damping = treedef.unflatten(list(_damping_units(constants, view, state) * said.damping))
+    damping = treedef.unflatten(list(state.damping))
     trust = treedef.unflatten(list(said.trust))
     entries = zip(jax.tree.leaves(state.square), state.factors, said.diagonal, strict=True)
     roots = [_diagonal_root(v, sides, share) for v, sides, share in entries]
@@ -327,7 +362,31 @@ def _operators(constants: Constants, view: View, signal: _Signal) -> Operators:
         start=jax.tree.map(lambda d: (said.warm * d).astype(d.dtype), view.direction),
         step_scale=said.rate,
         damping_after_preconditioner=Scale(trust),
+        damped_start=treedef.unflatten(_damped_start(view, signal, roots)),
     )
+
+
+def _damped_start(view: View, signal: _Signal, roots: list[jax.Array]) -> list[jax.Array]:
+    """Returns S times the start of CG for every tensor.
+
+    Between two refreshes the metric of a matrix moves by Adam's part of it, which is little, so what the step
+    before found serves: one of four products with large factors less.
+    """
+    said, state, before = signal.said, signal.state, jax.tree.leaves(view.damped)
+    matrices = [i for i, sides in enumerate(state.factors) if sides is not None]
+    direction = jax.tree.leaves(view.direction)
+    product = lambda i: _times_metric(direction[i], roots[i], state.factors[i], inverse=False)
+    products = dict.fromkeys(range(len(direction)))
+    known = lax.cond(
+        signal.is_fresh, lambda: [product(i) for i in matrices], lambda: [before[i] for i in matrices]
+    )
+    products |= dict(zip(matrices, known, strict=True))
+    scales = jnp.where(signal.is_fresh, state.damping, signal.grown)
+    scaled = lambda scale, x: (said.warm * scale * x).astype(x.dtype)
+    return [
+        scaled(state.damping[i], product(i)) if x is None else scaled(scales[i], x)
+        for i, x in products.items()
+    ]
 
 
 def _damping_units(constants: Constants, view: View, state: TensorLSTMState) -> jax.Array:

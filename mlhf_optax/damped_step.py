@@ -296,6 +296,11 @@ def damped_step(
 def _solve(controller: Controller, solver: Solver, view: View, signal: Any) -> Solution:
     """Solves ``(G + S) d = g`` by PCG, with S and P from the controller's signal."""
     operators = controller.operators(view, signal)
+    if controller.keeps_damped and operators.damping_after_preconditioner is None:
+        raise ValueError(
+            "the controller has `keeps_damped=True`, but operators without `damping_after_preconditioner`; "
+            "without it no solve tells damping times direction, so give them one, or do not keep it"
+        )
     b = view.gradient if operators.right_hand_side is None else operators.right_hand_side
     start = view.direction if operators.start is None else operators.start
     after = operators.damping_after_preconditioner

@@ -276,6 +276,14 @@ def test_a_controller_of_a_users_own_takes_the_steps_it_asks_for(x64):
     assert jax.tree.leaves((state.direction, state.residual, state.damped)) == []
 
 
+def test_a_controller_that_keeps_what_a_solve_does_not_tell_is_an_error():
+    controller = gradient_sized(5.0)._replace(is_warm_started=True, keeps_damped=True)
+    tx = scale_by_damped_step(controller, problems.linear, problems.LOSS)
+    params, batch = problems.linear_params(dtype=jnp.float32), problems.batch()
+    with pytest.raises(ValueError, match=r"keeps_damped=True.*without `damping_after_preconditioner`"):
+        tx.update(gradient(params, batch), tx.init(params), params, batch=batch)
+
+
 def test_a_controller_is_handed_what_it_keeps_of_the_step_before(x64):
     """S d of a step, known from the solve, saves the product with S at the start of the next one."""
     seen = []

@@ -77,6 +77,8 @@ class Options:
     """Shipped name or path."""
     learned: tuple[str, ...] = LEARNED_RIVALS
     """Learned optimizers of the literature to compare with."""
+    num_cg_steps: int | None = None
+    """CG steps per step of MLHF; by default what its record recommends."""
     steps: int | None = None
     """Length of every training; by default what takes some minutes per task on two cores."""
     seeds: int = 1
@@ -98,16 +100,17 @@ class Options:
         check_tasks(self.tasks)
         if unknown := sorted(set(self.learned) - set(LEARNED_RIVALS)):
             raise ValueError(f"--learned must be among {', '.join(LEARNED_RIVALS)}, got {', '.join(unknown)}")
-        for name in ("steps", "seeds"):
+        for name in ("num_cg_steps", "steps", "seeds"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 def contenders_for(task: Task, options: Options, length: int) -> list[Contender]:
     """Returns MLHF and its rivals for trainings of so many steps."""
     pretrained = load_pretrained(options.meta_params)
+    changes: dict[str, Any] = {} if options.num_cg_steps is None else {"num_cg_steps": options.num_cg_steps}
     rivals = [
-        learned_contender(task, pretrained, source=options.meta_params),
+        learned_contender(task, pretrained, source=options.meta_params, **changes),
         constant_contender(task, [10.0], **BEST_CONSTANT),
         untrained_contender(task),
         default_adam(),
@@ -116,8 +119,8 @@ def contenders_for(task: Task, options: Options, length: int) -> list[Contender]
     if options.cosine:
         own, *others = (with_cosine(contender, length) for contender in rivals)
         # A schedule bounds the learned rate of MLHF; what is multiplied by it would fall twice.
-        cosine = {"learning_rate": optax.cosine_decay_schedule(1.0, length)}
-        bounded = functools.partial(pretrained.optimizer, task.predict_fn, task.loss_fn, **cosine)
+        changes["learning_rate"] = optax.cosine_decay_schedule(1.0, length)
+        bounded = functools.partial(pretrained.optimizer, task.predict_fn, task.loss_fn, **changes)
         return [dataclasses.replace(own, make_optimizer=bounded), *others]
     return [*rivals, *(rival_contender(task, name) for name in options.learned)]
 
@@ -220,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_row(rows[-1])
     for kind in ("ratios",) if options.cosine else ("ratios", "by_time"):
         print_median(rows, kind)
-    content = record(command, seeds=options.seeds, rows=rows)
+    content = record(command, seeds=options.seeds, num_cg_steps=options.num_cg_steps, rows=rows)
     write_json(options.output / "results.json", content)
     save_drawing(options.output / "figure.png", draw, content)
     if options.learned and not options.cosine:

@@ -27,6 +27,7 @@ TABLES = {
     "held_out_learned": (tables_of_learned.held_out_learned, ["held_out"]),
     "held_out_cosine": (tables_of_learned.held_out_cosine, ["held_out", "held_out_cosine"]),
     "held_out_batches": (tables_of_learned.held_out_batches, ["held_out", "held_out_batches"]),
+    "held_out_cg_steps": (tables_of_learned.held_out_cg_steps, ["held_out", "held_out_cg_steps"]),
     "scaling": (tables_of_speed.scaling, ["scaling"]),
     "meta_training_processes": (tables_of_speed.meta_training_processes, ["meta_training_processes"]),
     "general_validation": (tables_of_learned.general_validation, []),

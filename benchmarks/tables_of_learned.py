@@ -2,10 +2,11 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from held_out import ADAM_OR_SGD, LEARNED_RIVALS, SOLVED, STEPS, label_of, ratios_at
-from held_out_tasks import BATCH_SIZES, LENGTHS
+from held_out_tasks import BATCH_SIZES
 from table_cells import bold, with_note
 
 from mlhf_optax import load_pretrained
@@ -111,21 +112,39 @@ def held_out_batches(others: dict[str, Any], content: dict[str, Any]) -> list[st
     sizes = {"mnist-mlp": 128, **BATCH_SIZES}
     entries = [row for row in (*content["rows"], *others["rows"]) if row["task"] in sizes]
     entries.sort(key=lambda row: sizes[row["task"]])
-    steps = [step for step in STEPS if step <= LENGTHS["mnist-mlp-64"]]
-    shown = [(rival, kind) for kind in ("ratios", "by_time") for rival in (ADAM_OR_SGD, "best Muon")]
-    rows = [["batch", "loss of MLHF over that of", *(f"{step} steps" for step in steps), "step / Adam's"]]
-    for rival, kind in shown:
-        for entry in entries:
-            found = (ratios_at([entry], str(step), rival, kind) for step in steps)
-            cells = [bold(ratio[0], 1.0) if ratio else "" for ratio in found]
-            time = accuracy_and_time(entry)[1] if (rival, kind) == shown[0] else ""
-            name = rival + ", in equal time" * (kind == "by_time")
-            rows.append([str(sizes[entry["task"]]), name, *cells, time])
+    rows = _over_the_best("batch", [(str(sizes[row["task"]]), row) for row in entries])
     note = (
         "MNIST, 784-100-100-10, at every batch size against its own grid. The rows of 128 and 1,024 are "
         "those of the table above."
     )
     return with_note(rows, note, content)
+
+
+def held_out_cg_steps(others: dict[str, Any], content: dict[str, Any]) -> list[str]:
+    """Returns two rows per task: with as many CG steps as the record recommends, and with more."""
+    usual, more = load_pretrained().recommended["num_cg_steps"], content["num_cg_steps"]
+    few = {row["task"]: row for row in others["rows"]}
+    entries = [
+        (f"{row['task']}, {count} CG steps", of_count)
+        for row in content["rows"]
+        for count, of_count in ((usual, few[row["task"]]), (more, row))
+    ]
+    note = f"Rivals are as above. Seeds: {content['seeds']}."
+    return with_note(_over_the_best("task", entries), note, content)
+
+
+def _over_the_best(head: str, entries: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]:
+    """Returns a row per rival and entry: the loss over the best rivals', by steps and by time."""
+    steps = [step for step in STEPS if step <= 300]
+    shown = [(rival, kind) for kind in ("ratios", "by_time") for rival in (ADAM_OR_SGD, "best Muon")]
+    rows = [[head, "loss of MLHF over that of", *(f"{step} steps" for step in steps), "step / Adam's"]]
+    for rival, kind in shown:
+        for title, entry in entries:
+            found = (ratios_at([entry], str(step), rival, kind) for step in steps)
+            cells = [bold(ratio[0], 1.0) if ratio else "" for ratio in found]
+            time = accuracy_and_time(entry)[1] if (rival, kind) == shown[0] else ""
+            rows.append([title, rival + ", in equal time" * (kind == "by_time"), *cells, time])
+    return rows
 
 
 def held_out_learned(content: dict[str, Any]) -> list[str]:

@@ -140,6 +140,19 @@ def test_with_a_cosine_nothing_is_timed_and_what_has_no_rate_is_left_out(monkeyp
     assert "Stopped: --resume goes on" in capsys.readouterr().out
 
 
+def test_mlhf_may_have_more_cg_steps_and_its_rivals_stay(monkeypatch):
+    calls = []
+    found = types.SimpleNamespace(is_complete=False)
+    monkeypatch.setattr(
+        held_out, "compare", lambda task, contenders, *args, **how: calls.append(contenders) or found
+    )
+    for options in ((), ("--num-cg-steps", "10"), ("--num-cg-steps", "10", "--cosine")):
+        held_out.main(["--tasks", "diabetes", "--steps", "40", "--learned", "rnnprop", *options])
+    settings = [[one.settings for one in contenders] for contenders in calls]
+    assert [of_own[0][0]["num_cg_steps"] for of_own in settings] == [2, 10, 10]
+    assert settings[0][1:] == settings[1][1:]
+
+
 def test_with_a_cosine_updates_fall_to_zero():
     rates = {"learning_rate": np.array([1.0])}
     sgd = Contender("sgd", ("sgd",), ({"learning_rate": 1.0},), optax.sgd, rates)

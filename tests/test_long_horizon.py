@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from mlhf_optax import SquaredError
+from mlhf_optax.learned import get_learned
 from mlhf_optax.meta_training import LongHorizonConfig, make_long_horizon_step, unrolled_optimizer
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -92,6 +93,28 @@ def test_gradient_and_trainings_agree_with_a_plain_loop_over_two_truncations(opt
         mean = keep * mean + (1 - keep) * float(state.centre)
         np.testing.assert_allclose(state.meta_params, mean, rtol=1e-5)
         assert np.isfinite(metrics["meta_loss"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adam_rates", "rnnprop", "l2l", "hyperadam", "variational_hyperadam", "hierarchical", "mlhf_general"],
+)
+def test_every_learned_optimizer_for_any_network_can_be_trained_so(name):
+    family = get_learned(name)
+    learned = family.learned(family.resolve(family.options(), None), None)
+    meta_params = learned.init(jax.random.key(0), TASK)
+    init, step = make_long_horizon_step([TASK], learned, CONFIG)
+    state = init(jax.random.key(1), meta_params)
+    before = copy(state.episodes[0].params)
+    for number in range(2):
+        state, metrics = step(state, [draw(number)])
+    assert np.isfinite(metrics["meta_loss"])
+    assert metrics["meta_gradient_norm"] > 0  # so both trainings of a pair differ
+    assert int(state.counts["dropped_gradients"]) == 0
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.centre, meta_params)
+    assert any(jax.tree.leaves(moved))
+    assert np.all(np.isfinite(state.episodes[0].params))
+    assert np.any(state.episodes[0].params != before)
 
 
 def test_the_estimate_has_the_sign_and_size_of_the_derivative_of_the_meta_loss():

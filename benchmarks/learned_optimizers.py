@@ -10,9 +10,6 @@ What is finished is kept: ``--resume`` goes on after a stop. ``--quick`` takes m
 ``--meta-train NAME`` meta-trains one of them instead, with the recipe of the shipped meta-parameters: on
 MNIST of 7 x 7 pixels, and all but L2L with random scaling and a convex companion. L2L went on from there with
 ``--start`` and ``--image-size``; the record of the shipped file has the command.
-``--bowl STEPS`` runs LODO instead, which is not meta-trained, on the noisy quadratic bowl of its paper: the
-minimum of a quadratic of 100 numbers moves at random before every step. The floor is 7.41, the loss of
-Newton's method; the best of Adam and momentum is published, and was found, between 14 and 16, LODO's at 9.0.
 """
 
 import dataclasses
@@ -28,7 +25,7 @@ import numpy as np
 import optax
 from experiment import command_line, parse_options, save_drawing
 
-from mlhf_optax import load_pretrained, lodo
+from mlhf_optax import load_pretrained
 from mlhf_optax import meta_training as mt
 from mlhf_optax.comparison.meta_train_task import meta_train_task, shown_losses
 from mlhf_optax.comparison.progress import progress_bar
@@ -105,12 +102,8 @@ class Options:
     """Height and width of the images in the meta-training, which takes longer with more pixels."""
     start: str | None = None
     """Shipped name or path of meta-parameters from which the meta-training goes on."""
-    bowl: int = 0
-    """Run the noisy quadratic bowl instead, for so many steps; LODO's paper has 100000 and more."""
 
     def __post_init__(self):
-        if self.bowl < 0:
-            raise ValueError(f"--bowl must be a number of steps, got {self.bowl}")
         if unknown := sorted(set(self.activations) - set(ADAM_RATES)):
             known = ", ".join(ADAM_RATES)
             raise ValueError(f"--activations must be among {known}, got {', '.join(unknown)}")
@@ -132,11 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(meta_train(options.meta_train, options, command))
         return
     names = options.optimizers or ("adam", *shipped())
-    if options.bowl:
-        rows = [bowl_row(name, tx, options.bowl) for name, tx in BOWL_OPTIMIZERS.items()]
-        options.output.mkdir(parents=True, exist_ok=True)
-        write_json(options.output / "bowl.json", record(command, steps=options.bowl, rows=rows))
-        return
     with locked_folder(options.output) as folder:
         rows = run_all(names, options, folder)
         content = record(command, starts=options.starts, published=PUBLISHED, rows=rows)
@@ -224,38 +212,6 @@ def protocol(
         return final, losses
 
     return jax.jit(lambda examples, keys: jax.lax.map(lambda key: train(examples, key), keys))
-
-
-BOWL_OPTIMIZERS = {
-    "adam": optax.adam(1.1, b1=0.4),
-    "momentum": optax.sgd(1.8, momentum=0.5),
-    "lodo": lodo(1.0, 3e-4, momentum=0.0),
-}
-"""Adam and heavy ball with the best settings of a coarse grid."""
-
-
-def bowl_row(name: str, tx: optax.GradientTransformation, steps: int, windows: int = 10) -> dict[str, Any]:
-    """Trains on the noisy bowl; returns and prints the mean loss over every tenth of the steps."""
-    size = 100
-    basis = jnp.linalg.qr(jax.random.normal(jax.random.key(1), (size, size)))[0]
-    hessian = (basis * jnp.exp(jnp.linspace(jnp.log(1e-3), 0.0, size))) @ basis.T
-
-    def step(carry, key):
-        x, state, centre = carry
-        centre += jax.random.normal(key, (size,))
-        gradient = hessian @ (x - centre)
-        updates, state = tx.update(gradient, state, x)
-        return (x + updates, state, centre), 0.5 * jnp.vdot(x - centre, gradient)
-
-    @jax.jit
-    def losses(keys):
-        zeros = jnp.zeros(size)
-        return jax.lax.scan(step, (zeros, tx.init(zeros), zeros), keys)[1]
-
-    found = np.asarray(losses(jax.random.split(jax.random.key(2), steps)), np.float64)
-    means = [float(window.mean()) for window in np.array_split(found, min(windows, steps))]
-    print(f"{name:10s}" + "".join(f"{mean:8.2f}" for mean in means), flush=True)
-    return {"optimizer": name, "floor": float(jnp.trace(hessian) / 2), "losses": means}
 
 
 def meta_train(name: str, options: Options, command: str) -> Path:

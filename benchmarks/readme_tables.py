@@ -38,6 +38,7 @@ TABLES = {
         ["learned_optimizers_2000", "learned_optimizers_10000"],
     ),
     "lodo_bowl": (tables_of_learned.lodo_bowl, ["lodo_bowl"]),
+    "lodo_pixels": (tables_of_learned.lodo_pixels, ["lodo_pixels"]),
     "digits-mlp": (tables_of_trainings.by_step, ["digits-mlp"]),
     "transfer_digits": (tables_of_trainings.transfer_digits, ["transfer_digits"]),
     "first_order_cifar10": (tables_of_trainings.by_epoch, ["first_order_cifar10"]),

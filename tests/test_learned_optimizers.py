@@ -83,14 +83,6 @@ def test_it_meta_trains_with_the_recipe(tmp_path):
     assert record["meta_training"]["config"]["max_age"] == 100
 
 
-def test_the_bowl_is_run_with_lodo_and_its_rivals(tmp_path, capsys):
-    learned_optimizers.main(["--bowl", "20", "--output", str(tmp_path)])
-    content = json.loads((tmp_path / "bowl.json").read_text())
-    assert [row["optimizer"] for row in content["rows"]] == ["adam", "momentum", "lodo"]
-    assert all(row["floor"] == pytest.approx(7.41, abs=0.01) for row in content["rows"])
-    assert all(len(row["losses"]) == 10 and min(row["losses"]) > 0 for row in content["rows"])
-
-
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [

@@ -14,7 +14,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mlhf_optax import SoftmaxCrossEntropy, devices, gauss_newton, hessian_free, init_meta_params, mlhf
+from mlhf_optax import SoftmaxCrossEntropy, devices, gauss_newton, hessian_free, init_meta_params, lodo, mlhf
 from mlhf_optax.comparison.meta_train_long import meta_train_on_tiny_tasks
 from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
 from mlhf_optax.curvature import curvature_subset
@@ -199,6 +199,25 @@ def test_state_follows_sharded_parameters_and_no_step_is_compiled_twice(make, fo
     assert COMPILATIONS.count == before
     assert check_follows(state, params) == followers
     assert_close(params, expected(make))
+
+
+@pytest.mark.parametrize(
+    "name", ["rnnprop", "l2l", "hyperadam", "variational_hyperadam", "hierarchical", "lodo"]
+)
+def test_those_of_the_literature_take_the_same_steps_with_sharded_parameters(name):
+    def make():
+        found = lodo(0.5, 0.01) if name == "lodo" else load_pretrained(name).optimizer(predict, LOSS)
+        return optax.with_extra_args_support(found)
+
+    tx, params = make(), jax.device_put(start(), shardings(start()))
+    batch, state = jax.device_put(examples(), PLACED(P("data"))), jax.jit(tx.init)(params)
+    step = jax.jit(make_step(tx))
+    for _ in range(2):
+        params, state = step(params, state, batch)
+    assert_close(params, expected(make))
+    assert (
+        max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (params, start())), strict=True)) > 1e-3
+    )
 
 
 @pytest.mark.parametrize(("make", "products"), [(plain, 2), (coordinate, 3), (diagonal, 3)])

@@ -42,6 +42,9 @@ META_PARAMS = problems.random_meta_params(units=(2,))
 LM = LevenbergMarquardt(0.5, min_damping=1e-6)
 
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """An optimizer under test."""

@@ -10,6 +10,8 @@ import pytest
 import mlhf_optax
 from mlhf_optax import StepInfo, learned
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 ROOT = Path(__file__).resolve().parents[1]
 TEXT, OF_BENCHMARKS = (
     (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in ("", "benchmarks")

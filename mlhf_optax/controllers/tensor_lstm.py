@@ -228,8 +228,8 @@ def tensor_lstm(
       constants: what the outputs are bounded around. Meta-parameters belong to the constants that they were
         trained with.
       schedule: factor by which the direction is multiplied after a step, by the number of steps; None for 1.
-        The learned rate falls late in a training, and with a factor that falls, too, their product would
-        fall twice. So it is as large as it may be, but for a product above the learned rate.
+        The learned rate falls late in a training, and times a factor that falls, too, it would fall twice.
+        So it makes room: the product is the smaller of the learned rate and ``max_rate`` times the factor.
 
     Returns:
       The controller. Its state is two floats per parameter, and for a matrix side of n rows about
@@ -376,16 +376,15 @@ def _damped_start(view: View, signal: _Signal, roots: list[jax.Array]) -> list[j
     matrices = [i for i, sides in enumerate(state.factors) if sides is not None]
     direction = jax.tree.leaves(view.direction)
     product = lambda i: _times_metric(direction[i], roots[i], state.factors[i], inverse=False)
-    products = dict.fromkeys(range(len(direction)))
-    known = lax.cond(
+    of_matrices = lax.cond(
         signal.is_fresh, lambda: [product(i) for i in matrices], lambda: [before[i] for i in matrices]
     )
-    products |= dict(zip(matrices, known, strict=True))
+    known = dict(zip(matrices, of_matrices, strict=True))
     scales = jnp.where(signal.is_fresh, state.damping, signal.grown)
     scaled = lambda scale, x: (said.warm * scale * x).astype(x.dtype)
     return [
-        scaled(state.damping[i], product(i)) if x is None else scaled(scales[i], x)
-        for i, x in products.items()
+        scaled(scales[i], known[i]) if i in known else scaled(state.damping[i], product(i))
+        for i in range(len(direction))
     ]
 
 

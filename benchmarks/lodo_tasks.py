@@ -16,6 +16,7 @@ The loss that counts is the mean over the last tenth of the steps.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -72,9 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train, about = pixels(images), {}
     rows = []
     for name, tx in OPTIMIZERS[options.task].items():
-        losses = np.asarray(
-            jax.jit(train(tx))(jax.random.split(jax.random.key(2), options.steps)), np.float64
-        )
+        losses = np.asarray(train(tx)(jax.random.split(jax.random.key(2), options.steps)), np.float64)
         windows = np.array_split(losses, min(_WINDOWS, options.steps))
         means = [float(window.mean()) if np.isfinite(window).all() else None for window in windows]
         rows.append({"optimizer": name, "losses": means, **about})
@@ -118,7 +117,7 @@ def noisy_bowl(size: int = 100) -> tuple[Train, dict[str, float]]:
             return (x + updates, state, centre), 0.5 * jnp.vdot(x - centre, gradient)
 
         zeros = jnp.zeros(size)
-        return lambda keys: jax.lax.scan(step, (zeros, tx.init(zeros), zeros), keys)[1]
+        return jax.jit(lambda keys: jax.lax.scan(step, (zeros, tx.init(zeros), zeros), keys)[1])
 
     return train, {"floor": float(jnp.trace(hessian) / 2)}
 
@@ -132,7 +131,7 @@ def pixels(images: np.ndarray) -> Train:
     def train(tx):
         params = network.init(jax.random.key(0), context(padded, jnp.zeros((1, 3), jnp.int32))[0])["params"]
 
-        def step(carry, key):
+        def step(padded, carry, key):
             params, state = carry
             places = jax.random.randint(key, (_BATCH, 3), 0, jnp.array(images.shape))
             inputs, label = context(padded, places)
@@ -141,7 +140,12 @@ def pixels(images: np.ndarray) -> Train:
             updates, state = tx.update(gradient, state, params)
             return (optax.apply_updates(params, updates), state), loss
 
-        return lambda keys: jax.lax.scan(step, (params, tx.init(params)), keys)[1]
+        # The images are an argument: as a constant they would be in the program, all 270 MB of them.
+        @jax.jit
+        def run(padded, keys):
+            return jax.lax.scan(functools.partial(step, padded), (params, tx.init(params)), keys)[1]
+
+        return functools.partial(run, padded)
 
     return train
 

@@ -135,7 +135,7 @@ def held_out_cg_steps(others: dict[str, Any], content: dict[str, Any]) -> list[s
 
 def _over_the_best(head: str, entries: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]:
     """Returns a row per rival and entry: the loss over the best rivals', by steps and by time."""
-    steps = [step for step in STEPS if step <= 300]
+    steps = [step for step in STEPS if all(step <= entry["steps"][-1] for _, entry in entries)]
     shown = [(rival, kind) for kind in ("ratios", "by_time") for rival in (ADAM_OR_SGD, "best Muon")]
     rows = [[head, "loss of MLHF over that of", *(f"{step} steps" for step in steps), "step / Adam's"]]
     for rival, kind in shown:

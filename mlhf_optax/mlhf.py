@@ -125,7 +125,7 @@ def mlhf(
       learning_rate: a number or an optax schedule. The paper's rule is the batch size in use over
         the batch size of meta-training; the record of shipped meta-parameters says what to use. A number
         multiplies the learned rate of the general meta-parameters; a schedule bounds it, as ``schedule`` of
-        :func:`scale_by_mlhf`.
+        :func:`scale_by_mlhf`. Under :func:`optax.inject_hyperparams` it is a number, also of a schedule.
       meta_params: see :func:`scale_by_mlhf`, as ``predict_fn``, ``loss_fn``, ``num_cg_steps``,
         ``curvature_batch_size``, ``per_example``, ``layer_types_fn``, ``carry_dtype`` and ``unroll``.
       predict_fn: the model.

@@ -115,6 +115,12 @@ def num_shards(array: Any) -> int:
     return math.prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
 
 
+def is_on_mesh(array: jax.Array) -> bool:
+    """Returns whether it is known, of an array that ``jit`` traces, that it lies on several devices."""
+    mesh = _mesh_of(array)
+    return mesh is not None and mesh.size > 1
+
+
 def on_all(array: jax.Array) -> jax.Array:
     """Returns the array as one that lies whole on every device of its mesh, itself if its mesh is not known.
 

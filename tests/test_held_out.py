@@ -46,7 +46,8 @@ def test_every_task_starts_at_the_loss_of_knowing_nothing(made_up_data, name):
     loss_of = lambda p: task.loss_fn(task.predict_fn(p, batch), batch)
     loss, gradient = jax.jit(jax.value_and_grad(loss_of))(params)
     chance = {"shakespeare-lstm": math.log(65), "shakespeare-transformer": math.log(65), "poisson": 0.7}
-    chance |= {"mnist-autoencoder": math.log(2), "diabetes": 0.5, "burgers": 1.4, "quadratic-deep": 340}
+    chance |= dict.fromkeys(held_out_tasks.AUTOENCODERS, math.log(2))
+    chance |= {"mnist-vae": 784 / 12, "diabetes": 0.5, "burgers": 1.4, "quadratic-deep": 340}
     assert float(loss) == pytest.approx(chance.get(name, math.log(10)), rel=0.6)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
 
@@ -72,6 +73,21 @@ def test_the_burgers_residual_is_that_of_the_start_where_the_network_is_zero():
     # Of u = -sin(pi x), for every t.
     u, u_x, u_xx = -np.sin(np.pi * x), -np.pi * np.cos(np.pi * x), np.pi**2 * np.sin(np.pi * x)
     np.testing.assert_allclose(task.predict_fn(zero, points)[:, 0], u * u_x - 0.01 / np.pi * u_xx, rtol=1e-4)
+
+
+def test_the_loss_of_the_variational_autoencoder_is_squared_error_and_divergence(made_up_data):
+    task = held_out_tasks.TASKS["mnist-vae"]((None, None))
+    batch = jax.tree.map(lambda leaf: leaf[:8], task.data.train)
+    random = np.random.default_rng(0)
+    pixels, mean, log_deviation = (random.normal(size=(8, n)).astype(np.float32) for n in (784, 8, 8))
+    outputs = np.concatenate([pixels, mean, log_deviation], axis=1)
+    # The divergence of N(mean, deviation^2) from N(0, 1), by quadrature.
+    x, weights = np.polynomial.hermite_e.hermegauss(20)
+    z = mean[..., None] + np.exp(log_deviation)[..., None] * x
+    log_ratio = 0.5 * z**2 - 0.5 * x**2 - log_deviation[..., None]
+    divergence = np.sum(log_ratio * weights / weights.sum(), axis=(1, 2))
+    error = np.sum((pixels - batch["image"] / 255) ** 2, axis=1)
+    assert float(task.loss_fn(outputs, batch)) == pytest.approx(np.mean(error + divergence), rel=1e-5)
 
 
 def test_the_quadratic_has_the_eigenvalues_and_the_noise_floor_of_deepobs():

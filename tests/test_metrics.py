@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlhf_optax import SquaredError, gauss_newton
-from mlhf_optax.controllers.kronecker_factors import matrix_shape
+from mlhf_optax.controllers.kronecker_factors import Side, matrix_shape, times_sides
 from mlhf_optax.controllers.metrics import diagonal, get_metric, kronecker
 
 
@@ -80,6 +80,28 @@ def test_a_long_side_is_cut_into_blocks_that_know_nothing_of_each_other():
     right = naive_power(running_mean([g.T @ g for g in grads], 0.5), 0.5, 0.1)
     got = dense(lambda v: metric.times(state, v), (5, 2))
     np.testing.assert_allclose(got, np.kron(left[:5, :5], right), atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(400, 385), (385, 400), (140, 2100), (40, 385)])
+def test_a_product_with_blocks_is_the_same_at_every_size(shape):
+    """Large matrices are multiplied block by block, small ones and those of many blocks at once."""
+    random = np.random.default_rng(0)
+
+    def side(rows):
+        blocks = -(-rows // 128)
+        size = -(-rows // blocks)
+        values = random.normal(size=(blocks, size, size))
+        matrix = (values + values.transpose(0, 2, 1)) / size
+        whole = np.zeros((blocks * size, blocks * size))
+        for index in range(blocks):
+            part = slice(index * size, (index + 1) * size)
+            whole[part, part] = matrix[index]
+        return Side(*[jnp.asarray(matrix, jnp.float32)] * 3), whole[:rows, :rows]
+
+    (left, dense_left), (right, dense_right) = map(side, shape)
+    x = random.normal(size=shape)
+    got = jax.jit(times_sides)((left, right), jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(got, dense_left @ x @ dense_right, atol=2e-5)
 
 
 def test_vectors_and_scalars_have_a_diagonal_of_their_own():

@@ -129,9 +129,7 @@ def times_sides(sides: Sides, vector: jax.Array, inverse: bool = False) -> jax.A
     """Returns ``L^power V R^power`` for a tensor V, or the product with the inverse, in its dtype."""
     x = vector.reshape(matrix_shape(vector.shape)).astype(jnp.float32)
     left, right = (side.inverse if inverse else side.power for side in sides)
-    x = _times_blocks(left, x)
-    # Powers are symmetric. A product with one needs no transposed vectors, which take time.
-    x = x @ right[0] if right.shape[0] == 1 else _times_blocks(right, x.T).T
+    x = _blocks_times(right, _times_blocks(left, x))
     return x.reshape(vector.shape).astype(vector.dtype)
 
 
@@ -139,6 +137,9 @@ def _decomposed(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns eigenvalues (blocks, size) and eigenvectors of symmetric matrices (blocks, size, size)."""
     return tuple(jnp.linalg.eigh(matrices))
 
+
+_LARGE = 2**17  # numbers in a matrix from which on a product is taken apart
+_MOST_PRODUCTS = 16  # that it is taken apart into: programs must not grow with the width of layers
 
 _Update = Callable[[Any], Any]
 _Decompose = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
@@ -198,6 +199,22 @@ def _times_blocks(matrix: jax.Array, x: jax.Array) -> jax.Array:
         return matrix[0] @ x
     product = jnp.einsum("bij,bjk->bik", matrix, _blocked(x, matrix))
     return product.reshape(-1, x.shape[1])[: x.shape[0]]
+
+
+def _blocks_times(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    """Product of x (rows, columns) and a symmetric block-diagonal matrix (blocks, size, size)."""
+    blocks, size, _ = matrix.shape
+    if blocks == 1:
+        return x @ matrix[0]
+    if blocks > _MOST_PRODUCTS or x.size < _LARGE or devices.is_on_mesh(x):
+        return _times_blocks(matrix, x.T).T
+    # One product per block: on CPUs a transposed x takes longer to make and to read where it is large. On a
+    # mesh each part would be gathered by itself.
+    parts = [x[:, start : start + size] for start in range(0, x.shape[1], size)]
+    products = [
+        part @ block[: part.shape[1], : part.shape[1]] for part, block in zip(parts, matrix, strict=True)
+    ]
+    return jnp.concatenate(products, axis=1)
 
 
 def _when(is_due: jax.Array, function: _Update, each_of_many: _Update, tree: Any) -> Any:

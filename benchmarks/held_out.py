@@ -237,6 +237,7 @@ def row_of(name: str, comparison: Comparison, steps: Sequence[int]) -> dict[str,
     adams = [curve.accuracy for curve in others if curve.family == "adam"]
     return {
         "task": name,
+        "seeds": own.seeds,
         "steps": list(steps),
         "ratios": {step: {k: finite_or_none(v) for k, v in ratios(curves, step).items()} for step in steps},
         "by_time": {

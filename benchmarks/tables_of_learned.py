@@ -36,14 +36,24 @@ def held_out(content: dict[str, Any]) -> list[str]:
             when = " in equal time" if kind == "by_time" else ""
             rows.append([f"{entry['task']}, {rival}{when}", *cells, *last])
     note = (
-        "MLHF with `load_pretrained()` on networks and data that it never met, nothing retuned, seeds: "
-        f"{content['seeds']}. The best of ten learning rates of Adam and of SGD with momentum, or of seven "
+        "MLHF with `load_pretrained()` on networks and data that it never met, nothing retuned. "
+        f"{seeds_text(content)} The best of ten learning rates of Adam and of SGD with momentum, or of seven "
         "of Muon, is chosen anew at every step. `constant` is the best constant with one unit of damping for "
         "all tensors, `untrained` is MLHF before meta-training, with one for each; both are the same for all "
         "tasks. In equal time: MLHF after that step against rivals that trained for as long, compilation "
         f"apart; empty where they did not. {content.get('note', '')}"
     )
     return with_note(rows, note, content)
+
+
+def seeds_text(content: dict[str, Any]) -> str:
+    """Returns a sentence that says of how many trainings losses are means, task by task where they differ."""
+    tasks: dict[int, list[str]] = {}
+    for row in content["rows"]:
+        tasks.setdefault(row.get("seeds", content["seeds"]), []).append(row["task"])
+    most = max(tasks, key=lambda seeds: len(tasks[seeds]))
+    others = [f"{seeds} for {', '.join(names)}" for seeds, names in tasks.items() if seeds != most]
+    return f"Seeds: {'; '.join([str(most), *others])}."
 
 
 def accuracy_and_time(entry: dict[str, Any]) -> list[str]:
@@ -75,7 +85,7 @@ def held_out_medians(content: dict[str, Any]) -> list[str]:
         f"Median over {len(content['rows'])} tasks that no meta-training met; in brackets on how many MLHF "
         "is ahead. Nothing is retuned for MLHF; each rival is tuned for each task and step anew. In equal "
         "time a rival takes as many steps as fit into those of MLHF; tasks in which it trained for less are "
-        f"left out. {content.get('note', '')}"
+        f"left out. {seeds_text(content)} {content.get('note', '')}"
     )
     return with_note(rows, note, content)
 
@@ -102,7 +112,7 @@ def held_out_cosine(others: dict[str, Any], content: dict[str, Any]) -> list[str
         rows.append([f"median, {how}", "", *(bold(ratio, 1.0) for ratio in medians), "", ""])
     note = (
         "The rates of all rivals, and of the constants, fall along a cosine to zero at the last step; their "
-        f"grids are those of the other tables, tuned for the loss at the end. Seeds: {content['seeds']}."
+        f"grids are those of the other tables, tuned for the loss at the end. {seeds_text(content)}"
     )
     return with_note(rows, note, content)
 
@@ -129,7 +139,7 @@ def held_out_cg_steps(others: dict[str, Any], content: dict[str, Any]) -> list[s
         for row in content["rows"]
         for count, of_count in ((usual, few[row["task"]]), (more, row))
     ]
-    note = f"Rivals are as above. Seeds: {content['seeds']}."
+    note = f"Rivals are as above. {seeds_text(content)}"
     return with_note(_over_the_best("task", entries), note, content)
 
 

@@ -73,12 +73,12 @@ class DampedStepState(NamedTuple):
 
     Attributes:
       count: number of steps that were not skipped.
-      direction: d of the last such step, shaped like the parameters; empty if CG starts from zero.
+      direction: d of the last such step, shaped like the parameters, where the next CG starts; empty if CG
+        starts from zero. It is zero after a direction that was not one of descent: from zero CG always
+        descends. From a direction that no longer fits it may not, and as a skipped step leaves all else as it
+        was, a training on one batch would try the same step for ever.
       residual: r of the last such step, if the controller looks at it; else empty.
       damped: S d of the last such step, likewise.
-      restart: the next CG starts from zero, because the last direction was not one of descent. From zero CG
-        always descends. From a direction that no longer fits it may not, and as a skipped step leaves
-        the state as it was, a training on one batch would try the same step for ever.
       controller: state of the controller.
       initial_rms: root mean square of the parameters when the optimizer was initialised.
       info: what the last step did.
@@ -88,7 +88,6 @@ class DampedStepState(NamedTuple):
     direction: chex.ArrayTree
     residual: Any
     damped: Any
-    restart: jax.Array  # shape=(), dtype=bool
     controller: Any
     initial_rms: jax.Array  # shape=(), at least float32
     info: StepInfo
@@ -160,9 +159,9 @@ def init_state(controller: Controller, params: chex.ArrayTree) -> DampedStepStat
         *(jnp.zeros((), jnp.int32 if name in _COUNTS else jnp.float32) for name in StepInfo._fields)
     )
     info = info._replace(best_loss=jnp.full((), jnp.inf, jnp.float32))
-    count, restart = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    count = jnp.zeros((), jnp.int32)
     rms = jnp.array(trees.root_mean_square(params))
-    state = DampedStepState(count, direction, residual, kept, restart, controller.init(params), rms, info)
+    state = DampedStepState(count, direction, residual, kept, controller.init(params), rms, info)
     return devices.on_mesh_of(params, state)
 
 
@@ -204,16 +203,13 @@ def look(
     gradient, batch = trees.zero_unless(is_valid, gradient), _shielded(is_valid, batch)
     part = curvature_subset(predict_fn, params, batch, curvature_batch_size, per_example, loss_fn=loss_fn)
     loss, ggn = loss_and_ggn(predict_fn, loss_fn, params, part, axis_name)
-    if controller.is_warm_started:
-        direction, kept = trees.zero_unless(~state.restart, (state.direction, state.damped))
-    else:
-        direction, kept = jax.tree.map(jnp.zeros_like, gradient), ()
+    direction = state.direction if controller.is_warm_started else jax.tree.map(jnp.zeros_like, gradient)
     return View(
         params=params,
         gradient=gradient,
         direction=direction,
         residual=state.residual,
-        damped=kept,
+        damped=state.damped,
         ggn=ggn,
         loss=jnp.where(is_valid, loss, jnp.nan),
         loss_at=lambda p: devices.mean_over(loss_fn(predict_fn(p, batch), batch), axis_name),
@@ -279,17 +275,17 @@ def damped_step(
         handed_on = jax.tree.map(lambda d: (scale * d).astype(d.dtype), direction)
     new_state = state._replace(
         count=jnp.where(is_taken, jnp.asarray(optax.safe_increment(state.count)), state.count),
-        restart=jnp.where(is_finite, ~is_sound, state.restart),
         controller=observed.state,
         info=_info(state.info, view, solution, descent, is_taken, observed.reduction_ratio),
     )
+    kept, s_d_kept = trees.zero_unless(is_sound | ~is_finite, (state.direction, state.damped))
     if controller.is_warm_started:
-        new_state = new_state._replace(direction=trees.select(is_taken, direction, state.direction))
+        new_state = new_state._replace(direction=trees.select(is_taken, direction, kept))
     if controller.keeps_residual:
         residual = trees.select(is_taken, solution.residual, state.residual)
         new_state = new_state._replace(residual=residual)
     if controller.keeps_damped:
-        new_state = new_state._replace(damped=trees.select(is_taken, s_d, state.damped))
+        new_state = new_state._replace(damped=trees.select(is_taken, s_d, s_d_kept))
     return Step(handed_on, devices.alike(state, new_state), is_taken, control.seen, extra)
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from mlhf_optax import SoftmaxCrossEntropy, gauss_newton, ggn_matvec, load_pretrained
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 LOSS = SoftmaxCrossEntropy()
 STEPS = 10
 

@@ -19,6 +19,8 @@ from mlhf_optax.controllers.tensor_lstm import (
     tensor_lstm,
 )
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 def learned(seed=0, units=4) -> TensorLSTM:
     """Meta-parameters whose outputs depend on everything, as after meta-training."""

@@ -244,6 +244,7 @@ def row_of(name: str, comparison: Comparison, steps: Sequence[int]) -> dict[str,
             step: {k: finite_or_none(v) for k, v in ratios_by_time(curves, step).items()} for step in steps
         },
         "losses": [finite_or_none(own.loss_at(step)) for step in steps],
+        "last_losses": [finite_or_none(loss) for loss in comparison.last_losses(own.optimizer)],
         "learned": {
             curve.label: [finite_or_none(x) for x in curve.train_loss]
             for curve in curves

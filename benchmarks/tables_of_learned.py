@@ -100,7 +100,9 @@ def held_out_cosine(others: dict[str, Any], content: dict[str, Any]) -> list[str
         for entry in content["rows"]:
             steps = entry["steps"][-1]
             own = entry if how == "falling rate" else constant[entry["task"]]
-            loss = own["losses"][-1]
+            # From the same seeds as those with a falling rate, which may be fewer.
+            last = own.get("last_losses", own["losses"][-1:])[: entry.get("seeds", content["seeds"])]
+            loss = statistics.mean(last)
             gain = max(loss, SOLVED) / max(entry["losses"][-1], SOLVED)
             at_end = (ratios_at([entry], str(steps), rival)[0] for rival in _RIVAL_NAMES)
             ratios.append([gain * ratio for ratio in at_end])

@@ -6,7 +6,7 @@ import re
 import polars as pl
 import pytest
 from readme_tables import FILES, ROOT, TABLES, rewritten, table
-from tables_of_learned import learned_optimizers, learned_optimizers_long
+from tables_of_learned import held_out_cosine, learned_optimizers, learned_optimizers_long, seeds_text
 from tables_of_trainings import ablation, by_epoch, second_order
 
 from mlhf_optax.comparison import Comparison
@@ -75,6 +75,22 @@ def test_a_learned_optimizer_that_diverged_is_told_beside_what_is_published():
     assert cells(short[2]) == ["L2L", "diverged (1.42)"]
     long = [content | {"rows": [row | {"steps": n, "loss": x}]} for n, x in ((2000, 0.5), (10_000, None))]
     assert cells(learned_optimizers_long(*long)[2]) == ["L2L", "0.500", "diverged"]
+
+
+def test_tasks_with_other_numbers_of_seeds_are_named():
+    rows = [{"task": "a", "seeds": 3}, {"task": "b", "seeds": 1}, {"task": "c"}]
+    assert seeds_text({"seeds": 3, "rows": rows}) == "Seeds: 3; 1 for b."
+    assert seeds_text({"seeds": 3, "rows": rows[:1]}) == "Seeds: 3."
+
+
+def test_a_constant_rate_is_compared_with_a_falling_one_from_the_same_seeds():
+    ratios = dict.fromkeys(("best Adam or SGD", "best Muon", "default Adam", "constant", "untrained"), 0.5)
+    about = {"task": "a", "steps": [8], "ratios": {"8": ratios}, "accuracy": None, "best_adam_accuracy": None}
+    falling = ORIGIN | {"command": "python x.py", "seeds": 1, "rows": [about | {"losses": [0.2]}]}
+    constant = {"rows": [about | {"losses": [0.3], "last_losses": [0.1, 0.4, 0.4]}]}
+    _, _, *rows = held_out_cosine(constant, falling)
+    assert cells(rows[0])[:3] + cells(rows[0])[7:8] == ["a, falling rate", "8", "**0.50**", "0.200"]
+    assert cells(rows[1])[:3] + cells(rows[1])[7:8] == ["a, constant rate", "8", "**0.25**", "0.100"]
 
 
 def test_the_ablation_is_shown_by_configuration():

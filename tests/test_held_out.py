@@ -127,6 +127,7 @@ def test_ratios_and_losses_are_printed_written_and_drawn(tmp_path, run_diabetes,
     row = run_diabetes("--learned", "rnnprop", "lodo")
     assert (row["task"], row["steps"], row["accuracy"]) == ("diabetes", [1, 4], None)
     assert set(row["ratios"]["4"]) == {*held_out.RIVALS, "RNNprop", "LODO"}
+    assert (row["seeds"], row["last_losses"]) == (1, row["losses"][-1:])
     assert row["state_floats"]["adam defaults"] == pytest.approx(2, abs=0.01)
     assert row["state_floats"]["rnnprop"] > 40
     for step, ratios in row["ratios"].items():  # a step of each is said to take as long

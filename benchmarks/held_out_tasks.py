@@ -190,7 +190,7 @@ def _autoencoder(name: str, widths: tuple[int, ...], folders: Folders) -> Task:
         data = load_mnist(*folders)
         to_pixels = lambda part: freeze(
             image=part["image"],
-            target=part["image"].reshape(len(part["image"]), 784).astype(np.float32) / 255,
+            target=_grey(part["image"].reshape(len(part["image"]), 784)),
         )
         return Dataset(*map(to_pixels, (data.meta_train, data.train, data.test)))
 
@@ -240,7 +240,7 @@ def _vae(folders: Folders) -> Task:
 
 def _grey(pixels: Any) -> Any:
     """Returns pixels of eight bits as float32 within [0, 1]."""
-    return jnp.asarray(pixels, jnp.float32) / 255
+    return pixels.astype(np.float32) / 255
 
 
 def _poisson() -> Task:

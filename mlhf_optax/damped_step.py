@@ -278,6 +278,7 @@ def damped_step(
         controller=observed.state,
         info=_info(state.info, view, solution, descent, is_taken, observed.reduction_ratio),
     )
+    # From zero the next CG descends, where it has not from the direction before.
     kept, s_d_kept = trees.zero_unless(is_sound | ~is_finite, (state.direction, state.damped))
     if controller.is_warm_started:
         new_state = new_state._replace(direction=trees.select(is_taken, direction, kept))

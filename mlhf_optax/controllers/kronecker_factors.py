@@ -129,7 +129,7 @@ def times_sides(sides: Sides, vector: jax.Array, inverse: bool = False) -> jax.A
     """Returns ``L^power V R^power`` for a tensor V, or the product with the inverse, in its dtype."""
     x = vector.reshape(matrix_shape(vector.shape)).astype(jnp.float32)
     left, right = (side.inverse if inverse else side.power for side in sides)
-    x = _blocks_times(right, _times_blocks(left, x))
+    x = _times_right_blocks(right, _times_left_blocks(left, x))
     return x.reshape(vector.shape).astype(vector.dtype)
 
 
@@ -193,7 +193,7 @@ def _blocked(x: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, blocks * size - x.shape[0]), (0, 0))).reshape(blocks, size, x.shape[1])
 
 
-def _times_blocks(matrix: jax.Array, x: jax.Array) -> jax.Array:
+def _times_left_blocks(matrix: jax.Array, x: jax.Array) -> jax.Array:
     """Product of a block-diagonal matrix (blocks, size, size) and x (rows, columns)."""
     if matrix.shape[0] == 1:
         return matrix[0] @ x
@@ -201,13 +201,13 @@ def _times_blocks(matrix: jax.Array, x: jax.Array) -> jax.Array:
     return product.reshape(-1, x.shape[1])[: x.shape[0]]
 
 
-def _blocks_times(matrix: jax.Array, x: jax.Array) -> jax.Array:
+def _times_right_blocks(matrix: jax.Array, x: jax.Array) -> jax.Array:
     """Product of x (rows, columns) and a symmetric block-diagonal matrix (blocks, size, size)."""
     blocks, size, _ = matrix.shape
     if blocks == 1:
         return x @ matrix[0]
     if blocks > _MOST_PRODUCTS or x.size < _LARGE or devices.is_on_mesh(x):
-        return _times_blocks(matrix, x.T).T
+        return _times_left_blocks(matrix, x.T).T
     # One product per block: on CPUs a transposed x takes longer to make and to read where it is large. On a
     # mesh each part would be gathered by itself.
     parts = [x[:, start : start + size] for start in range(0, x.shape[1], size)]

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from mlhf_optax import SoftmaxCrossEntropy, devices, gauss_newton, hessian_free, init_meta_params, lodo, mlhf
 from mlhf_optax.comparison.meta_train_long import meta_train_on_tiny_tasks
+from mlhf_optax.controllers import kronecker_factors
 from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
 from mlhf_optax.curvature import curvature_subset
 from mlhf_optax.learned import LEARNED
@@ -260,6 +261,26 @@ def test_kronecker_factors_are_decomposed_once_not_on_every_device(place):
     for _ in range(2):
         params, state = step(params, state, batch)
     assert_close(params, expected(tensor))
+
+
+def test_large_kronecker_factors_move_a_sharded_matrix_as_often_as_small_ones(monkeypatch):
+    """Taken apart as on one device, each of the eight parts would be sent for by itself."""
+    shape = (256, 1024)
+    assert math.prod(shape) >= kronecker_factors._LARGE
+    sides = jax.device_put(kronecker_factors.init_sides(shape, 128), PLACED(P()))
+    matrix = jax.device_put(jax.random.normal(jax.random.key(0), shape), PLACED(P(None, "data")))
+
+    def compiled():
+        return jax.jit(lambda s, v: kronecker_factors.times_sides(s, v)).lower(sides, matrix).compile()
+
+    here = compiled()
+    counts = collectives(here)
+    np.testing.assert_allclose(here(sides, matrix), matrix, rtol=1e-5)  # the first factors are identities
+    monkeypatch.setattr(kronecker_factors, "_LARGE", 2 * math.prod(shape))
+    assert counts == collectives(compiled())
+    monkeypatch.undo()
+    monkeypatch.setattr(devices, "is_on_mesh", lambda array: False)
+    assert counts.total() < collectives(compiled()).total()
 
 
 def test_kronecker_factors_are_decomposed_once_in_shard_map():

@@ -51,6 +51,7 @@ TABLES = {
     "transfer_resnet18": (tables_of_trainings.by_epoch, ["transfer_resnet18"]),
     "long_run_cifar10": (tables_of_trainings.long_run, ["long_run_cifar10"]),
     "step_time": (tables_of_speed.step_time, ["step_time"]),
+    "step_memory": (tables_of_speed.step_memory, ["step_memory"]),
     "ggn_in_loops": (tables_of_speed.ggn_in_loops, ["ggn_in_loops"]),
     "lstm_throughput": (tables_of_speed.lstm_throughput, ["lstm_throughput"]),
     "meta_step_time": (tables_of_speed.meta_step_time, ["meta_step_time"]),

@@ -10,22 +10,52 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from mlhf_optax import ggn_matvec, hessian_free, init_meta_params, layer_types, mlhf
+from mlhf_optax import (
+    gauss_newton,
+    ggn_matvec,
+    hessian_free,
+    init_meta_params,
+    layer_types,
+    load_pretrained,
+    mlhf,
+)
 from mlhf_optax.controllers.coordinate_lstm import run_network
 from mlhf_optax.controllers.lstm import init_carry
 from mlhf_optax.controllers.lstm_settings import Inputs
+from mlhf_optax.curvature import CurvatureBatch, curvature_subset
 from mlhf_optax.tasks import MLP, ConvNet, Dataset, Task, image_task, mini_resnet
 
 NUM_CG_STEPS = 4
-# Network, shape of an image, batch sizes.
+GENERAL_CG_STEPS, GENERAL_SHARE = 2, 0.25
+# LSTMs per coordinate know dense layers, convolutions and norms.
+_ATTENTION = {r"(query|key|value|out)/kernel": "dense_kernel", r"(query|key|value|out)/bias": "dense_bias"}
+_types = functools.partial(layer_types, rules={**_ATTENTION, "position": "dense_kernel"})
+
+
+class _Transformer(nn.Module):
+    """Two layers with normalisation before attention, on sequences (N, length, features)."""
+
+    width: int = 64
+
+    @nn.compact
+    def __call__(self, sequences: jax.Array) -> jax.Array:
+        x = nn.Dense(self.width)(sequences)
+        x = x + self.param("position", nn.initializers.normal(0.02), x.shape[-2:])
+        for _ in range(2):
+            x = x + nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(x))
+            x = x + nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
+        return nn.Dense(10)(jnp.mean(nn.LayerNorm()(x), axis=1))
+
+
+# Network, shape of an example, batch sizes.
 NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...], tuple[int, ...]]] = {
     "digits-mlp": (MLP((32,)), (8, 8, 1), (128,)),
-    "mlp-784-512x3-10": (MLP((512, 512, 512)), (28, 28, 1), (128,)),
-    "cuda-convnet": (ConvNet(), (32, 32, 3), (64, 128, 512)),
+    "mlp-784-512x3-10": (MLP((512, 512, 512)), (28, 28, 1), (128, 1024)),
+    "cuda-convnet": (ConvNet(), (32, 32, 3), (128, 512)),
+    "transformer": (_Transformer(), (32, 32), (128,)),
     "resnet9": (mini_resnet(), (32, 32, 3), (128,)),
     "tiny-convnet": (ConvNet((4,), ()), (8, 8, 3), (16,)),
 }
-CURVATURE_BATCH_SIZES = {"mlhf": None, "mlhf-half": 0.5, "mlhf-quarter": 0.25}
 
 
 class Contender(NamedTuple):
@@ -91,14 +121,19 @@ def step_contenders(task: Task, params: Any) -> dict[str, Contender]:
     """Returns a training step of every optimizer that is installed."""
     model = (task.predict_fn, task.loss_fn)
     meta_params = init_meta_params(jax.random.key(2))
+    per_coordinate: dict[str, Any] = {"num_cg_steps": NUM_CG_STEPS, "layer_types_fn": _types}
+    cheap: dict[str, Any] = {"num_cg_steps": GENERAL_CG_STEPS, "curvature_batch_size": GENERAL_SHARE}
     optimizers = {
         "sgd": optax.sgd(0.01, momentum=0.9),
         "adam": optax.adam(1e-3),
+        "muon": optax.contrib.muon(1e-3),
+        "general": load_pretrained("general").optimizer(*model, **cheap),
+        "gauss-newton-diagonal": gauss_newton(1.0, *model, metric="diagonal", **cheap),
+        "mlhf": mlhf(1.0, meta_params, *model, **per_coordinate),
+        "mlhf-quarter": mlhf(1.0, meta_params, *model, curvature_batch_size=0.25, **per_coordinate),
         # Unrolled as MLHF is, and all 20 steps whatever the tolerance.
         "hessian-free-20": hessian_free(0.1, *model, damping=1.0, tolerance=0.0, early_exit=False),
     }
-    for name, size in CURVATURE_BATCH_SIZES.items():
-        optimizers[name] = mlhf(1.0, meta_params, *model, curvature_batch_size=size)
     contenders = {name: training_step(task, params, optimizer) for name, optimizer in optimizers.items()}
     somax = somax_step(task, params)
     return contenders if somax is None else {**contenders, f"somax-ggn-cg{NUM_CG_STEPS}": somax}
@@ -128,15 +163,19 @@ def somax_step(task: Task, params: Any) -> Contender | None:
 
 
 def part_contenders(task: Task, params: Any) -> dict[str, Contender]:
-    """Returns the parts of MLHF's step; the one product of ``one_product`` makes a difference of K."""
+    """Returns the parts of a step of ``mlhf``, and the products of one of ``general``.
+
+    The one product of ``one_product`` makes a difference of K.
+    """
 
     def gradient(state, batch):
         return state[0], jax.grad(functools.partial(loss, task))(_after(*state), batch)
 
-    def multiply(times: int):
+    def multiply(times: int, share: CurvatureBatch = None):
         def advance(state, batch):
             params = _after(*state)
-            vector, matvec = params, ggn_matvec(task.predict_fn, task.loss_fn, params, batch)
+            part = curvature_subset(task.predict_fn, params, batch, share, loss_fn=task.loss_fn)
+            vector, matvec = params, ggn_matvec(task.predict_fn, task.loss_fn, params, part)
             for _ in range(times):
                 # As with a damping of one: products alone would shrink to nothing.
                 vector = jax.tree.map(jnp.add, vector, matvec(vector))
@@ -145,7 +184,7 @@ def part_contenders(task: Task, params: Any) -> dict[str, Contender]:
         return advance
 
     meta_params = init_meta_params(jax.random.key(2))
-    types = layer_types(params)
+    types = _types(params)
 
     def lstm(state, _):
         (direction, residual, gradient), *carries = state
@@ -161,6 +200,7 @@ def part_contenders(task: Task, params: Any) -> dict[str, Contender]:
         "gradient": Contender(gradient, (params, params)),
         "products": Contender(multiply(NUM_CG_STEPS + 1), (params, params)),
         "one_product": Contender(multiply(1), (params, params)),
+        "general_products": Contender(multiply(GENERAL_CG_STEPS + 1, GENERAL_SHARE), (params, params)),
         "lstm": Contender(lstm, ((params, params, params), carry, carry)),
     }
 

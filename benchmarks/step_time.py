@@ -1,11 +1,17 @@
-"""Seconds of a training step: MLHF, SGD, Adam, Hessian-free and python-somax, in turns in one process.
+"""Seconds of a training step: MLHF, SGD, Adam, Muon, Hessian-free and python-somax, in turns in one process.
 
 A step is the gradient, the update and its application: one call of a jitted function with donated state,
 on a batch that lies on the device already (random numbers: no data set is needed, and no time depends on
-them). Besides whole steps the parts of MLHF's are timed in the same rounds:
+them). ``general`` are the meta-parameters for any network, with 2 CG steps and a quarter of the batch for
+curvature as shipped, and ``gauss-newton-diagonal`` is a constant with as many. ``mlhf`` has an LSTM per
+coordinate, 4 CG steps and the whole batch, ``mlhf-quarter`` a quarter of it.
+
+Besides whole steps parts are timed in the same rounds:
 
 - ``gradient``: the gradient of the loss alone;
-- ``products``: linearizing the model, then the K + 1 = 5 GGN products of a step, each of the one before;
+- ``products``: linearizing the model, then the K + 1 = 5 GGN products of a step of ``mlhf``, each of the one
+  before;
+- ``general_products``: the same for ``general``, 3 on a quarter of the batch;
 - ``ggn_product``: one of these alone: ``products`` less the same with one product, divided by K = 4;
 - ``lstm``: both LSTMs on all coordinates.
 
@@ -32,7 +38,6 @@ import jax
 import jax.numpy as jnp
 from experiment import BenchmarkOptions, command_line, parse_options
 from step_contenders import (
-    CURVATURE_BATCH_SIZES,
     NETWORKS,
     NUM_CG_STEPS,
     Runner,
@@ -44,7 +49,25 @@ from step_contenders import (
 
 from mlhf_optax.comparison.timing import Timing, interleaved
 
-FIRST_CALL_LIMITS = {"digits-mlp": 5.0, "mlp-784-512x3-10": 5.0, "cuda-convnet": 10.0}
+# Optimizer, what it is measured by, network, batch size, and the largest ratio that is wanted.
+RATIOS = (
+    ("gauss-newton-diagonal", "sgd", "mlp-784-512x3-10", 128, 4.0),
+    ("general", "adam", "mlp-784-512x3-10", 1024, 2.5),
+    ("mlhf", "sgd", "cuda-convnet", 128, 6.0),
+    ("mlhf-quarter", "sgd", "cuda-convnet", 128, 2.5),
+)
+# A step over gradient and products.
+OVER_PARTS = {
+    "general": {"mlp-784-512x3-10": 1.3, "cuda-convnet": 1.1, "resnet9": 1.1},
+    "mlhf": {"cuda-convnet": 1.1, "resnet9": 1.1},
+}
+FIRST_CALL_SECONDS = {
+    ("mlhf", "digits-mlp"): 5.0,
+    ("mlhf", "mlp-784-512x3-10"): 5.0,
+    ("mlhf", "cuda-convnet"): 10.0,
+    ("general", "resnet9"): 15.0,
+}
+FIRST_CALL_OVER_ADAM = {("general", "transformer"): 5.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,30 +120,35 @@ def _row(times: Mapping[str, Timing], name: str, runner: Runner) -> dict[str, An
 def _part_times(times: Mapping[str, Timing]) -> dict[str, float]:
     pairs = zip(times["products"].rounds, times["one_product"].rounds, strict=True)
     product = statistics.median((many - one) / NUM_CG_STEPS for many, one in pairs)
-    both = zip(times["gradient"].rounds, times["products"].rounds, strict=True)
-    floor = Timing(tuple(gradient + products for gradient, products in both))
-    medians = {name: times[name].median for name in ("gradient", "products", "lstm")}
-    return medians | {"ggn_product": product, "mlhf_over_parts": times["mlhf"].over(floor)}
+    medians = {name: times[name].median for name in ("gradient", "products", "general_products", "lstm")}
+    found = medians | {"ggn_product": product}
+    for name, products in (("mlhf", "products"), ("general", "general_products")):
+        both = zip(times["gradient"].rounds, times[products].rounds, strict=True)
+        found[f"{name}_over_parts"] = times[name].over(Timing(tuple(map(sum, both))))
+    return found
 
 
 def targets(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the targets that were measured, each with its limit and its value."""
     found = []
-    for row in rows:
-        where, name = f"{row['task']}, batch {row['batch']}", row["optimizer"]
-        limit = {"mlhf": 6.0, "mlhf-quarter": 2.5}.get(name)
-        if limit and (row["task"], row["batch"]) == ("cuda-convnet", 128):
-            found.append(judged(f"{name} / sgd, {where}", limit, row["ratio_to_sgd"]))
-        if name in CURVATURE_BATCH_SIZES and row["task"] in FIRST_CALL_LIMITS:
-            first, text = (
-                row["compile_seconds"] + row["seconds"],
-                f"seconds of the first call of {name}, {where}",
-            )
-            found.append(judged(text, FIRST_CALL_LIMITS[row["task"]], first))
+    by_name = {(row["optimizer"], row["task"], row["batch"]): row for row in rows}
+    first = lambda row: row["compile_seconds"] + row["seconds"]
+    for name, other, task, batch, limit in RATIOS:
+        if row := by_name.get((name, task, batch)):
+            ratio = row["ratio_to_sgd"] / by_name[other, task, batch]["ratio_to_sgd"]
+            found.append(judged(f"{name} / {other}, {task}, batch {batch}", limit, ratio))
+    for (name, task, batch), row in by_name.items():
+        where = f"{name}, {task}, batch {batch}"
+        if limit := FIRST_CALL_SECONDS.get((name, task)):
+            found.append(judged(f"seconds of the first call of {where}", limit, first(row)))
+        if limit := FIRST_CALL_OVER_ADAM.get((name, task)):
+            ratio = first(row) / first(by_name["adam", task, batch])
+            found.append(judged(f"first call over that of adam, {where}", limit, ratio))
     for part in parts:
-        if part["task"] in ("cuda-convnet", "resnet9"):
-            text = f"mlhf / (gradient + products), {part['task']}, batch {part['batch']}"
-            found.append(judged(text, 1.10, part["mlhf_over_parts"]))
+        for name, limits in OVER_PARTS.items():
+            if limit := limits.get(part["task"]):
+                text = f"{name} / (gradient + products), {part['task']}, batch {part['batch']}"
+                found.append(judged(text, limit, part[f"{name}_over_parts"]))
     return found
 
 
@@ -145,13 +173,15 @@ def print_measurements(rows: Sequence[dict[str, Any]], part: dict[str, Any]) -> 
         wrong = ("" if row["compilations"] == 1 else "  compiled more than once") + (
             "" if row["finite"] else "  diverged: its time may not be that of a sound step"
         )
-        print(f"{row['optimizer']:18s}{median:>10s} ({low}-{high}){ratios}{wrong}")
-    shown = (f"{name} {1e3 * part[name]:.3g} ms" for name in ("gradient", "ggn_product", "products", "lstm"))
-    print(f"{', '.join(shown)}; mlhf / (gradient + products) {part['mlhf_over_parts']:.2f}", flush=True)
+        print(f"{row['optimizer']:22s}{median:>10s} ({low}-{high}){ratios}{wrong}")
+    names = ("gradient", "ggn_product", "products", "general_products", "lstm")
+    times = ", ".join(f"{name} {1e3 * part[name]:.3g} ms" for name in names)
+    over = (f"{name} / (gradient + products) {part[f'{name}_over_parts']:.2f}" for name in OVER_PARTS)
+    print(times, *over, sep="; ", flush=True)
 
 
 def draw(figure: Any, content: dict[str, Any]) -> None:
-    """Draws the ratio of every optimizer to SGD, and the parts of MLHF's step as shares of it."""
+    """Draws the ratio of every optimizer to SGD, and gradient and products as shares of a step."""
     figure.set_size_inches(13, 4.8)
     rows, parts = content["rows"], content["parts"]
     ratios, shares = figure.subplots(1, 2, width_ratios=(2, 1))
@@ -163,17 +193,20 @@ def draw(figure: Any, content: dict[str, Any]) -> None:
         offsets = [place + (index - (len(names) - 1) / 2) * 0.8 / len(names) for place in places]
         ratios.bar(offsets, [row["ratio_to_sgd"] for row in own], 0.8 / len(names), label=name)
     ratios.set(yscale="log", ylabel="time of a step / that of SGD")
-    step = [row["seconds"] for row in rows if row["optimizer"] == "mlhf"]
-    bottom = [0.0] * len(parts)
-    for name in ("gradient", "products", "lstm"):
-        heights = [part[name] / seconds for part, seconds in zip(parts, step, strict=True)]
-        shares.bar(range(len(parts)), heights, 0.6, bottom, label=name)
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    for offset, name, products in ((-0.2, "general", "general_products"), (0.2, "mlhf", "products")):
+        whole = [row["seconds"] for row in rows if row["optimizer"] == name]
+        places, bottom = [place + offset for place in range(len(parts))], [0.0] * len(parts)
+        for color, key in enumerate(("gradient", products, *(["lstm"] if name == "mlhf" else []))):
+            heights = [part[key] / seconds for part, seconds in zip(parts, whole, strict=True)]
+            label = key if name == "mlhf" else None
+            shares.bar(places, heights, 0.36, bottom, color=f"C{color}", label=label)
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     shares.axhline(1.0, color="black", linewidth=0.8)
-    shares.set(ylabel="parts timed alone / whole step of mlhf")
+    shares.set(ylim=(0, 1.4), ylabel="parts timed alone / whole step; left general, right mlhf")
+    ratios.set_ylim(top=3 * max(row["ratio_to_sgd"] for row in rows))
     for axes in (ratios, shares):
-        axes.set_xticks(range(len(labels)), labels, fontsize=7)
-        axes.legend(fontsize=8)
+        axes.set_xticks(range(len(labels)), labels, fontsize=7, rotation=30)
+        axes.legend(fontsize=7, ncols=3, loc="upper center")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ import meta_training_processes
 import numpy as np
 import pytest
 import step_contenders
+import step_memory
 import step_time
 from experiment import parse_options
 from jax.flatten_util import ravel_pytree
@@ -21,7 +22,10 @@ from mlhf_optax.tasks import MLP
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
-OPTIMIZERS = ["sgd", "adam", "hessian-free-20", "mlhf", "mlhf-half", "mlhf-quarter"]
+OPTIMIZERS = [
+    *("sgd", "adam", "muon", "general", "gauss-newton-diagonal"),
+    *("mlhf", "mlhf-quarter", "hessian-free-20"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +60,12 @@ def test_parts_do_what_their_names_say(task, params):
     for result, power in ((one, 1), (many, step_contenders.NUM_CG_STEPS + 1)):
         expected = np.linalg.matrix_power(np.asarray(matrix), power) @ flat
         np.testing.assert_allclose(ravel_pytree(result)[0], expected, rtol=1e-4, atol=1e-5)
+    # Those of `general` are on a quarter of the batch, the first of every four.
+    part = jax.tree.map(lambda leaf: leaf[::4], batch)
+    loss = lambda x: step_contenders.loss(task, unravel(x), part)
+    expected = np.linalg.matrix_power(np.asarray(jnp.eye(flat.size) + jax.hessian(loss)(flat)), 3) @ flat
+    result = parts["general_products"].advance(parts["general_products"].state, batch)[1]
+    np.testing.assert_allclose(ravel_pytree(result)[0], expected, rtol=1e-4, atol=1e-5)
     after = jax.eval_shape(parts["lstm"].advance, parts["lstm"].state, batch)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, parts["lstm"].state)
 
@@ -87,7 +97,8 @@ def test_step_time_trains_with_every_optimizer_and_writes_rows_parts_and_figure(
         assert row["compile_seconds"] > 0
     assert report["rows"][0]["ratio_to_sgd"] == 1.0
     (part,) = report["parts"]
-    assert set(part) == {"task", "batch", "gradient", "ggn_product", "products", "lstm", "mlhf_over_parts"}
+    times = {"gradient", "ggn_product", "products", "general_products", "lstm"}
+    assert set(part) == {"task", "batch", *times, "mlhf_over_parts", "general_over_parts"}
     assert (tmp_path / "step.png").stat().st_size > 0
     printed = capsys.readouterr().out
     assert "compiled more than once" not in printed
@@ -96,22 +107,35 @@ def test_step_time_trains_with_every_optimizer_and_writes_rows_parts_and_figure(
 
 
 def test_targets_are_judged_where_they_were_measured():
-    row = {"task": "cuda-convnet", "batch": 128, "seconds": 1.0, "compile_seconds": 8.0}
+    def row(optimizer, task, batch, ratio, first):
+        return {
+            **{"optimizer": optimizer, "task": task, "batch": batch, "ratio_to_sgd": ratio},
+            **{"seconds": 1.0, "compile_seconds": first - 1.0},
+        }
+
     rows = [
-        row | {"optimizer": "sgd", "ratio_to_sgd": 1.0},
-        row | {"optimizer": "mlhf", "ratio_to_sgd": 6.5},
-        row | {"optimizer": "mlhf-quarter", "ratio_to_sgd": 2.4, "compile_seconds": 9.5},
+        row("sgd", "cuda-convnet", 128, 1.0, 2.0),
+        row("mlhf", "cuda-convnet", 128, 6.5, 9.0),
+        row("mlhf-quarter", "cuda-convnet", 128, 2.4, 9.0),
+        row("adam", "mlp-784-512x3-10", 1024, 2.0, 2.0),
+        row("general", "mlp-784-512x3-10", 1024, 5.2, 20.0),
+        row("adam", "transformer", 128, 1.0, 2.0),
+        row("general", "transformer", 128, 1.0, 9.0),
+        row("general", "resnet9", 128, 1.0, 16.0),
     ]
-    parts = [{"task": "cuda-convnet", "batch": 128, "mlhf_over_parts": 1.1}]
-    found = {target["target"]: target["met"] for target in step_time.targets(rows, parts)}
+    part = {"task": "cuda-convnet", "batch": 128, "mlhf_over_parts": 1.1, "general_over_parts": 1.2}
+    found = {target["target"]: (target["value"], target["met"]) for target in step_time.targets(rows, [part])}
     assert found == {
-        "mlhf / sgd, cuda-convnet, batch 128": False,
-        "seconds of the first call of mlhf, cuda-convnet, batch 128": True,
-        "mlhf-quarter / sgd, cuda-convnet, batch 128": True,
-        "seconds of the first call of mlhf-quarter, cuda-convnet, batch 128": False,
-        "mlhf / (gradient + products), cuda-convnet, batch 128": True,
+        "general / adam, mlp-784-512x3-10, batch 1024": (2.6, False),
+        "mlhf / sgd, cuda-convnet, batch 128": (6.5, False),
+        "mlhf-quarter / sgd, cuda-convnet, batch 128": (2.4, True),
+        "seconds of the first call of mlhf, cuda-convnet, batch 128": (9.0, True),
+        "first call over that of adam, general, transformer, batch 128": (4.5, True),
+        "seconds of the first call of general, resnet9, batch 128": (16.0, False),
+        "mlhf / (gradient + products), cuda-convnet, batch 128": (1.1, True),
+        "general / (gradient + products), cuda-convnet, batch 128": (1.2, False),
     }
-    assert step_time.targets([rows[1] | {"task": "linear"}], [parts[0] | {"task": "linear"}]) == []
+    assert step_time.targets([rows[1] | {"task": "linear"}], [part | {"task": "linear"}]) == []
 
 
 @pytest.mark.parametrize(
@@ -175,6 +199,44 @@ def test_a_configuration_is_measured_in_a_process_of_its_own_and_a_failure_repor
     assert (meta_step_time.Configuration(*json.loads(options.worker)), options.repeats) == (configuration, 1)
     with pytest.raises(RuntimeError, match=r"(?s)task='unknown'.*status 1.*KeyError"):
         meta_step_time.measure_in_process(configuration, repeats=1)
+
+
+def test_ways_to_train_are_measured_in_processes_that_keep_memory_or_not(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def run(command, **options):
+        worker = step_memory.Worker(*json.loads(command[-1]))
+        is_kept = step_memory.KEPT.items() <= options["env"].items()
+        assert is_kept == (worker.way == "kept")
+        seen.append(worker)
+        seconds = {"adam": 1.0, "general": 8.0}[worker.optimizer] / (2.0 if worker.way == "scan" else 1.0)
+        return subprocess.CompletedProcess(command, 0, stdout=f"noise\n{seconds} {len(seen)}\n", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # of a user that has read the README
+    path = tmp_path / "out.json"
+    step_memory.main(["--repeats", "2", "--json", str(path), "--figure", str(tmp_path / "out.png")])
+    rows = json.loads(path.read_text())["rows"]
+    assert len(seen) == 2 * len(rows) == 12
+    found = {(row["optimizer"], row["way"]): (row["seconds"], row["over_adam"]) for row in rows}
+    assert (found["general", "called"], found["general", "scan"]) == ((8.0, 8.0), (4.0, 8.0))
+    assert rows[3]["page_faults"] == (4 + 10) / 2
+    assert "memory kept" in capsys.readouterr().out
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="no memory")
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: failed)
+    with pytest.raises(RuntimeError, match=r"(?s)'adam', 'called'.*no memory"):
+        step_memory.measure(step_memory.Worker("adam", "called", (8, 4), 8, 2))
+
+
+@pytest.mark.parametrize("optimizer", step_memory.OPTIMIZERS)
+def test_steps_called_one_by_one_and_scanned_train_alike(optimizer):
+    ends = []
+    for way in ("called", "scan"):
+        run, state = step_memory.training(step_memory.Worker(optimizer, way, (6, 3), 8, 4))
+        start = jax.tree.map(jnp.copy, state[0])
+        ends.append(ravel_pytree(run(state)[0])[0])
+        assert not np.allclose(ends[-1], ravel_pytree(start)[0])
+    np.testing.assert_allclose(*ends, atol=1e-3)  # general amplifies rounding
 
 
 def test_the_speed_up_of_two_processes_is_that_within_a_round(tmp_path, monkeypatch, capsys):

@@ -28,6 +28,8 @@ from mlhf_optax.learned import LEARNED
 from mlhf_optax.pretrained import Pretrained, load_pretrained
 from mlhf_optax.tasks import Dataset, Task, cifar10_convnet
 
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+"""``XLA_FLAGS`` of a process whose programs run in one thread."""
 UNTRAINED = "untrained"
 _UNTRAINED_RECORD = {"learning_rate": 1.0, "num_cg_steps": 4, "max_update_ratio": 0.25, "batch_size": 128}
 

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-from experiment import BenchmarkOptions, command_line, parse_options
+from experiment import ONE_THREAD, BenchmarkOptions, command_line, parse_options
 from jax.experimental import multihost_utils
 from step_contenders import draw_batch, make_task
 
@@ -48,7 +48,6 @@ from mlhf_optax.meta_training import (
 TRAINERS = ("long horizons", "meta_step")
 WAYS = {"one": 1, "two": 2, "apart": 2}
 """The ways to run them, and how many processes each has."""
-_THREADS = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +139,7 @@ def measure(trainer: str, way: str, options: Options) -> float:
     runs = [
         subprocess.Popen(
             [sys.executable, __file__, "--worker", json.dumps(worker)],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _THREADS, "JAX_NUM_CPU_DEVICES": "1"},
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ONE_THREAD, "JAX_NUM_CPU_DEVICES": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

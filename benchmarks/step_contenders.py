@@ -26,7 +26,6 @@ from mlhf_optax.curvature import CurvatureBatch, curvature_subset
 from mlhf_optax.tasks import MLP, ConvNet, Dataset, Task, image_task, mini_resnet
 
 NUM_CG_STEPS = 4
-GENERAL_CG_STEPS, GENERAL_SHARE = 2, 0.25
 # LSTMs per coordinate know dense layers, convolutions and norms.
 _ATTENTION = {r"(query|key|value|out)/kernel": "dense_kernel", r"(query|key|value|out)/bias": "dense_bias"}
 _types = functools.partial(layer_types, rules={**_ATTENTION, "position": "dense_kernel"})
@@ -122,12 +121,13 @@ def step_contenders(task: Task, params: Any) -> dict[str, Contender]:
     model = (task.predict_fn, task.loss_fn)
     meta_params = init_meta_params(jax.random.key(2))
     per_coordinate: dict[str, Any] = {"num_cg_steps": NUM_CG_STEPS, "layer_types_fn": _types}
-    cheap: dict[str, Any] = {"num_cg_steps": GENERAL_CG_STEPS, "curvature_batch_size": GENERAL_SHARE}
+    general = load_pretrained("general")
+    cheap = {name: general.recommended[name] for name in ("num_cg_steps", "curvature_batch_size")}
     optimizers = {
         "sgd": optax.sgd(0.01, momentum=0.9),
         "adam": optax.adam(1e-3),
         "muon": optax.contrib.muon(1e-3),
-        "general": load_pretrained("general").optimizer(*model, **cheap),
+        "general": general.optimizer(*model),
         "gauss-newton-diagonal": gauss_newton(1.0, *model, metric="diagonal", **cheap),
         "mlhf": mlhf(1.0, meta_params, *model, **per_coordinate),
         "mlhf-quarter": mlhf(1.0, meta_params, *model, curvature_batch_size=0.25, **per_coordinate),
@@ -183,7 +183,7 @@ def part_contenders(task: Task, params: Any) -> dict[str, Contender]:
 
         return advance
 
-    meta_params = init_meta_params(jax.random.key(2))
+    meta_params, general = init_meta_params(jax.random.key(2)), load_pretrained("general").recommended
     types = _types(params)
 
     def lstm(state, _):
@@ -200,7 +200,9 @@ def part_contenders(task: Task, params: Any) -> dict[str, Contender]:
         "gradient": Contender(gradient, (params, params)),
         "products": Contender(multiply(NUM_CG_STEPS + 1), (params, params)),
         "one_product": Contender(multiply(1), (params, params)),
-        "general_products": Contender(multiply(GENERAL_CG_STEPS + 1, GENERAL_SHARE), (params, params)),
+        "general_products": Contender(
+            multiply(general["num_cg_steps"] + 1, general["curvature_batch_size"]), (params, params)
+        ),
         "lstm": Contender(lstm, ((params, params, params), carry, carry)),
     }
 

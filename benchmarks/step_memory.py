@@ -27,18 +27,18 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from experiment import BenchmarkOptions, command_line, parse_options
+from experiment import ONE_THREAD, BenchmarkOptions, command_line, parse_options
 from jax import lax
+from step_contenders import training_step
 
 from mlhf_optax import SigmoidCrossEntropy, load_pretrained
-from mlhf_optax.tasks import MLP
+from mlhf_optax.tasks import MLP, Dataset, image_task
 
 OPTIMIZERS = ("adam", "general")
 WAYS = {"called": "one call per step", "kept": "memory kept", "scan": "in a scan"}
 """The ways to train, and what tables call them."""
 KEPT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
-_ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-_PIXELS = 784
+PIXELS = 784
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,24 +74,17 @@ class Worker(NamedTuple):
 
 def training(worker: Worker) -> tuple[Callable[[Any], Any], Any]:
     """Returns a function that takes all steps, from a state to the next, and the first state."""
-    model = MLP((*worker.widths, *worker.widths[-2::-1]), _PIXELS, "tanh")
-    images = jax.random.uniform(jax.random.key(0), (worker.batch, _PIXELS))
-    batch = {"image": images, "target": images}
-    params = jax.jit(model.init)(jax.random.key(1), images)["params"]
-    predict_fn = lambda params, batch: model.apply({"params": params}, batch["image"])
-    loss_fn = SigmoidCrossEntropy(targets="target")
+    model = MLP((*worker.widths, *worker.widths[-2::-1]), PIXELS, "tanh")
+    no_data = lambda: Dataset({}, {}, {})
+    task = image_task("autoencoder", "", model, (PIXELS,), load_data=no_data, num_classes=10)
+    task = dataclasses.replace(task, loss_fn=SigmoidCrossEntropy(targets="target"), num_classes=None)
     if worker.optimizer == "adam":
-        tx = optax.with_extra_args_support(optax.adam(1e-3))
+        tx = optax.adam(1e-3)
     else:
-        tx = load_pretrained(worker.optimizer).optimizer(predict_fn, loss_fn)
-
-    def step(state, batch):
-        params, opt_state = state
-        grads = jax.grad(lambda params: loss_fn(predict_fn(params, batch), batch))(params)
-        updates, opt_state = tx.update(grads, opt_state, params, batch=batch)
-        return optax.apply_updates(params, updates), opt_state
-
-    state = (params, tx.init(params))
+        tx = load_pretrained(worker.optimizer).optimizer(task.predict_fn, task.loss_fn)
+    images = jax.random.uniform(jax.random.key(0), (worker.batch, PIXELS))
+    batch = {"image": images, "target": images}
+    step, state = training_step(task, jax.jit(task.init_fn)(jax.random.key(1)), tx)
     if worker.way == "scan":
         scanned = lambda state, batch: lax.scan(
             lambda state, _: (step(state, batch), None), state, length=worker.steps
@@ -126,7 +119,7 @@ def work(worker: Worker) -> tuple[float, float]:
 def measure(worker: Worker) -> tuple[float, float]:
     """Returns what :func:`work` does, in a process of its own: an allocator reads its variables once."""
     environment = {name: value for name, value in os.environ.items() if name not in KEPT}
-    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _ONE_CORE}
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ONE_THREAD}
     run = subprocess.run(
         [sys.executable, __file__, "--worker", json.dumps(worker)],
         env=environment | (KEPT if worker.way == "kept" else {}),

@@ -132,7 +132,6 @@ def targets(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -> 
     """Returns the targets that were measured, each with its limit and its value."""
     found = []
     by_name = {(row["optimizer"], row["task"], row["batch"]): row for row in rows}
-    first = lambda row: row["compile_seconds"] + row["seconds"]
     for name, other, task, batch, limit in RATIOS:
         if row := by_name.get((name, task, batch)):
             ratio = row["ratio_to_sgd"] / by_name[other, task, batch]["ratio_to_sgd"]
@@ -140,9 +139,9 @@ def targets(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -> 
     for (name, task, batch), row in by_name.items():
         where = f"{name}, {task}, batch {batch}"
         if limit := FIRST_CALL_SECONDS.get((name, task)):
-            found.append(judged(f"seconds of the first call of {where}", limit, first(row)))
+            found.append(judged(f"seconds of the first call of {where}", limit, first_call(row)))
         if limit := FIRST_CALL_OVER_ADAM.get((name, task)):
-            ratio = first(row) / first(by_name["adam", task, batch])
+            ratio = first_call(row) / first_call(by_name["adam", task, batch])
             found.append(judged(f"first call over that of adam, {where}", limit, ratio))
     for part in parts:
         for name, limits in OVER_PARTS.items():
@@ -150,6 +149,11 @@ def targets(rows: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -> 
                 text = f"{name} / (gradient + products), {part['task']}, batch {part['batch']}"
                 found.append(judged(text, limit, part[f"{name}_over_parts"]))
     return found
+
+
+def first_call(row: dict[str, Any]) -> float:
+    """Returns the seconds of a first call, which compiles."""
+    return row["compile_seconds"] + row["seconds"]
 
 
 def judged(text: str, limit: float, value: float) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from step_memory import PIXELS, WAYS
+from step_time import OVER_PARTS, first_call
 from table_cells import with_note
 
 from mlhf_optax.comparison.record import origin
@@ -21,16 +23,16 @@ FLOORS = {"evaluations": "evaluating 80 tanh and what else is elementary", "copi
 
 def step_time(content: dict[str, Any]) -> list[str]:
     """Returns a row per task: SGD's time, those of others as multiples of it, and what MLHF's is made of."""
-    firsts = ("adam", "general", "mlhf")
-    ends = [f"`{name}` / (gradient + products)" for name in ("general", "mlhf")]
+    firsts = ("adam", *OVER_PARTS)
+    ends = [f"`{name}` / (gradient + products)" for name in OVER_PARTS]
     ends += [f"first call of `{name}`, s" for name in firsts]
     rows = [["time per step / that of SGD", "SGD, ms", *STEP_COLUMNS, *ends]]
     for part in content["parts"]:
         where = part["task"], part["batch"]
         own = {row["optimizer"]: row for row in content["rows"] if (row["task"], row["batch"]) == where}
         ratios = [f"{own[name]['ratio_to_sgd']:.2g}" if name in own else "-" for name in STEP_COLUMNS]
-        over = [f"{part[f'{name}_over_parts']:.2f}" for name in ("general", "mlhf")]
-        first = [f"{own[name]['compile_seconds'] + own[name]['seconds']:.1f}" for name in firsts]
+        over = [f"{part[f'{name}_over_parts']:.2f}" for name in OVER_PARTS]
+        first = [f"{first_call(own[name]):.1f}" for name in firsts]
         start = f"{part['task']}, batch {part['batch']}", f"{1e3 * own['sgd']['seconds']:.3g}"
         rows.append([*start, *ratios, *over, *first])
     missed = [one for one in content["targets"] if not one["met"]]
@@ -55,14 +57,13 @@ def ggn_in_loops(content: dict[str, Any]) -> list[str]:
 
 def step_memory(content: dict[str, Any]) -> list[str]:
     """Returns a row per optimizer: milliseconds of a step for every way to train, and page faults."""
-    ways = {"called": "one call per step", "kept": "memory kept", "scan": "in a scan"}
     found = {(row["optimizer"], row["way"]): row for row in content["rows"]}
-    rows = [["ms per step (over Adam's)", *ways.values(), "page faults per step, one call"]]
+    rows = [["ms per step (over Adam's)", *WAYS.values(), "page faults per step, one call"]]
     for name in dict.fromkeys(optimizer for optimizer, _ in found):
-        cells = [f"{1e3 * found[name, w]['seconds']:.3g} ({found[name, w]['over_adam']:.1f})" for w in ways]
+        cells = [f"{1e3 * found[name, w]['seconds']:.3g} ({found[name, w]['over_adam']:.1f})" for w in WAYS]
         rows.append([name, *cells, f"{found[name, 'called']['page_faults']:,.0f}"])
     sizes = content["sizes"]
-    widths = "-".join(map(str, (784, *sizes["widths"])))
+    widths = "-".join(map(str, (PIXELS, *sizes["widths"])))
     note = (
         f"A deep autoencoder, {widths} mirrored, batch {sizes['batch']}; medians of "
         f"{len(content['rows'][0]['rounds'])} rounds, each in fresh processes. Memory kept: by the variables "

@@ -270,7 +270,7 @@ def test_large_kronecker_factors_move_a_sharded_matrix_as_often_as_small_ones(mo
     sides = jax.device_put(kronecker_factors.init_sides(shape, 128), PLACED(P()))
     matrix = jax.device_put(jax.random.normal(jax.random.key(0), shape), PLACED(P(None, "data")))
 
-    def compiled():
+    def compiled():  # a new function each time, as jit would find what it has traced before
         return jax.jit(lambda s, v: kronecker_factors.times_sides(s, v)).lower(sides, matrix).compile()
 
     here = compiled()

@@ -144,6 +144,7 @@ def test_targets_are_judged_where_they_were_measured():
         (step_time, ["--tasks", "digits-mlp", "cnn"], "--tasks: there is no cnn; there are digits-mlp"),
         (step_time, ["--batches", "64", "0"], "numbers of examples such as 64 128, got (64, 0)"),
         (step_time, ["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (step_memory, ["--steps", "0"], "--steps and --batch must be at least 1, got 0 and 128"),
         (meta_step_time, ["--tasks", "resnet9"], "there is no resnet9; there are digits-mlp"),
         (meta_step_time, ["--repeats", "0"], "--repeats must be at least 1, got 0"),
     ],
@@ -226,6 +227,9 @@ def test_ways_to_train_are_measured_in_processes_that_keep_memory_or_not(tmp_pat
     monkeypatch.setattr(subprocess, "run", lambda command, **options: failed)
     with pytest.raises(RuntimeError, match=r"(?s)'adam', 'called'.*no memory"):
         step_memory.measure(step_memory.Worker("adam", "called", (8, 4), 8, 2))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(SystemExit, match="for Linux; this is darwin"):
+        step_memory.main([])
 
 
 @pytest.mark.parametrize("optimizer", step_memory.OPTIMIZERS)

@@ -6,7 +6,8 @@ damping for all tensors, and MLHF before meta-training, with one for each. A gri
 at every step, so it is tuned for each step anew. Ratios below 1 say that MLHF has the lower training loss:
 after as many steps, and in as much time, in which a rival takes more steps. The learned optimizers of the
 literature are there too, with the meta-parameters that are shipped, as little retuned as MLHF; LODO, which
-has none, with the settings that its authors use for a ResNet on CIFAR-10.
+has none, with the settings that its authors use for a ResNet on CIFAR-10. So is the MLHF of the paper
+(``cifar10``), where a task has only layers that it knows.
 
     python benchmarks/held_out.py --data-dir DIR --output runs/held_out
 
@@ -62,7 +63,13 @@ _LODO_SETTING = {"learning_rate": 0.08459, "meta_learning_rate": 7.946e-6, "mome
 LODO = Contender("lodo", ("lodo",), (_LODO_SETTING,), lambda: lodo(**_LODO_SETTING), labels=("LODO",))
 SOLVED = 1e-6
 """Losses below it count as this much."""
-LEARNED_RIVALS = ("l2l", "rnnprop", "hyperadam", "variational_hyperadam", "hierarchical", LODO.family)
+_UNEVEN = 1.1
+FAITHFUL = "cifar10"
+"""MLHF as in the paper, with an LSTM per coordinate and layer type: of convolutions and dense layers."""
+LEARNED_RIVALS = (
+    *("l2l", "rnnprop", "hyperadam", "variational_hyperadam", "hierarchical"),
+    *(LODO.family, FAITHFUL),
+)
 ON_THE_SHELF = {*LEARNED, LODO.family}
 """Families of all learned optimizers, MLHF among them."""
 
@@ -77,6 +84,8 @@ class Options:
     """Shipped name or path."""
     learned: tuple[str, ...] = LEARNED_RIVALS
     """Learned optimizers of the literature to compare with."""
+    dampings: tuple[float, ...] = (10.0,)
+    """Dampings of the constant: the first is the rival, others are shown beside it."""
     num_cg_steps: int | None = None
     """CG steps per step of MLHF; by default what its record recommends."""
     steps: int | None = None
@@ -100,6 +109,8 @@ class Options:
         check_tasks(self.tasks)
         if unknown := sorted(set(self.learned) - set(LEARNED_RIVALS)):
             raise ValueError(f"--learned must be among {', '.join(LEARNED_RIVALS)}, got {', '.join(unknown)}")
+        if not self.dampings or not all(damping > 0 for damping in self.dampings):
+            raise ValueError(f"--dampings must be positive numbers, at least one, got {self.dampings}")
         for name in ("num_cg_steps", "steps", "seeds"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -111,18 +122,20 @@ def contenders_for(task: Task, options: Options, length: int) -> list[Contender]
     changes: dict[str, Any] = {} if options.num_cg_steps is None else {"num_cg_steps": options.num_cg_steps}
     rivals = [
         learned_contender(task, pretrained, source=options.meta_params, **changes),
-        constant_contender(task, [10.0], **BEST_CONSTANT),
+        constant_contender(task, options.dampings[:1], **BEST_CONSTANT),
         untrained_contender(task),
         default_adam(),
         *(grid_contenders([family], rates=rates)[0] for family, rates in RATES.items()),
     ]
+    if options.dampings[1:]:
+        rivals.append(constant_contender(task, options.dampings[1:], **BEST_CONSTANT))
     if options.cosine:
         own, *others = (with_cosine(contender, length) for contender in rivals)
         # A schedule bounds the learned rate of MLHF; what is multiplied by it would fall twice.
         changes["learning_rate"] = optax.cosine_decay_schedule(1.0, length)
         bounded = functools.partial(pretrained.optimizer, task.predict_fn, task.loss_fn, **changes)
         return [dataclasses.replace(own, make_optimizer=bounded), *others]
-    return [*rivals, *(rival_contender(task, name) for name in options.learned)]
+    return [*rivals, *(rival_contender(task, name) for name in options.learned if knows_layers(name, task))]
 
 
 def with_cosine(contender: Contender, length: int) -> Contender:
@@ -138,12 +151,32 @@ def with_cosine(contender: Contender, length: int) -> Contender:
 
 def rival_contender(task: Task, name: str) -> Contender:
     """Returns a learned optimizer of the literature."""
-    return LODO if name == LODO.family else learned_contender(task, load_pretrained(name), source=name)
+    if name == LODO.family:
+        return LODO
+    return learned_contender(task, load_pretrained(name), name=name * (name == FAITHFUL), source=name)
 
 
-def label_of(name: str) -> str:
-    """Returns what tables call a learned optimizer."""
-    return LODO.labels[0] if name == LODO.family else LEARNED[name].label
+def knows_layers(name: str, task: Task) -> bool:
+    """Returns whether a task has only layers for which an optimizer was meta-trained."""
+    if name != FAITHFUL:
+        return True
+    params = jax.eval_shape(task.init_fn, jax.random.key(0))
+    try:
+        jax.eval_shape(rival_contender(task, name).make_optimizer().init, params)
+    except ValueError as error:
+        if "layer type" in str(error):
+            return False
+        raise
+    return True
+
+
+def name_and_label(name: str) -> tuple[str, str]:
+    """Returns what results and what tables call a learned optimizer."""
+    if name == LODO.family:
+        return LODO.names[0], LODO.labels[0]
+    if name == FAITHFUL:
+        return f"mlhf {name}", f"{LEARNED['mlhf'].label} {name}"
+    return name, LEARNED[name].label
 
 
 def untrained_contender(task: Task) -> Contender:
@@ -158,7 +191,21 @@ def ratios(curves: Sequence[Curve], step: int) -> dict[str, float]:
 
     Losses below :data:`SOLVED` count as that: by then a task is solved.
     """
-    return _ratios(curves, step, lambda rival: rival.loss_at(step))
+    return _ratios(curves, lambda curve: curve.loss_at(step), lambda rival: rival.loss_at(step))
+
+
+def ratios_by_test_loss(curves: Sequence[Curve], step: int) -> dict[str, float]:
+    """Returns the ratios of test losses after a step; none for a task without test data.
+
+    Of a grid the entry counts whose test loss is lowest, which may be another than that of the training loss.
+    """
+
+    def loss_of(curve: Curve) -> float:
+        loss = curve.test_loss[curve.steps.index(step)]
+        return math.inf if loss is None else loss
+
+    is_measured = any(loss is not None for loss in curves[0].test_loss)
+    return _ratios(curves, loss_of, loss_of) if is_measured else {}
 
 
 def ratios_by_time(curves: Sequence[Curve], step: int) -> dict[str, float]:
@@ -167,18 +214,21 @@ def ratios_by_time(curves: Sequence[Curve], step: int) -> dict[str, float]:
     A loss between two recorded steps is interpolated, both on logarithmic scales.
     """
     seconds = step * (curves[0].seconds_per_step or math.nan)
-    return _ratios(curves, step, lambda rival: _loss_between(rival, seconds / (rival.seconds_per_step or 1)))
+    then = lambda rival: _loss_between(rival, seconds / (rival.seconds_per_step or 1))
+    return _ratios(curves, lambda curve: curve.loss_at(step), then)
 
 
-def _ratios(curves: Sequence[Curve], step: int, loss_of: Callable[[Curve], float]) -> dict[str, float]:
+def _ratios(
+    curves: Sequence[Curve], own_loss: Callable[[Curve], float], loss_of: Callable[[Curve], float]
+) -> dict[str, float]:
     own, constant, untrained, default, *grid = curves
     families: dict[str, Sequence[Curve]] = {"constant": [constant], "untrained": [untrained]}
     families["default Adam"] = [default]
     families[ADAM_OR_SGD] = [curve for curve in grid if curve.family in ("adam", "sgd")]
     families["best Muon"] = [curve for curve in grid if curve.family == "muon"]
-    families |= {curve.label: [curve] for curve in grid if curve.family in ON_THE_SHELF}
+    families |= {curve.label: [curve] for curve in grid if curve.family in {*ON_THE_SHELF, constant.family}}
     best = {name: np.min([loss_of(curve) for curve in of_name]) for name, of_name in families.items()}
-    loss = max(own.loss_at(step), SOLVED)
+    loss = max(own_loss(own), SOLVED)
     return {name: loss / float(np.maximum(lowest, SOLVED)) for name, lowest in best.items()}
 
 
@@ -221,7 +271,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         rows.append(row_of(name, found, steps) | {"state_floats": state_floats(task, contenders)})
         print_row(rows[-1])
-    for kind in ("ratios",) if options.cosine else ("ratios", "by_time"):
+        if (spread := spread_of_times(rows[-1]["seconds_per_step"])) > _UNEVEN:
+            print(
+                f"The times per step of Adam differ by {spread - 1:.0%} between rates: the machine was busy. "
+                f"Delete seconds_per_step.json in {options.output / name} and go on with --resume."
+            )
+    for kind in ("ratios", "by_test_loss") if options.cosine else ("ratios", "by_time", "by_test_loss"):
         print_median(rows, kind)
     content = record(command, seeds=options.seeds, num_cg_steps=options.num_cg_steps, rows=rows)
     write_json(options.output / "results.json", content)
@@ -235,15 +290,18 @@ def row_of(name: str, comparison: Comparison, steps: Sequence[int]) -> dict[str,
     curves = comparison.curves()
     own, *others = curves
     adams = [curve.accuracy for curve in others if curve.family == "adam"]
+    kinds = {"ratios": ratios, "by_time": ratios_by_time, "by_test_loss": ratios_by_test_loss}
+    found = {kind: {step: of_kind(curves, step) for step in steps} for kind, of_kind in kinds.items()}
     return {
         "task": name,
         "seeds": own.seeds,
         "steps": list(steps),
-        "ratios": {step: {k: finite_or_none(v) for k, v in ratios(curves, step).items()} for step in steps},
-        "by_time": {
-            step: {k: finite_or_none(v) for k, v in ratios_by_time(curves, step).items()} for step in steps
+        **{
+            kind: {step: {k: finite_or_none(v) for k, v in at.items()} for step, at in by_step.items()}
+            for kind, by_step in found.items()
         },
         "losses": [finite_or_none(own.loss_at(step)) for step in steps],
+        "test_losses": [None if loss is None else finite_or_none(loss) for loss in own.test_loss],
         "last_losses": [finite_or_none(loss) for loss in comparison.last_losses(own.optimizer)],
         "learned": {
             curve.label: [finite_or_none(x) for x in curve.train_loss]
@@ -257,6 +315,12 @@ def row_of(name: str, comparison: Comparison, steps: Sequence[int]) -> dict[str,
         "best_adam_accuracy": finite_or_none(max(adams)),
         "seconds_per_step": {curve.optimizer: curve.seconds_per_step for curve in curves},
     }
+
+
+def spread_of_times(seconds: dict[str, float | None]) -> float:
+    """Returns the longest time per step of Adam over its shortest, which no rate should change."""
+    times = [time for name, time in seconds.items() if name.startswith("adam") and time]
+    return max(times) / min(times) if times else 1.0
 
 
 def state_floats(task: Task, contenders: Sequence[Contender]) -> dict[str, float]:
@@ -289,16 +353,26 @@ def ratios_at(rows: Sequence[dict[str, Any]], step: Any, rival: str, kind: str =
 
     By time, those tasks are left out in which the rival did not train for as long.
     """
-    found = [row[kind][step][rival] for row in rows if rival in row[kind].get(step, {})]
+    found = [row[kind][step][rival] for row in rows if rival in row.get(kind, {}).get(step, {})]
     if kind == "by_time":
         return [ratio for ratio in found if ratio is not None]
     return [math.inf if ratio is None else ratio for ratio in found]
 
 
+def ranks_at(rows: Sequence[dict[str, Any]], step: Any) -> list[int]:
+    """Returns the place of MLHF among itself and :data:`RIVALS` by loss after a step, for every task.
+
+    Equal losses share a place, so where all have solved a task, all are first.
+    """
+    found = [[ratios_at([row], step, rival) for rival in RIVALS] for row in rows if step in row["ratios"]]
+    return [1 + sum(ratio > 1 for of_rival in of_task for ratio in of_rival) for of_task in found]
+
+
 def print_median(rows: Sequence[dict[str, Any]], kind: str) -> None:
     """Prints the median over tasks of every ratio, and of how many tasks."""
     steps = sorted({step for row in rows for step in row["steps"] if step in STEPS})
-    print(f"\n{'median over tasks' if kind == 'ratios' else 'in equal time':21s}", end="")
+    title = {"ratios": "median over tasks", "by_time": "in equal time", "by_test_loss": "by test loss"}[kind]
+    print(f"\n{title:21s}", end="")
     print("".join(f"{step:>14}" for step in steps))
     for rival in dict.fromkeys(rival for row in rows for rival in row[kind][row["steps"][0]]):
         found = [ratios_at(rows, step, rival, kind) for step in steps]

@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+import tables_of_held_out
 import tables_of_learned
 import tables_of_speed
 import tables_of_trainings
@@ -22,12 +23,17 @@ FILES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 
 # Name: what makes the lines, and the files that it is given.
 TABLES = {
-    "held_out_medians": (tables_of_learned.held_out_medians, ["held_out"]),
-    "held_out": (tables_of_learned.held_out, ["held_out"]),
-    "held_out_learned": (tables_of_learned.held_out_learned, ["held_out"]),
-    "held_out_cosine": (tables_of_learned.held_out_cosine, ["held_out", "held_out_cosine"]),
-    "held_out_batches": (tables_of_learned.held_out_batches, ["held_out", "held_out_batches"]),
-    "held_out_cg_steps": (tables_of_learned.held_out_cg_steps, ["held_out", "held_out_cg_steps"]),
+    "held_out_medians": (tables_of_held_out.held_out_medians, ["held_out"]),
+    "held_out": (tables_of_held_out.held_out, ["held_out"]),
+    "held_out_aims": (
+        tables_of_held_out.held_out_aims,
+        ["held_out", "held_out_batches", "ten_times_horizon"],
+    ),
+    "held_out_losses": (tables_of_held_out.held_out_losses, ["held_out"]),
+    "held_out_learned": (tables_of_held_out.held_out_learned, ["held_out"]),
+    "held_out_cosine": (tables_of_held_out.held_out_cosine, ["held_out", "held_out_cosine"]),
+    "held_out_batches": (tables_of_held_out.held_out_batches, ["held_out", "held_out_batches"]),
+    "held_out_cg_steps": (tables_of_held_out.held_out_cg_steps, ["held_out", "held_out_cg_steps"]),
     "scaling": (tables_of_speed.scaling, ["scaling"]),
     "meta_training_processes": (tables_of_speed.meta_training_processes, ["meta_training_processes"]),
     "general_validation": (tables_of_learned.general_validation, []),

@@ -5,8 +5,10 @@ import re
 
 import polars as pl
 import pytest
+import tables_of_held_out
 from readme_tables import FILES, ROOT, TABLES, rewritten, table
-from tables_of_learned import held_out_cosine, learned_optimizers, learned_optimizers_long, seeds_text
+from tables_of_held_out import held_out_cosine, seeds_text
+from tables_of_learned import learned_optimizers, learned_optimizers_long
 from tables_of_trainings import ablation, by_epoch, second_order
 
 from mlhf_optax.comparison import Comparison
@@ -91,6 +93,58 @@ def test_a_constant_rate_is_compared_with_a_falling_one_from_the_same_seeds():
     _, _, *rows = held_out_cosine(constant, falling)
     assert cells(rows[0])[:3] + cells(rows[0])[7:8] == ["a, falling rate", "8", "**0.50**", "0.200"]
     assert cells(rows[1])[:3] + cells(rows[1])[7:8] == ["a, constant rate", "8", "**0.25**", "0.100"]
+
+
+def held_out_row(task, ratio, by_time, accuracy=0.9):
+    rivals = ("best Adam or SGD", "best Muon", "default Adam", "constant", "untrained")
+    at = lambda x: {str(step): dict.fromkeys(rivals, x) for step in (10, 30, 100)}
+    row = {"task": task, "steps": [10, 30, 100], "losses": [0.4, 0.2, 0.1], "test_losses": [0.5, 0.4, None]}
+    row |= {"ratios": at(ratio), "by_time": at(by_time), "accuracy": accuracy, "best_adam_accuracy": 0.9}
+    return row | {"by_test_loss": at(0.8) if task == "poisson" else {}}
+
+
+def test_what_was_aimed_at_is_judged_by_the_numbers(monkeypatch):
+    monkeypatch.setattr(tables_of_held_out, "STEPS", (10, 30, 100, 3000))
+    long = {"rows": [{"task": "digits", "is_learned": True, "blows_up": False, "ends_at_chance": False}]}
+    judged = lambda *rows: [
+        cells(line)
+        for line in tables_of_held_out.held_out_aims(
+            ORIGIN | {"command": "python x.py", "rows": rows}, {"rows": []}, long
+        )[2:-2]
+    ]
+    good = judged(held_out_row("poisson", 0.5, 0.7), held_out_row("mnist-mlp", 0.8, 0.9))
+    assert {row[-1] for row in good} == {"met"}
+    assert good[0][1] == "0.65, 0.65 at 30, 100 steps"
+    long["rows"][0]["blows_up"] = True
+    bad = judged(held_out_row("poisson", 1.2, 1.5, 0.8), held_out_row("mnist-mlp", 1.3, 1.0))
+    assert {row[-1] for row in bad} == {"**missed**"}
+    assert bad[1][1] == "at worst 1.30, mnist-mlp at 100 steps"
+    assert bad[4][1] == "0 of 2 at 100 steps"
+    assert bad[5][1] == "behind on 1 of 1: poisson (1.50 of best Muon at 100 steps)"
+    assert bad[6][1].startswith("behind on 2 of 2: poisson (1.50")
+    assert bad[7][1] == "at worst -10.0 points, poisson"
+    assert bad[8][1].startswith("digits of 1")
+
+
+def test_losses_of_rivals_follow_from_the_ratios():
+    rows = [held_out_row("poisson", 0.5, 0.7), held_out_row("mnist-mlp", 0.8, 0.9)]
+    rows[0]["test_losses"] = [0.5, 0.4, 0.2]
+    content = ORIGIN | {"command": "python x.py", "rows": rows}
+    _, _, *lines = tables_of_held_out.held_out_losses(content)
+    assert cells(lines[0])[1:4] == ["100", "0.100", "0.200"]
+    assert cells(lines[0])[7:9] == ["0.200", "0.250"]
+    assert cells(lines[1])[2:4] == ["0.100", "0.125"]
+    assert set(cells(lines[1])[7:]) == {""}
+
+
+def test_other_dampings_are_compared_with_the_constant():
+    rows = [held_out_row("a", 0.5, 0.7), held_out_row("b", 0.5, 0.7)]
+    for row, ratio in zip(rows, (0.25, 1.0), strict=True):
+        for at in row["ratios"].values():
+            at["gauss_newton damping=3"] = ratio
+    content = ORIGIN | {"command": "python x.py", "seeds": 1, "rows": rows}
+    _, _, row, *_ = tables_of_held_out.held_out_dampings(content)
+    assert cells(row) == ["3", *["1.25 (1 of 2)"] * 3]
 
 
 def test_the_ablation_is_shown_by_configuration():

@@ -186,7 +186,19 @@ def test_with_a_cosine_updates_fall_to_zero():
 def test_in_equal_time_a_rival_takes_as_many_steps_as_fit_in():
     def curve(family, seconds, losses, steps=(10, 100, 1000)):
         name = f"{family} {seconds} {losses}"
-        return Curve(name, family, name, {}, 1, list(steps), losses, [None] * len(steps), seconds, None)
+        return Curve(
+            name,
+            family,
+            name,
+            {},
+            1,
+            list(steps),
+            losses,
+            [None] * len(steps),
+            [None] * len(steps),
+            seconds,
+            None,
+        )
 
     own = curve("mlhf_general", 0.4, [1.0, 0.1, 0.01])
     constant = curve("gauss_newton", 0.8, [2.0, 1.0, 0.5])
@@ -207,6 +219,48 @@ def test_in_equal_time_a_rival_takes_as_many_steps_as_fit_in():
     assert late["constant"] == pytest.approx(0.01 / 0.5 ** np.log10(5))
     # Of fewer steps than were recorded the first recorded loss is taken, which is the rival's gain.
     assert held_out.ratios_by_time(curves, 10)["constant"] == pytest.approx(0.5)
+
+
+def test_test_losses_and_ranks_are_those_of_the_best_of_each_grid():
+    def curve(family, train, test):
+        name = f"{family} {train}"
+        return Curve(name, family, name, {}, 1, [10], [train], [test], [None], None, None)
+
+    own, constant, untrained = curve("mlhf", 1.0, 2.0), curve("gauss_newton", 0.5, 4.0), curve("u", 2.0, 1.0)
+    grid = [
+        curve("adam", 2.0, 2.5),
+        curve("adam", 3.0, 1.0),
+        curve("muon", 0.5, None),
+        curve("sgd", 4.0, 8.0),
+    ]
+    curves = [own, constant, untrained, *grid, curve("gauss_newton", 4.0, 0.5)]
+    found = held_out.ratios_by_test_loss(curves, 10)
+    assert found["constant"] == 0.5
+    assert found[held_out.ADAM_OR_SGD] == 2.0  # of the second Adam, whose training loss is higher
+    assert found["best Muon"] == 0.0
+    assert found["gauss_newton 4.0"] == 4.0
+    ratios = held_out.ratios(curves, 10)
+    assert ratios[held_out.ADAM_OR_SGD] == pytest.approx(1 / 3)
+    assert held_out.ranks_at([{"ratios": {10: ratios}}, {"ratios": {30: ratios}}], 10) == [3]
+    none = [one._replace(test_loss=[None]) for one in curves]
+    assert held_out.ratios_by_test_loss(none, 10) == {}
+
+
+def test_the_mlhf_of_the_paper_is_left_out_where_it_does_not_know_the_layers():
+    diabetes, quadratic = (
+        held_out_tasks.TASKS[name]((None, None)) for name in ("diabetes", "quadratic-deep")
+    )
+    assert held_out.knows_layers("cifar10", diabetes)
+    assert not held_out.knows_layers("cifar10", quadratic)
+    assert held_out.knows_layers("l2l", quadratic)
+    contenders = held_out.contenders_for(quadratic, held_out.Options(learned=("l2l", "cifar10")), 10)
+    assert [one.family for one in contenders][-1] == "l2l"
+
+
+def test_uneven_times_of_one_optimizer_are_told():
+    seconds = {"mlhf_general": 9.0, "adam defaults": 1.0, "adam lr=1": 1.4, "adam lr=2": None}
+    assert held_out.spread_of_times(seconds) == 1.4
+    assert held_out.spread_of_times({"mlhf_general": 9.0}) == 1.0
 
 
 def test_unknown_tasks_are_named(capsys):

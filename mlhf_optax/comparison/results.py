@@ -40,6 +40,7 @@ class Curve(NamedTuple):
       seeds: number of seeds.
       steps: numbers of steps.
       train_loss: in nats, infinite where any seed diverged.
+      test_loss: in nats, None where it was not measured.
       test_accuracy: in [0, 1], None where it was not measured.
       seconds_per_step: of a single run; None if it was not measured.
       steps_per_epoch: mini-batches per epoch, None for results that do not know it.
@@ -52,6 +53,7 @@ class Curve(NamedTuple):
     seeds: int
     steps: list[int]
     train_loss: list[float]
+    test_loss: list[float | None]
     test_accuracy: list[float | None]
     seconds_per_step: float | None
     steps_per_epoch: int | None
@@ -110,9 +112,9 @@ class Comparison:
         """Returns the mean over seeds of every optimizer, in the order in which they were trained."""
         keys = ("optimizer", "family", "label", "setting", "seconds_per_step")
         at_step = self.frame.group_by([*keys, "step"], maintain_order=True)
-        means = at_step.agg(pl.col("train_loss", "test_accuracy").mean(), seeds=pl.col("seed").len())
+        means = at_step.agg(pl.col(MEASURES).mean(), seeds=pl.col("seed").len())
         lists = means.group_by(keys, maintain_order=True).agg(
-            pl.col("seeds").first(), pl.col("step").alias("steps"), "train_loss", "test_accuracy"
+            pl.col("seeds").first(), pl.col("step").alias("steps"), *MEASURES
         )
         counts, steps_per_epoch = self.record.get("num_seeds", {}), self.record.get("steps_per_epoch")
         curves = (Curve(**row, steps_per_epoch=steps_per_epoch) for row in lists.iter_rows(named=True))

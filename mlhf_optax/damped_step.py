@@ -32,15 +32,17 @@ from mlhf_optax.transforms import require_batch, require_params
 class StepInfo(NamedTuple):
     """What the last step did, for looking at: nothing in it is used by the next step.
 
-    All but ``skipped_steps`` and the two losses after it describe the last step that was tried, skipped
+    All but ``skipped_steps`` and the three numbers after it describe the last step that was tried, skipped
     or not.
 
     Attributes:
       skipped_steps: number of steps so far that moved no parameter because something was not finite
         or the direction was not one of descent.
       best_loss: lowest ``smoothed_loss`` so far; infinite before the first step.
-      smoothed_loss: running mean of ``loss`` (decay 0.9). One that is many times ``best_loss`` is the mark of
-        a training that blows up although every number stays finite.
+      smoothed_loss: running mean of ``loss`` (decay 0.9).
+      worst_rise: largest ``smoothed_loss`` so far over the ``best_loss`` of that time, at least 1; it stays
+        after the training has settled elsewhere. Many times 1 is the mark of a training that blew up although
+        every number stayed finite. Losses that are not positive do not count.
       loss: loss on the batch of the GGN products before the step.
       descent: <d, b> for the right-hand side b, which is g for most; positive for a direction of descent.
       cg_steps: number of CG steps that changed the direction.
@@ -55,6 +57,7 @@ class StepInfo(NamedTuple):
     skipped_steps: jax.Array  # shape=(), dtype=int32
     best_loss: jax.Array  # shape=(), dtype=float32, as all others but cg_steps
     smoothed_loss: jax.Array
+    worst_rise: jax.Array
     loss: jax.Array
     descent: jax.Array
     cg_steps: jax.Array  # dtype=int32
@@ -158,7 +161,7 @@ def init_state(controller: Controller, params: chex.ArrayTree) -> DampedStepStat
     info = StepInfo(
         *(jnp.zeros((), jnp.int32 if name in _COUNTS else jnp.float32) for name in StepInfo._fields)
     )
-    info = info._replace(best_loss=jnp.full((), jnp.inf, jnp.float32))
+    info = info._replace(best_loss=jnp.full((), jnp.inf, jnp.float32), worst_rise=jnp.ones((), jnp.float32))
     count = jnp.zeros((), jnp.int32)
     rms = jnp.array(trees.root_mean_square(params))
     state = DampedStepState(count, direction, residual, kept, controller.init(params), rms, info)
@@ -327,6 +330,9 @@ def _info(before: StepInfo, view: View, solution: Solution, descent, is_taken, r
     is_first = jnp.isinf(before.best_loss)
     smoothed = jnp.where(is_first, loss, 0.9 * before.smoothed_loss + 0.1 * loss)
     smoothed = jnp.where(jnp.isfinite(loss), smoothed, before.smoothed_loss)
+    best = jnp.where(jnp.isfinite(loss), jnp.minimum(before.best_loss, smoothed), before.best_loss)
+    is_ratio = jnp.isfinite(best) & (best > 0)
+    rise = jnp.where(is_ratio, smoothed / jnp.where(is_ratio, best, 1.0), 1.0)
     preconditioner = solution.operators.preconditioner
     one = (jnp.ones((), jnp.float32),) * 3
     like = view.gradient
@@ -334,8 +340,9 @@ def _info(before: StepInfo, view: View, solution: Solution, descent, is_taken, r
     preconditioning = one if preconditioner is None else _min_mean_max(preconditioner.values, like)
     return StepInfo(
         skipped_steps=before.skipped_steps + jnp.logical_not(is_taken).astype(jnp.int32),
-        best_loss=jnp.where(jnp.isfinite(loss), jnp.minimum(before.best_loss, smoothed), before.best_loss),
+        best_loss=best,
         smoothed_loss=smoothed,
+        worst_rise=jnp.maximum(before.worst_rise, rise),
         loss=loss,
         descent=descent,
         cg_steps=solution.num_steps,

@@ -158,13 +158,16 @@ def spec(leaf):
 
 
 def check_follows(state, params):
-    """Every leaf that is shaped like a parameter lies as it does, also behind an axis of units."""
+    """Every leaf that is shaped like a parameter lies as it does, also behind an axis of units.
+
+    Kronecker factors lie in trees like the parameters, and are on all devices.
+    """
     owners = {path[-2:]: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     followers = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         assert isinstance(leaf.sharding, jax.NamedSharding), path
         owner = owners.get(path[-2:])
-        if owner is None:
+        if owner is None or jax.tree_util.GetAttrKey("factors") in path:
             assert spec(leaf) == (), path
         else:
             assert spec(leaf) == (None,) * (leaf.ndim - owner.ndim) + spec(owner), path

@@ -9,7 +9,7 @@ import pytest
 
 from mlhf_optax import scale_by_damped_step
 from mlhf_optax.controllers import Quotient, Scale, constant, metrics, scheduled
-from mlhf_optax.controllers.units import unit
+from mlhf_optax.controllers.units import unit, without_jump
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 
@@ -45,6 +45,17 @@ def test_the_unit_of_damping_is_gradient_over_parameters_with_floors():
     assert 0 < of(0.0, 0.25) < 1e-6
     assert of(2.5, 1e-9) == pytest.approx(2500.0)
     assert of(2.5, 0.0) == pytest.approx(2.5)  # parameters that all start at zero have no size
+
+
+def test_a_gradient_is_bounded_by_those_before_it_and_grows_where_they_do():
+    gradient = {"a": jnp.array([3e10, -4e10]), "b": jnp.zeros(2, jnp.bfloat16)}
+    bounded = without_jump(gradient, jnp.array(2.0))
+    np.testing.assert_allclose(bounded["a"], [72.0, -96.0], rtol=1e-5)  # 2 * 30 * sqrt(4) is its norm
+    assert bounded["b"].dtype == jnp.bfloat16
+    for running in (jnp.array(0.0), jnp.array(1e9)):  # none before it; not that much larger
+        jax.tree.map(np.testing.assert_array_equal, without_jump(gradient, running), gradient)
+    zero = jax.grad(lambda g: without_jump(g, jnp.array(1.0)).sum())(jnp.zeros(2))
+    np.testing.assert_array_equal(zero, np.ones(2))
 
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("nan")])

@@ -15,6 +15,7 @@ from mlhf_optax import (
     SquaredError,
     gauss_newton,
     hessian_free,
+    load_pretrained,
     mlhf,
     scale_by_damped_step,
 )
@@ -194,6 +195,42 @@ def test_derivatives_through_a_training_are_those_without_its_skipped_step(name)
         np.testing.assert_allclose([got, got_slope], [want, slope], rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["general", "kronecker"])
+def test_a_gradient_out_of_all_proportion_does_not_stay_in_running_means(name):
+    """One of 1e10 times its size stopped trainings for good."""
+    tx = {
+        "general": lambda: load_pretrained().optimizer(problems.mlp, problems.LOSS),
+        "kronecker": lambda: gauss_newton(
+            1.0,
+            problems.mlp,
+            problems.LOSS,
+            metric="kronecker",
+            damping=10,
+            unit_decay=0.98,
+            num_cg_steps=2,
+            gradient_decay=0.86,
+            max_growth=1,
+        ),
+    }[name]()
+    batch = problems.batch(size=32)
+
+    def losses(factor):
+        def step(carry, index):
+            params, state = carry
+            loss, grads = jax.value_and_grad(problems.mlp_loss)(params, batch)
+            grads = jax.tree.map(lambda g: jnp.where(index == 20, factor * g, g), grads)
+            updates, state = tx.update(grads, state, params, batch=batch)
+            return (optax.apply_updates(params, updates), state), loss
+
+        params = problems.mlp_params(dtype=jnp.float32)
+        return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(200))[1]
+
+    usual, spoilt = jax.jit(jax.vmap(losses))(jnp.array([1.0, 1e10]))
+    assert spoilt[21:].max() < 2 * usual[20]
+    assert spoilt[-1] < 0.5 * usual[20]
+    assert usual[-1] < 0.5 * usual[20]
+
+
 # Info.
 
 
@@ -224,11 +261,32 @@ def test_a_training_that_blows_up_finitely_shows_it(name):
         np.testing.assert_allclose([info.loss, info.smoothed_loss], [loss, smoothed], rtol=1e-5)
         np.testing.assert_allclose(info.best_loss, min(seen), rtol=1e-5)
     assert int(info.skipped_steps) == 0
-    assert info.smoothed_loss > 1e9 * info.best_loss
+    assert info.worst_rise == info.smoothed_loss / info.best_loss > 1e9
     # A loss that is not a number is shown, and is no part of the mean.
     _, state = jax.jit(tx.update)(jnp.full(4, jnp.nan), state, params, batch=batch)
     assert np.isnan(state[0].info.loss)
-    assert_same(state[0].info[1:3], info[1:3])
+    assert_same(state[0].info[1:4], info[1:4])
+
+
+def test_a_rise_is_remembered_and_losses_that_are_not_positive_do_not_count():
+    params = jnp.ones(1)
+    tx = make(
+        "identity", loss_fn=lambda outputs, batch: batch["loss"] + 0 * outputs[0], predict_fn=lambda w, b: w
+    )
+    update, state = jax.jit(tx.update), tx.init(params)
+
+    def worst(loss):
+        nonlocal state
+        _, state = update(jnp.ones(1), state, params, batch={"loss": jnp.float32(loss)})
+        return float(state[0].info.worst_rise)
+
+    assert worst(1.0) == 1.0
+    assert worst(41.0) == pytest.approx(5.0)
+    assert worst(0.1) == pytest.approx(5.0)
+    for loss in [0.0] * 60:
+        last = worst(loss)
+    assert last == pytest.approx(5.0)
+    assert worst(-100.0) == worst(100.0) == pytest.approx(5.0)
 
 
 def test_the_loss_of_the_info_is_that_of_the_curvature_batch():

@@ -146,7 +146,7 @@ def test_powers_are_taken_anew_at_steps_1_2_4_8_and_every_tenth():
     update = jax.jit(metric.update)
     for step, g in enumerate(gradients((3, 2), 30), start=1):
         state = update(jnp.asarray(g, jnp.float32), state)
-        power = np.asarray(state.sides[0][0].power)
+        power = np.asarray(state.sides[0].power)
         if before is None or not np.array_equal(power, before):
             changed.append(step)
         before = power

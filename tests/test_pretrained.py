@@ -335,7 +335,9 @@ def test_a_file_that_is_too_large_is_not_read(saved, monkeypatch):
 def test_an_old_pair_is_named_with_the_remedy(tmp_path):
     (tmp_path / "old.npz").write_bytes(b"PK")
     for name in ("old", "old.npz"):
-        with pytest.raises(ValueError, match=r"old\.npz: an earlier mlhf_optax wrote this.*convert a pair"):
+        with pytest.raises(
+            ValueError, match=r"old\.npz: an earlier mlhf_optax wrote this.*give its settings and arrays"
+        ):
             load_pretrained(tmp_path / name)
 
 

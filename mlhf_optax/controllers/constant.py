@@ -26,8 +26,10 @@ from mlhf_optax.controllers.units import (
     tensor_shares,
     tensor_sizes,
     unit,
+    without_jump,
 )
 
+_SIZE_DECAY = 0.98  # of the running size of gradients by which jumps are told
 _TINY = 1e-15  # size of a gradient that is zero, for the derivative of a root
 
 
@@ -38,7 +40,7 @@ class ConstantState(NamedTuple):
       count: steps so far.
       mean_gradient: running mean of gradients, shaped like the parameters; empty without ``gradient_decay``.
       mean_square: running mean of ``rms(g)^2``, a scalar, or with ``per_tensor`` that of every tensor, shape
-        (tensors,); empty without ``unit_decay``.
+        (tensors,).
       metric: state of the metric.
       initial_sizes: root mean square of every tensor at the start, and not below that of all, shape
         (tensors,); empty without ``per_tensor``.
@@ -46,7 +48,7 @@ class ConstantState(NamedTuple):
 
     count: jax.Array  # shape=(), dtype=int32
     mean_gradient: Any
-    mean_square: Any
+    mean_square: jax.Array
     metric: Any
     initial_sizes: Any = ()
 
@@ -71,7 +73,8 @@ def constant(
       metric: M, ``"identity"``, ``"diagonal"``, ``"kronecker"`` or a
         :class:`mlhf_optax.controllers.metrics.Metric`; one that is not the identity also preconditions CG.
       gradient_decay: the system is solved for the running mean of gradients with this decay in [0, 1),
-        bias-corrected; None for the gradient of the step.
+        bias-corrected; None for the gradient of the step. One that is more than 30 times as large as those
+        before it counts as 30 times as large, in this mean and in the metric.
       unit_decay: rms(g) in the unit is at least the root of its running mean square with this decay in
         [0, 1). A training that is nearly done has steps with a tiny gradient, and with the damping as
         small they jump away. None for the gradient of the step alone.
@@ -95,15 +98,17 @@ def constant(
         if isinstance(decay, int | float) and not 0 <= decay < 1:
             raise ValueError(f"`{name}` must be in [0, 1), or None for none, got {decay}")
     rule, is_scalar = get_metric(metric), metric == "identity" and not per_tensor
+    size_decay = _SIZE_DECAY if unit_decay is None else unit_decay
 
     def init(params: Any) -> ConstantState:
         mean = () if gradient_decay is None else jax.tree.map(devices.zeros_like, params)
         sizes = initial_sizes(params) if per_tensor else ()
-        shape = (len(jax.tree.leaves(params)),) if per_tensor else ()
-        square = () if unit_decay is None else jnp.zeros(shape, jnp.float32)
+        square = jnp.zeros((len(jax.tree.leaves(params)),) if per_tensor else (), jnp.float32)
         return ConstantState(jnp.zeros((), jnp.int32), mean, square, rule.init(params), sizes)
 
     def control(view: View, state: ConstantState) -> Control:
+        before = trees.safe_sqrt(of_all_tensors(view, lately(state)))
+        view = view._replace(gradient=without_jump(view.gradient, before))
         mean = state.mean_gradient
         if gradient_decay is not None:
             own, new = gradient_decay, 1 - gradient_decay
@@ -113,23 +118,32 @@ def constant(
             mean_gradient=mean,
             metric=rule.update(view.gradient, state.metric, view.axis_name),
         )
-        if unit_decay is not None:
-            rms = tensor_sizes(view.gradient) if per_tensor else trees.root_mean_square(view.gradient)
-            square = jnp.square(rms.astype(jnp.float32))
-            state = state._replace(mean_square=unit_decay * state.mean_square + (1 - unit_decay) * square)
+        rms = tensor_sizes(view.gradient) if per_tensor else trees.root_mean_square(view.gradient)
+        square = jnp.square(rms.astype(jnp.float32))
+        state = state._replace(mean_square=size_decay * state.mean_square + (1 - size_decay) * square)
         return Control(state, state)
+
+    def lately(state: ConstantState) -> jax.Array:
+        """Returns the running mean square, zero before the first step."""
+        weights = _sum_of_weights(size_decay, jnp.maximum(state.count, 1))
+        return state.mean_square / weights
+
+    def of_all_tensors(view: View, squares: jax.Array) -> jax.Array:
+        """Returns the mean square of all, of those of every tensor."""
+        if not per_tensor:
+            return squares
+        numbers = [leaf.size for leaf in jax.tree.leaves(view.gradient)]
+        return jnp.average(squares, weights=jnp.array(numbers, jnp.float32))
 
     def units(view: View, state: ConstantState) -> Any:
         """Returns the unit of every tensor, scalars in a tree like the parameters."""
         size = of_all = trees.root_mean_square(view.gradient)
         of_tensors = tensor_sizes(view.gradient) if per_tensor else None
         if unit_decay is not None:
-            lately = state.mean_square / _sum_of_weights(unit_decay, state.count)
+            squares = lately(state)
             if per_tensor:
-                of_tensors = jnp.sqrt(jnp.maximum(lately, _TINY**2))
-                numbers = [leaf.size for leaf in jax.tree.leaves(view.gradient)]
-                lately = jnp.average(lately, weights=jnp.array(numbers, jnp.float32))
-            of_all = jnp.sqrt(jnp.maximum(lately, SMALLEST_GRADIENT**2))
+                of_tensors = jnp.sqrt(jnp.maximum(squares, _TINY**2))
+            of_all = jnp.sqrt(jnp.maximum(of_all_tensors(view, squares), SMALLEST_GRADIENT**2))
             size = jnp.maximum(size, of_all)
         if of_tensors is None:
             return jax.tree.map(lambda _: unit(size, view.initial_rms), view.gradient)

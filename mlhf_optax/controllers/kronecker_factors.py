@@ -69,6 +69,32 @@ def init_sides(shape: tuple[int, ...], block: int) -> Sides | None:
     return side(split[0]), side(split[1])
 
 
+def to_trees(treedef: Any, entries: Sequence[Sides | None]) -> Sides:
+    """Returns the sides of many tensors as one pair whose fields are trees; None for vectors.
+
+    A state may hold trees like the parameters and arrays, not a pair in the place of every parameter:
+    ``optax.tree.map_params`` and ``nnx.Optimizer`` know nothing else.
+
+    Example:
+      >>> sides = to_trees(jax.tree.structure([0, 0]), [init_sides((3, 2), 128), None])
+      >>> [None if factor is None else factor.shape for factor in sides[0].factor]
+      [(1, 3, 3), None]
+    """
+
+    def tree(index: int, field: str) -> Any:
+        return treedef.unflatten([None if e is None else getattr(e[index], field) for e in entries])
+
+    return Side(*(tree(0, field) for field in Side._fields)), Side(
+        *(tree(1, field) for field in Side._fields)
+    )
+
+
+def from_trees(treedef: Any, sides: Sides) -> list[Sides | None]:
+    """Returns what :func:`to_trees` was given."""
+    columns = [[Side(*of) for of in zip(*map(treedef.flatten_up_to, side), strict=True)] for side in sides]
+    return [None if left.factor is None else (left, right) for left, right in zip(*columns, strict=True)]
+
+
 def average_sides(sides: Sides, gradient: jax.Array, decay: float) -> Sides:
     """Adds the outer products of a gradient to the running means."""
     matrix = gradient.astype(jnp.float32).reshape(matrix_shape(gradient.shape))

@@ -15,10 +15,12 @@ import optax
 from mlhf_optax import devices, trees
 from mlhf_optax.controllers.kronecker_factors import (
     average_sides,
+    from_trees,
     init_sides,
     is_refresh_due,
     refresh_sides,
     times_sides,
+    to_trees,
 )
 
 
@@ -121,13 +123,15 @@ class KroneckerState(NamedTuple):
 
     Attributes:
       count: gradients averaged so far.
-      sides: one entry per tensor: its left and right
-        :class:`mlhf_optax.controllers.kronecker_factors.Side`, or for vectors and scalars the running
-        mean of the squared gradient.
+      sides: left and right :class:`mlhf_optax.controllers.kronecker_factors.Side` of all matrices; every
+        field of theirs is a tree like the parameters, None for vectors and scalars.
+      squares: running mean of the squared gradient of vectors and scalars, a tree like the parameters,
+        None for matrices.
     """
 
     count: jax.Array  # shape=(), dtype=int32
-    sides: tuple[Any, ...]
+    sides: Any
+    squares: Any
 
 
 def kronecker(
@@ -163,7 +167,7 @@ def kronecker(
     Example:
       >>> metric = kronecker()
       >>> params = {"kernel": jnp.ones((300, 4)), "bias": jnp.ones(4)}
-      >>> [side.factor.shape for side in metric.init(params).sides[1]]
+      >>> [side.factor["kernel"].shape for side in metric.init(params).sides]
       [(3, 100, 100), (1, 4, 4)]
 
     Source: Gupta, Koren, Singer, `Shampoo <https://arxiv.org/abs/1802.09568>`_, 2018.
@@ -176,38 +180,44 @@ def kronecker(
             raise ValueError(f"`{name}` must be at least 1, got {value}")
 
     def init(params: chex.ArrayTree) -> KroneckerState:
-        of = lambda p: init_sides(p.shape, block) or devices.zeros_like(p, jnp.float32)
-        return KroneckerState(jnp.zeros((), jnp.int32), tuple(map(of, jax.tree.leaves(params))))
+        leaves, treedef = jax.tree.flatten(params)
+        sides = [init_sides(leaf.shape, block) for leaf in leaves]
+        squares = [
+            devices.zeros_like(p, jnp.float32) if s is None else None
+            for p, s in zip(leaves, sides, strict=True)
+        ]
+        count = jnp.zeros((), jnp.int32)
+        return KroneckerState(count, to_trees(treedef, sides), treedef.unflatten(squares))
 
     def update(
         gradient: chex.ArrayTree, state: KroneckerState, axis_name: devices.AxisName = None
     ) -> KroneckerState:
         count = jnp.asarray(optax.safe_increment(state.count))
-        averaged = lambda entry, g: (
-            average_sides(entry, g, decay)
-            if isinstance(entry, tuple)
-            else _mix(decay, entry, jnp.square(g.astype(jnp.float32)))
-        )
-        entries = tuple(map(averaged, state.sides, jax.tree.leaves(gradient)))
-        matrices = [entry for entry in entries if isinstance(entry, tuple)]
+        leaves, treedef = jax.tree.flatten(gradient)
+        pairs = list(zip(leaves, from_trees(treedef, state.sides), strict=True))
+        averaged = [average_sides(sides, g, decay) for g, sides in pairs if sides is not None]
         is_due = is_refresh_due(count, refresh_every)
-        fresh = iter(refresh_sides(is_due, matrices, [power] * len(matrices), floor, axis_name))
-        return KroneckerState(
-            count, tuple(next(fresh) if isinstance(entry, tuple) else entry for entry in entries)
-        )
+        fresh = iter(refresh_sides(is_due, averaged, [power] * len(averaged), floor, axis_name))
+        sides = [None if before is None else next(fresh) for _, before in pairs]
+        squares = [
+            None if mean is None else _mix(decay, mean, jnp.square(g.astype(jnp.float32)))
+            for mean, g in zip(treedef.flatten_up_to(state.squares), leaves, strict=True)
+        ]
+        return KroneckerState(count, to_trees(treedef, sides), treedef.unflatten(squares))
 
     def times(state: KroneckerState, vector: chex.ArrayTree, inverse: bool = False) -> chex.ArrayTree:
         leaves, treedef = jax.tree.flatten(vector)
         correction = 1 - decay ** jnp.maximum(state.count, 1).astype(jnp.float32)
 
-        def one(entry, v):
-            if isinstance(entry, tuple):
-                return times_sides(entry, v, inverse)
-            root = _root(entry / correction)
+        def one(sides, square, v):
+            if sides is not None:
+                return times_sides(sides, v, inverse)
+            root = _root(square / correction)
             values = _relative(root, jnp.mean(root)) + floor
             return ((1.0 / values if inverse else values) * v).astype(v.dtype)
 
-        return treedef.unflatten(map(one, state.sides, leaves))
+        sides, squares = from_trees(treedef, state.sides), treedef.flatten_up_to(state.squares)
+        return treedef.unflatten(map(one, sides, squares, leaves))
 
     return Metric(init, update, times, _ones)
 

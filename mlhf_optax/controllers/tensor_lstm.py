@@ -22,11 +22,13 @@ from jax import lax
 from mlhf_optax import devices, trees
 from mlhf_optax.controllers.kronecker_factors import (
     average_sides,
+    from_trees,
     init_sides,
     is_refresh_due,
     matrix_shape,
     refresh_sides,
     times_sides,
+    to_trees,
 )
 from mlhf_optax.controllers.protocol import (
     Control,
@@ -39,7 +41,7 @@ from mlhf_optax.controllers.protocol import (
     View,
     accept,
 )
-from mlhf_optax.controllers.units import initial_sizes, size_of, tensor_shares
+from mlhf_optax.controllers.units import initial_sizes, size_of, tensor_shares, without_jump
 
 
 class Constants(NamedTuple):
@@ -168,7 +170,8 @@ class TensorLSTMState(NamedTuple):
       mean_weight: sum of the weights in it, a scalar.
       square: running mean of squared gradients, shaped like the parameters.
       square_weight: sum of the weights in it.
-      factors: one entry per tensor, the Kronecker factors of a matrix or None.
+      factors: the Kronecker factors of all matrices, left and right sides, each field of which is a tree like
+        the parameters; None for other tensors.
       initial_rms: shape (n,), root mean square of the parameters at the start, and not below that of all.
       largest: largest root mean square of gradients so far, a running mean.
       damping: shape (n,), of the last step.
@@ -186,7 +189,7 @@ class TensorLSTMState(NamedTuple):
     mean_weight: jax.Array
     square: chex.ArrayTree
     square_weight: jax.Array
-    factors: tuple[Any, ...]
+    factors: Any
     initial_rms: jax.Array
     largest: jax.Array
     damping: jax.Array
@@ -253,7 +256,7 @@ def tensor_lstm(
 def _init(units: int, constants: Constants, params: chex.ArrayTree) -> TensorLSTMState:
     zeros = lambda: jax.tree.map(lambda p: devices.zeros_like(p, trees.wide_dtype(p)), params)
     scalar = lambda value=0.0: jnp.full((), value, jnp.float32)
-    leaves = jax.tree.leaves(params)
+    leaves, treedef = jax.tree.flatten(params)
     each = lambda value: jnp.full(len(leaves), value, jnp.float32)
     return TensorLSTMState(
         count=jnp.zeros((), jnp.int32),
@@ -261,7 +264,7 @@ def _init(units: int, constants: Constants, params: chex.ArrayTree) -> TensorLST
         mean_weight=scalar(),
         square=zeros(),
         square_weight=scalar(),
-        factors=tuple(init_sides(leaf.shape, constants.block) for leaf in leaves),
+        factors=to_trees(treedef, [init_sides(leaf.shape, constants.block) for leaf in leaves]),
         initial_rms=initial_sizes(params),
         largest=scalar(),
         damping=each(1.0),
@@ -283,6 +286,8 @@ def _control(
     state: TensorLSTMState,
 ) -> Control:
     decay = constants.square_decay
+    before = jnp.sqrt(_mean_square(state.square) / jnp.maximum(state.square_weight, _TINY))
+    view = view._replace(gradient=without_jump(view.gradient, before))
     mix = lambda v, g: decay * v + (1 - decay) * jnp.square(trees.at_least_f32(g))
     state = state._replace(
         losses=_averaged_losses(state, view.loss),
@@ -323,17 +328,23 @@ def _control(
     )
 
 
-def _new_factors(view: View, state: TensorLSTMState, is_due: jax.Array, constants: Constants) -> tuple:
+def _factors_of_tensors(like: chex.ArrayTree, state: TensorLSTMState) -> list[Any]:
+    """Returns the factors of every tensor, None for those that are no matrix."""
+    return from_trees(jax.tree.structure(like), state.factors)
+
+
+def _new_factors(view: View, state: TensorLSTMState, is_due: jax.Array, constants: Constants) -> Any:
     """Returns the factors with this gradient, their powers taken anew if that is due."""
     decay = constants.factor_decay
-    matrices = [i for i, sides in enumerate(state.factors) if sides is not None]
-    gradients = jax.tree.leaves(view.gradient)
-    averaged = [average_sides(state.factors[i], gradients[i], decay) for i in matrices]
+    gradients, treedef = jax.tree.flatten(view.gradient)
+    factors = _factors_of_tensors(view.gradient, state)
+    matrices = [i for i, sides in enumerate(factors) if sides is not None]
+    averaged = [average_sides(factors[i], gradients[i], decay) for i in matrices]
     # The exponents of the step before: those of this one would have the network wait for the factors.
     powers = [state.power[i] for i in matrices]
     fresh = refresh_sides(is_due, averaged, powers, constants.floor, view.axis_name)
     by_tensor = dict(zip(matrices, fresh, strict=True))
-    return tuple(by_tensor.get(i) for i in range(len(state.factors)))
+    return to_trees(treedef, [by_tensor.get(i) for i in range(len(factors))])
 
 
 def _operators(constants: Constants, view: View, signal: _Signal) -> Operators:
@@ -341,14 +352,14 @@ def _operators(constants: Constants, view: View, signal: _Signal) -> Operators:
     treedef = jax.tree.structure(view.gradient)
     damping = treedef.unflatten(list(state.damping))
     trust = treedef.unflatten(list(said.trust))
-    entries = zip(jax.tree.leaves(state.square), state.factors, said.diagonal, strict=True)
+    factors = _factors_of_tensors(view.gradient, state)
+    entries = zip(jax.tree.leaves(state.square), factors, said.diagonal, strict=True)
     roots = [_diagonal_root(v, sides, share) for v, sides, share in entries]
 
     def times(vector, scales, inverse=False):
         leaves = jax.tree.leaves(vector)
         products = [
-            _times_metric(x, h, sides, inverse)
-            for x, h, sides in zip(leaves, roots, state.factors, strict=True)
+            _times_metric(x, h, sides, inverse) for x, h, sides in zip(leaves, roots, factors, strict=True)
         ]
         return Scale(scales)(treedef.unflatten(products))
 
@@ -373,9 +384,10 @@ def _damped_start(view: View, signal: _Signal, roots: list[jax.Array]) -> list[j
     before found serves: one of four products with large factors less.
     """
     said, state, before = signal.said, signal.state, jax.tree.leaves(view.damped)
-    matrices = [i for i, sides in enumerate(state.factors) if sides is not None]
+    factors = _factors_of_tensors(view.gradient, state)
+    matrices = [i for i, sides in enumerate(factors) if sides is not None]
     direction = jax.tree.leaves(view.direction)
-    product = lambda i: _times_metric(direction[i], roots[i], state.factors[i], inverse=False)
+    product = lambda i: _times_metric(direction[i], roots[i], factors[i], inverse=False)
     of_matrices = lax.cond(
         signal.is_fresh, lambda: [product(i) for i in matrices], lambda: [before[i] for i in matrices]
     )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -12,6 +13,7 @@ SMALLEST_GRADIENT = 1e-7
 _SMALLEST_PARAMETERS = 1e-3
 _SMALLEST_SHARE = 1e-8  # of a tensor's gradient in that of all, for tensors whose gradient is zero
 _TINY = 1e-30
+_LARGEST_JUMP = 30.0
 
 
 def unit(gradient_rms: jax.Array, initial_rms: jax.Array) -> jax.Array:
@@ -70,3 +72,24 @@ def tensor_shares(of_tensors: jax.Array, of_all: jax.Array) -> jax.Array:
       Array([0.25, 2.  ], dtype=float32)
     """
     return jnp.maximum((of_tensors + _TINY) / (of_all + _TINY), _SMALLEST_SHARE)
+
+
+def without_jump(gradient: chex.ArrayTree, running_rms: jax.Array) -> chex.ArrayTree:
+    """Returns a gradient that is at most 30 times as large as those before it.
+
+    One gradient that is finite and out of all proportion would stay in running means for the rest of the
+    training. A lasting growth comes through: the running size grows with it.
+
+    Args:
+      gradient: the gradient.
+      running_rms: running root mean square of the gradients before it, a scalar; zero for none.
+
+    Example:
+      >>> without_jump(jnp.array([600.0, 0.6]), jnp.array(1.0)).round(3)
+      Array([42.426,  0.042], dtype=float32)
+    """
+    size = trees.root_mean_square(gradient)
+    most = _LARGEST_JUMP * running_rms
+    is_jump = (running_rms > 0) & (size > most)
+    scale = jnp.where(is_jump, most / jnp.where(is_jump, size, 1.0), 1.0)
+    return jax.tree.map(lambda g: (scale * g).astype(g.dtype), gradient)

@@ -173,7 +173,8 @@ def load_meta_params(path: str | os.PathLike) -> Pretrained:
     if not file.is_file() and old.is_file():
         raise ValueError(
             f"{old}: an earlier mlhf_optax wrote this, with a .json beside it; this one reads a single "
-            f"{_ENDING} file. CHANGELOG.md has the lines that convert a pair"
+            f"{_ENDING} file. Load the pair with the version that wrote it, and give its settings and arrays "
+            "to `save_meta_params`"
         )
     if not file.is_file():
         raise FileNotFoundError(f"{file}: there is no such file, it should hold meta-parameters")

@@ -12,7 +12,7 @@ from mlhf_optax import MetaParams, Settings, mlhf, pcg
 from mlhf_optax.comparison.meta_train_task import draw_batches
 from mlhf_optax.controllers.coordinate_lstm import coordinate_lstm
 from mlhf_optax.controllers.lstm_settings import Divide
-from mlhf_optax.damped_step import damped, look
+from mlhf_optax.damped_step import damped_ggn, look
 from mlhf_optax.meta_training.losses import preconditioner_loss
 from mlhf_optax.tasks import Task
 
@@ -88,7 +88,7 @@ def solve_in_every_way(task: Task, meta_params: MetaParams, params, batch, gradi
     for name, (settings, chosen, num_steps) in ways.items():
         of_way = coordinate_lstm(dataclasses.replace(meta_params, settings=settings))
         damping, preconditioner, *_ = of_way.operators(view, chosen)
-        matvec = damped(view.ggn, damping)
+        matvec = damped_ggn(view.ggn, damping)
         how = {"num_steps": num_steps, "preconditioner": preconditioner, "unroll": num_steps <= 4}
         direction, residual, info = pcg(matvec, gradient, view.direction, **how)
         l_p = preconditioner_loss(direction, residual, gradient)

@@ -305,7 +305,7 @@ def _solve(controller: Controller, solver: Solver, view: View, signal: Any) -> S
     start = view.direction if operators.start is None else operators.start
     after = operators.damping_after_preconditioner
     direction, residual, info = pcg(
-        damped(view.ggn, operators.damping) if after is None else view.ggn,
+        damped_ggn(view.ggn, operators.damping) if after is None else view.ggn,
         b,
         start if controller.is_warm_started else None,
         shift=None if after is None else operators.damping,
@@ -320,7 +320,7 @@ def _solve(controller: Controller, solver: Solver, view: View, signal: Any) -> S
     return Solution(direction, residual, info.steps, info.residual_norm, operators, b, info.shifted)
 
 
-def damped(ggn: Matvec, damping: Matvec) -> Matvec:
+def damped_ggn(ggn: Matvec, damping: Matvec) -> Matvec:
     """Returns ``v -> G v + S v``."""
     return lambda vector: jax.tree.map(jnp.add, ggn(vector), damping(vector))
 

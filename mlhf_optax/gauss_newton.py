@@ -70,7 +70,8 @@ def gauss_newton(
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`; call ``update(grads, state, params, batch=batch)``.
-      Its state is that of :func:`mlhf_optax.mlhf` without LSTMs: two vectors, and the metric's.
+      Its state has the last direction, one vector more with ``gradient_decay`` and ``momentum``, and that
+      of the metric.
 
     Raises:
       TypeError: from ``update`` if ``batch`` is missing.

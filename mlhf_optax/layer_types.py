@@ -118,6 +118,11 @@ def check_params(params: chex.ArrayTree, name: str) -> None:
       TypeError: `mlhf` cannot train the parameter 'table' of dtype int32 and shape (3,): ...
     """
     check_whole_tree(params)
+    check_leaves(params, name)
+
+
+def check_leaves(params: chex.ArrayTree, name: str) -> None:
+    """As :func:`check_params`, for optimizers that work on part of a model's parameters, too."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
         where = f"`{name}` cannot train the parameter '{path_text(path)}'"
@@ -194,6 +199,7 @@ __all__ = [
     "NORM_SCALE",
     "PAPER_LAYER_TYPES",
     "LayerTypesFn",
+    "check_leaves",
     "check_params",
     "check_whole_tree",
     "distinct_layer_types",

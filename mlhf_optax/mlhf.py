@@ -33,7 +33,8 @@ def scale_by_mlhf(
       d \approx (J^T H_l J + \operatorname{diag}(s))^{-1} g
 
     by ``num_cg_steps`` steps of preconditioned conjugate gradient from the previous direction,
-    with damping s and preconditioner P from two coordinate-wise LSTMs.
+    with damping s and preconditioner P from two coordinate-wise LSTMs, or with damping on a learned metric,
+    which also preconditions, from one LSTM per tensor.
 
     A step whose gradient, direction or LSTM state is not finite, or whose direction is not one of
     descent, gives a zero update and leaves the state as it was, but for a counter in its ``info``.

@@ -169,8 +169,8 @@ def check_num_steps(num_steps: Any, name: str = "num_steps") -> None:
             f"`{name}` must be a Python int, got {type(num_steps).__name__}; it is the static length of a "
             "loop, so under `optax.inject_hyperparams` name it in `static_args`"
         )
-    if num_steps < 0:
-        raise ValueError(f"`{name}` must be at least 0, got {num_steps}")
+    if not 0 <= num_steps < 2**31:
+        raise ValueError(f"`{name}` must be from 0 to 2**31 - 1, got {num_steps}")
 
 
 def _add_scaled(a: chex.ArrayTree, scale: jax.Array, b: chex.ArrayTree) -> chex.ArrayTree:

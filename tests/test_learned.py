@@ -21,6 +21,7 @@ from problems import (
     training_steps,
 )
 
+from mlhf_optax import list_pretrained, load_pretrained, lodo
 from mlhf_optax.learned import LEARNED, get_learned
 from mlhf_optax.learned.adam_rates import AdamRates, adam_rates
 from mlhf_optax.learned.mlhf import MLHFOptions
@@ -52,6 +53,19 @@ def test_an_entry_makes_meta_parameters_that_a_file_can_hold_and_an_optimizer_th
     tx = family.optimizer(meta_params, linear, LOSS, **record, **({"deterministic": True} if samples else {}))
     losses = [loss for _, _, loss in training_steps(tx, linear_params(dtype=jnp.float32), [batch()] * 5)]
     assert losses[-1] < losses[0]
+
+
+WRONG = [(jnp.arange(3), TypeError), (jnp.ones(2, complex), TypeError), (jnp.ones((0, 3)), ValueError)]
+SHIPPED = [name for name in LEARNED if name in list_pretrained()]
+
+
+@pytest.mark.parametrize("name", ["general", "adam_rates", "lodo", *SHIPPED])
+def test_parameters_that_cannot_be_trained_are_refused(name):
+    others = {"adam_rates": lambda: adam_rates(AdamRates(jnp.zeros(5))), "lodo": lodo}
+    tx = others.get(name, lambda: load_pretrained(name).optimizer(linear, LOSS))()
+    for odd, error in WRONG:
+        with pytest.raises(error, match="cannot train the parameter 'net/odd'"):
+            tx.init({"net": {"kernel": jnp.ones((3, 2)), "odd": odd}})
 
 
 @pytest.mark.parametrize("family", LEARNED.values(), ids=list(LEARNED))

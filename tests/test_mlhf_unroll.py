@@ -11,6 +11,7 @@ import problems
 import pytest
 
 from mlhf_optax import Settings
+from mlhf_optax.learned import LEARNED
 from mlhf_optax.meta_training import mlhf_optimizer
 
 LEARNING_RATE = 0.7
@@ -168,3 +169,32 @@ def test_noise_multiplies_every_coordinate_of_the_update(small):
     assert float(jnp.max(jnp.abs(ratio - 1))) <= 0.1 + 1e-5
     assert float(jnp.std(ratio)) > 0.03
     assert np.min(np.diff(np.sort(ratio, axis=None))) > 1e-5  # no coordinate, no key like another
+
+
+def test_what_is_per_example_can_be_said_as_in_use(small):
+    batches = {**small.batches, "offset": jnp.zeros((len(small.batches["label"]), 3))}
+    run = lambda learned: jax.jit(functools.partial(learned.meta_gradient, small.meta_params, TABLE))(
+        small.params, small.opt_state, batches, jax.random.key(0)
+    )
+    said = mlhf_optimizer(LEARNING_RATE, update_noise=0.0, per_example=("image", "label"), **OPTIONS)
+    expected = small.run()
+    assert_same_training(run(said), (expected.params, expected.opt_state))
+    with pytest.raises(ValueError, match="per_example"):
+        run(mlhf_optimizer(LEARNING_RATE, update_noise=0.0, **OPTIONS))
+
+
+def test_a_task_says_what_is_per_example_to_the_general_optimizer():
+    family = LEARNED["mlhf_general"]
+    learned = family.learned(family.options(num_cg_steps=1))
+    batch = {**problems.batch(), "offset": jnp.zeros(3)}
+    task = SimpleNamespace(predict_fn=problems.linear, loss_fn=problems.LOSS, curvature_batch_size=2)
+    params = problems.linear_params(dtype=jnp.float32)
+
+    def update():
+        tx = learned.build(learned.init(jax.random.key(0), task), task)
+        return tx.update(params, tx.init(params), params, batch=batch)
+
+    with pytest.raises(ValueError, match="per_example"):
+        update()
+    task.per_example = ("image", "label")
+    assert_finite(update())

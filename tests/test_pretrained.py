@@ -332,6 +332,11 @@ def test_a_file_that_is_too_large_is_not_read(saved, monkeypatch):
     refused(saved, "meta-parameters take at most 67108864 bytes")
 
 
+def test_a_folder_is_not_a_file_of_meta_parameters():
+    with pytest.raises(ValueError, match=r"^\.: this is a folder; give the file"):
+        load_pretrained(".")
+
+
 def test_an_old_pair_is_named_with_the_remedy(tmp_path):
     (tmp_path / "old.npz").write_bytes(b"PK")
     for name in ("old", "old.npz"):

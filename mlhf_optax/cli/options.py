@@ -119,6 +119,7 @@ class Train(TaskOptions):
     def __post_init__(self):
         _require(self.seeds >= 1, "seeds", "at least 1", self.seeds)
         _require(self.steps >= 1, "steps", "at least 1", self.steps)
+        _require_positive(self, "learning_rate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,9 +182,8 @@ class MetaTrain(TaskOptions):
 
     def __post_init__(self):
         _require_ascending(self.validation_steps)
-        for name in ("meta_learning_rate", "age_scale"):
-            value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, name, "a positive number", value)
+        _require_positive(self, "meta_learning_rate", "age_scale")
+        _require_seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,6 +238,8 @@ class MetaTrainLong:
     def __post_init__(self):
         _require(len(self.horizons) == 2, "horizons", "two numbers, like 20,3000", _joined(self.horizons))
         _require_ascending(self.validation_steps)
+        _require_positive(self, "meta_learning_rate", "sigma")
+        _require_seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,6 +330,16 @@ def _help(cls: type) -> dict[str, str]:
 def _require_ascending(steps: tuple[int, ...]) -> None:
     is_ascending = steps[0] >= 1 and steps == tuple(sorted(set(steps)))
     _require(is_ascending, "validation_steps", "ascending numbers, like 10,30,100", _joined(steps))
+
+
+def _require_positive(options: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        _require(value is None or 0 < value < math.inf, name, "a positive number", value)
+
+
+def _require_seed(seed: int) -> None:
+    _require(0 <= seed < 2**32, "seed", "from 0 to 2**32 - 1", seed)
 
 
 def _require(is_met: bool, name: str, wanted: str, value: Any) -> None:

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mlhf_optax.layer_types import check_leaves
 from mlhf_optax.learned.registry import LearnedFamily
-from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, unrolled_optimizer
+from mlhf_optax.meta_training.learned_optimizer import META_LOSSES, LearnedOptimizer, unrolled_optimizer
 
 _MAX_RANK = 4
 
@@ -66,14 +67,16 @@ def adam_rates(meta_params: AdamRates, *, b1: float = 0.9, b2: float = 0.999) ->
       (Array([-0.5], dtype=float32), Array([[-0.1]], dtype=float32))
     """
 
+    def init(params):
+        check_leaves(params, "adam_rates")
+        return optax.EmptyState()
+
     def scale(updates, state, params=None):
         del params
         rate = lambda u: jnp.exp(meta_params.log_rate[min(u.ndim, _MAX_RANK)])
         return jax.tree.map(lambda u: (-rate(u) * u).astype(u.dtype), updates), state
 
-    return optax.chain(
-        optax.scale_by_adam(b1, b2), optax.GradientTransformation(optax.init_empty_state, scale)
-    )
+    return optax.chain(optax.scale_by_adam(b1, b2), optax.GradientTransformation(init, scale))
 
 
 def _init(key: chex.PRNGKey, initial_rate: float) -> AdamRates:
@@ -87,9 +90,7 @@ def _learned(options: AdamRatesOptions, start: Any = None) -> LearnedOptimizer:
         return _init(key, options.initial_rate) if start is None else start.meta_params
 
     build = lambda meta_params, task: optax.with_extra_args_support(adam_rates(meta_params))
-    # The mean of logarithms asks for progress late in a training as much as early.
-    meta_loss = lambda trajectory: jnp.mean(jnp.log(trajectory.losses[1:] + 1e-6))
-    return unrolled_optimizer(build, meta_loss, init=init)
+    return unrolled_optimizer(build, META_LOSSES["log"], init=init)
 
 
 def _optimizer(

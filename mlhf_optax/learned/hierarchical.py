@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from mlhf_optax import trees
+from mlhf_optax.layer_types import check_leaves
 from mlhf_optax.learned import cells
 from mlhf_optax.learned.backpropagation import (
     BackpropagationOptions,
@@ -70,7 +71,7 @@ class Hierarchical(NamedTuple):
 
 
 class HierarchicalState(NamedTuple):
-    """State of :func:`hierarchical`: 21 floats a parameter, 20 a tensor and 20 in all.
+    """State of :func:`hierarchical`: 21 floats per parameter, 20 a tensor and 20 in all.
 
     Attributes:
       param_state: of the coordinates; leaves of shape (10, *param.shape).
@@ -159,6 +160,8 @@ def hierarchical(
     _require_rate(initial_rate)
 
     def init(params):
+        check_leaves(params, "hierarchical")
+
         def starts(vector):
             zeros = cells.wide(params, vector.size)
             return jax.tree.map(lambda x: x + cells.spread(vector, x).astype(x.dtype), zeros)

@@ -14,6 +14,7 @@ import optax
 
 from mlhf_optax import trees
 from mlhf_optax.controllers import lstm
+from mlhf_optax.layer_types import check_leaves
 from mlhf_optax.learned import cells
 from mlhf_optax.learned.backpropagation import BackpropagationOptions, MetaLossName, backpropagated
 
@@ -57,7 +58,7 @@ class Moments(NamedTuple):
 
 
 class HyperAdamState(NamedTuple):
-    """State of :func:`hyperadam`: 120 floats a parameter.
+    """State of :func:`hyperadam`: 120 floats per parameter.
 
     Attributes:
       moments: of all candidates.
@@ -108,6 +109,7 @@ def hyperadam(
     """
 
     def init(params):
+        check_leaves(params, "hyperadam")
         return HyperAdamState(init_moments(params))
 
     def update(updates, state, params=None):

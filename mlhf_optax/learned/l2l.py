@@ -17,6 +17,7 @@ import optax
 
 from mlhf_optax import trees
 from mlhf_optax.controllers import lstm
+from mlhf_optax.layer_types import check_leaves
 from mlhf_optax.learned import cells
 from mlhf_optax.learned.backpropagation import BackpropagationOptions, MetaLossName, backpropagated
 
@@ -35,7 +36,7 @@ class L2L(NamedTuple):
 
 
 class L2LState(NamedTuple):
-    """State of :func:`l2l`: 80 floats a parameter.
+    """State of :func:`l2l`: 80 floats per parameter.
 
     Attributes:
       carry: of both LSTM layers; trees with leaves of shape (20, *param.shape).
@@ -82,6 +83,7 @@ def l2l(meta_params: L2L, *, learning_rate: optax.ScalarOrSchedule = 0.1) -> opt
     """
 
     def init(params):
+        check_leaves(params, "l2l")
         return L2LState(cells.init_carry(params, len(meta_params.lstm.layers), UNITS))
 
     def update(updates, state, params=None):

@@ -13,6 +13,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from mlhf_optax import trees
+from mlhf_optax.layer_types import check_leaves
 
 _META_EPS = 1e-7
 
@@ -22,8 +23,8 @@ class LODOState(NamedTuple):
 
     Attributes:
       momentum: running mean of gradients, shape (n,).
-      blocks: weights of the L layers, shape (L, M / k, k, k); 128 numbers a parameter for 16 layers of 4.
-      blocks_opt_state: of the Adam that trains them, 256 numbers a parameter.
+      blocks: weights of the L layers, shape (L, M / k, k, k); 128 numbers per parameter for 16 layers of 4.
+      blocks_opt_state: of the Adam that trains them, 256 numbers per parameter.
       permutations: order of the coordinates before every layer, int32, shape (L, M).
     """
 
@@ -50,7 +51,7 @@ def lodo(
     that step should have been; by its derivative with respect to A, Adam improves A.
 
     That derivative is right only if the update is applied as it is returned: chain nothing behind it that
-    changes it. It needs 385 numbers a parameter, so it is for small networks.
+    changes it. It needs 385 numbers per parameter, so it is for small networks.
 
     Args:
       learning_rate: a number. Times the largest curvature it must be below 2, or the training diverges.
@@ -80,6 +81,7 @@ def lodo(
     adam = optax.adam(meta_learning_rate, eps=_META_EPS)
 
     def init(params):
+        check_leaves(params, "lodo")
         flat = _flat(params)
         if not flat.size:
             raise ValueError("`lodo` needs parameters with at least one number, got none")

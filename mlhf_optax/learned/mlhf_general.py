@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from mlhf_optax.controllers.tensor_lstm import TensorLSTM, init_tensor_lstm
 from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn, check_curvature_batch
 from mlhf_optax.devices import AxisName
 from mlhf_optax.learned.registry import LearnedFamily, number_problem
-from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, unrolled_optimizer
+from mlhf_optax.meta_training.learned_optimizer import META_LOSSES, LearnedOptimizer, unrolled_optimizer
 from mlhf_optax.mlhf import mlhf
 
 _MAX_UNITS = 4096
@@ -52,11 +51,11 @@ def _learned(options: MLHFGeneralOptions, start: Any = None) -> LearnedOptimizer
             task.loss_fn,
             num_cg_steps=options.num_cg_steps,
             curvature_batch_size=options.curvature_batch_size if own is None else own,
+            per_example=getattr(task, "per_example", None),
         )
 
     # For those who want back-propagation; over long horizons only `build` is used.
-    meta_loss = lambda trajectory: jnp.mean(jnp.log(trajectory.losses[1:] + 1e-6))
-    return unrolled_optimizer(build, meta_loss, init=init)
+    return unrolled_optimizer(build, META_LOSSES["log"], init=init)
 
 
 def _resolve(options: MLHFGeneralOptions, start: Any) -> MLHFGeneralOptions:

@@ -16,6 +16,7 @@ import optax
 
 from mlhf_optax import trees
 from mlhf_optax.controllers import lstm
+from mlhf_optax.layer_types import check_leaves
 from mlhf_optax.learned import cells
 from mlhf_optax.learned.backpropagation import BackpropagationOptions, MetaLossName, backpropagated
 
@@ -37,7 +38,7 @@ class RNNProp(NamedTuple):
 
 
 class RNNPropState(NamedTuple):
-    """State of :func:`rnnprop`: 82 floats a parameter.
+    """State of :func:`rnnprop`: 82 floats per parameter.
 
     Attributes:
       count: number of steps done, int32, shape ().
@@ -91,6 +92,7 @@ def rnnprop(
     """
 
     def init(params):
+        check_leaves(params, "rnnprop")
         carry = cells.init_carry(params, len(meta_params.lstm.layers), UNITS)
         return RNNPropState(jnp.zeros((), jnp.int32), cells.wide(params), cells.wide(params), carry)
 

@@ -15,6 +15,7 @@ import optax
 
 from mlhf_optax import trees
 from mlhf_optax.controllers import lstm
+from mlhf_optax.layer_types import check_leaves
 from mlhf_optax.learned import cells
 from mlhf_optax.learned.backpropagation import BackpropagationOptions, MetaLossName, backpropagated
 from mlhf_optax.learned.hyperadam import CANDIDATES, Moments, candidates, init_moments, normalised
@@ -43,7 +44,7 @@ class VariationalHyperAdam(NamedTuple):
 
 
 class VariationalHyperAdamState(NamedTuple):
-    """State of :func:`variational_hyperadam`: 122 floats a parameter.
+    """State of :func:`variational_hyperadam`: 122 floats per parameter.
 
     Attributes:
       count: number of steps done, int32, shape ().
@@ -115,6 +116,7 @@ def variational_hyperadam(
         raise ValueError(f"`kl_reduction` must be 'sum' or 'mean', got {kl_reduction!r}")
 
     def init(params):
+        check_leaves(params, "variational_hyperadam")
         return VariationalHyperAdamState(
             jnp.zeros((), jnp.int32),
             cells.wide(params),

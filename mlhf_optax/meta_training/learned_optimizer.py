@@ -15,7 +15,11 @@ from jax import lax
 
 
 class Task(Protocol):
-    """A network and a loss. Anything with these three attributes is a task."""
+    """A network and a loss. Anything with these three attributes is a task.
+
+    Two more are optional, for optimizers that use curvature: ``curvature_batch_size``, the part of a batch
+    for it, and ``per_example``, what of the batch has one entry per example (:func:`mlhf_optax.mlhf`).
+    """
 
     @property
     def init_fn(self) -> Callable[[chex.PRNGKey], chex.ArrayTree]:

@@ -391,6 +391,7 @@ def _scaled(task: Task, weight_unit: jax.Array, loss_unit: jax.Array) -> Any:
         predict_fn=lambda params, batch: task.predict_fn(to_task(params), batch),
         loss_fn=lambda outputs, batch: loss_unit * task.loss_fn(outputs, batch),
         curvature_batch_size=getattr(task, "curvature_batch_size", None),
+        per_example=getattr(task, "per_example", None),
     )
 
 

@@ -68,6 +68,7 @@ def mlhf_optimizer(learning_rate: float = 1.0, **options: Any) -> LearnedOptimiz
             task.loss_fn,
             num_cg_steps=chosen.num_cg_steps,
             curvature_batch_size=chosen.curvature_batch_size,
+            per_example=chosen.per_example,
             max_update_ratio=chosen.max_update_ratio,
             layer_types_fn=chosen.layer_types_fn,
             unroll=chosen.unroll,

@@ -13,7 +13,7 @@ from mlhf_optax import trees
 from mlhf_optax.controllers.coordinate_lstm import Outputs
 from mlhf_optax.controllers.lstm_settings import Inputs
 from mlhf_optax.controllers.protocol import Controller
-from mlhf_optax.curvature import CurvatureBatch
+from mlhf_optax.curvature import CurvatureBatch, PerExample
 from mlhf_optax.damped_step import DampedStepState, Solver, damped_step, look
 from mlhf_optax.layer_types import LayerTypesFn
 from mlhf_optax.meta_training.learned_optimizer import task_loss
@@ -29,6 +29,7 @@ class UnrollOptions:
       learning_rate: inner learning rate while meta-training.
       num_cg_steps: CG steps K.
       curvature_batch_size: part of the batch for GGN products.
+      per_example: what of the batch has one entry per example (:func:`mlhf_optax.mlhf`).
       max_update_ratio: bound on the update, in meta-training as in use (None: no bound, the paper).
       update_noise: each coordinate of an update is multiplied by uniform noise in
         ``[1 - update_noise, 1 + update_noise]``, as in the authors' code (0: none, the paper).
@@ -49,6 +50,7 @@ class UnrollOptions:
     learning_rate: float = 1.0
     num_cg_steps: int = 4
     curvature_batch_size: CurvatureBatch = None
+    per_example: PerExample = None
     max_update_ratio: float | None = 0.25
     update_noise: float = 0.02
     step_loss: StepLoss = "relative"
@@ -133,8 +135,8 @@ def inner_step(
     """
     batch, next_batch, key = inputs
     model = (task.predict_fn, task.loss_fn)
-    part = options.curvature_batch_size
-    view = look(controller, inner.state, model, inner.params, inner.gradient, batch, part)
+    part = (options.curvature_batch_size, options.per_example)
+    view = look(controller, inner.state, model, inner.params, inner.gradient, batch, *part)
     noise = _update_noise(options, inner.params, key)
 
     def around_solve(solve, signal: Outputs):

@@ -281,6 +281,8 @@ def _record_problem(record: Mapping[str, Any]) -> str | None:
 
 def _with_ending(path: str | os.PathLike) -> Path:
     path = Path(path)
+    if not path.name:
+        raise ValueError(f"{path}: this is a folder; give the file that holds meta-parameters")
     return path.with_name(f"{path.name.removesuffix(_ENDING)}{_ENDING}")
 
 

@@ -4,7 +4,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import optax
 import pytest
 
 import mlhf_optax
@@ -32,15 +34,25 @@ def find_examples(text):
 EXAMPLES = find_examples(TEXT) + find_examples(OF_BENCHMARKS)
 
 
+def losses_of(code, capsys):
+    """Runs an example and returns the losses that it prints."""
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    return [float(number) for number in re.findall(r"loss (\S+)", capsys.readouterr().out)]
+
+
 @pytest.mark.parametrize("code", [pytest.param(code, id=heading) for heading, code in EXAMPLES])
 def test_example_runs_and_its_loss_falls(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # One of them adds an optimizer; other tests look at those that are there.
     monkeypatch.setattr(learned, "LEARNED", dict(learned.LEARNED))
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
-    losses = [float(number) for number in re.findall(r"loss (\S+)", capsys.readouterr().out)]
+    losses = losses_of(code, capsys)
     assert len(losses) >= 20
     assert losses[-1] < 0.5 * losses[0]
+    if "load_pretrained().optimizer" in code:
+        adam = optax.with_extra_args_support(optax.adam(1e-3))
+        stand_in = SimpleNamespace(optimizer=lambda predict_fn, loss_fn: adam)
+        monkeypatch.setattr(mlhf_optax, "load_pretrained", lambda: stand_in)
+        assert losses[-1] < 0.5 * losses_of(code, capsys)[-1]
 
 
 def test_there_is_an_example_for_every_kind_of_user():

@@ -42,8 +42,8 @@ def strict_ranks():
 def unoptimised():
     """LLVM leaves out its costly passes, which halves the time to compile.
 
-    For files whose tests are of what is run, written and shown, or of how trainings behave. Those of kernels,
-    products and gradients run what users run.
+    For files whose tests are of what is run, written and shown, or of how steps and trainings behave. Those
+    of kernels, products and metrics run what users run.
     """
     jax.config.update("jax_disable_most_optimizations", True)
     yield

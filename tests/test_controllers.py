@@ -11,7 +11,7 @@ from mlhf_optax import scale_by_damped_step
 from mlhf_optax.controllers import Quotient, Scale, constant, metrics, scheduled
 from mlhf_optax.controllers.units import unit, without_jump
 
-pytestmark = pytest.mark.usefixtures("strict_ranks")
+pytestmark = pytest.mark.usefixtures("strict_ranks", "unoptimised")
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

@@ -22,6 +22,8 @@ from mlhf_optax import (
 from mlhf_optax.controllers import Control, Controller, Operators, Quotient, Scale
 from mlhf_optax.damped_step import Solver
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 META_PARAMS = problems.random_meta_params(units=(2,))
 ADAPTED = LevenbergMarquardt(0.1)
 

@@ -11,6 +11,8 @@ import references
 from mlhf_optax import SquaredError, gauss_newton
 from mlhf_optax.controllers.metrics import diagonal
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 METRICS = ("identity", "diagonal")
 both_metrics = pytest.mark.parametrize("metric", METRICS)
 

@@ -12,7 +12,7 @@ from mlhf_optax import LevenbergMarquardt, SquaredError, hessian_free, scale_by_
 from mlhf_optax.controllers import Outcome, View
 from mlhf_optax.controllers.levenberg_marquardt import reduction_ratio
 
-pytestmark = pytest.mark.usefixtures("x64", "strict_ranks")
+pytestmark = pytest.mark.usefixtures("x64", "strict_ranks", "unoptimised")
 
 
 def direction_of(tx, params, batch):

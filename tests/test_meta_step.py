@@ -21,6 +21,8 @@ from mlhf_optax.meta_training import (
     unrolled_optimizer,
 )
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 NUM_TASKS, LENGTH = 4, 3
 
 

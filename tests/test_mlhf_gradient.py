@@ -16,6 +16,8 @@ from mlhf_optax import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings
 from mlhf_optax.controllers.lstm_settings import LogFeatures, Multiply, Unit
 from mlhf_optax.meta_training import mlhf_optimizer
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 LEARNING_RATE = 0.7
 
 

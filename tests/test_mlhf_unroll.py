@@ -14,6 +14,8 @@ from mlhf_optax import Settings
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.meta_training import mlhf_optimizer
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 LEARNING_RATE = 0.7
 OPTIONS = {
     "num_cg_steps": 2,

@@ -420,6 +420,7 @@ def test_list_shows_tasks_optimizers_and_what_is_shipped(monkeypatch, capsys):
     assert run("list") == 0
     out = capsys.readouterr().out
     assert all(name in out for name in (*TASKS, *LEARNED, "shipped", "learning_rate 0.5", "muon"))
+    assert out.count("any network") >= sum(family.fits_any for family in LEARNED.values())
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,12 @@ def _meta_train(
     return 0
 
 
+_FITS = {
+    True: "any network",
+    False: "networks and data like those that they were trained on, for 30 to 100 steps",
+}
+
+
 def list_all() -> int:
     """Prints the tasks, the optimizers and the shipped meta-parameters; returns the exit status."""
     sets = []
@@ -233,7 +239,9 @@ def list_all() -> int:
         sets.append((name, record["optimizer"], record["task"], str(record["batch_size"]), use))
     tables = {
         ("task", "what is trained"): [(name, get_task(name).description) for name in TASKS],
-        ("learned optimizer", "what it is"): [(name, one.description) for name, one in LEARNED.items()],
+        ("learned optimizer", "what it is", "its meta-parameters fit"): [
+            (name, one.description, _FITS[one.fits_any]) for name, one in LEARNED.items()
+        ],
         ("meta-parameters", "optimizer", "trained on", "batch", "to be used with"): sets,
     }
     console = Console(highlight=False)

@@ -176,6 +176,3 @@ mlir.register_lowering(_convolution_p, mlir.lower_fun(_contract, multiple_result
 mlir.register_lowering(
     _convolution_p, mlir.lower_fun(contract_on_cpu, multiple_results=False), platform="cpu"
 )
-
-
-__all__ = ["convolve"]

@@ -127,6 +127,3 @@ def _pieces(array: jax.Array) -> jax.Array:
     missing = -array.shape[0] % _IMAGES_AT_ONCE
     padded = jnp.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1))) if missing else array
     return padded.reshape(-1, _IMAGES_AT_ONCE, *array.shape[1:])
-
-
-__all__ = ["LAYOUT", "Geometry", "contract_on_cpu"]

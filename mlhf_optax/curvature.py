@@ -367,17 +367,3 @@ def _check_scalar_loss(loss_fn: LossFn, outputs: Outputs, batch: Batch) -> None:
             "`loss_fn(outputs, batch)` must return one scalar (reduce over the batch, for example with "
             f"`jnp.mean`), got {shape}"
         )
-
-
-__all__ = [
-    "Batch",
-    "CurvatureBatch",
-    "LossFn",
-    "Matvec",
-    "Outputs",
-    "PredictFn",
-    "check_curvature_batch",
-    "curvature_subset",
-    "ggn_matvec",
-    "output_curvature",
-]

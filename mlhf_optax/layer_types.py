@@ -188,21 +188,3 @@ def _names(path: tuple) -> list[str]:
     while len(names) > 1 and names[-1] in ("value", "raw_value"):
         names.pop()
     return names
-
-
-__all__ = [
-    "CONV_BIAS",
-    "CONV_KERNEL",
-    "DENSE_BIAS",
-    "DENSE_KERNEL",
-    "NORM_BIAS",
-    "NORM_SCALE",
-    "PAPER_LAYER_TYPES",
-    "LayerTypesFn",
-    "check_leaves",
-    "check_params",
-    "check_whole_tree",
-    "distinct_layer_types",
-    "layer_types",
-    "path_text",
-]

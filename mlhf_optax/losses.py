@@ -242,6 +242,3 @@ def _entries(
         )
     weights, is_counted = _weights(batch, mask, outputs.shape, dtype)
     return _shield(outputs.astype(dtype), is_counted), _shield(found.astype(dtype), is_counted), weights
-
-
-__all__ = ["SigmoidCrossEntropy", "SoftmaxCrossEntropy", "SquaredError"]

@@ -111,6 +111,3 @@ def _parted(batch: Any, names: frozenset) -> tuple[Any, Any]:
 
 def _joined(part: Any, whole: Any) -> Any:
     return {**part, **whole} if whole else part
-
-
-__all__ = ["over_micro_batches"]

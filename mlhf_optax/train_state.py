@@ -75,6 +75,3 @@ def _takes_batch(update: Callable) -> bool:
     # extra arguments on without being a `GradientTransformationExtraArgs`.
     parameters = inspect.signature(update).parameters
     return "batch" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-__all__ = ["TrainState"]

@@ -106,6 +106,3 @@ class MetaTrainingConfig:
     def _require(self, name: str, is_met: bool, wanted: str) -> None:
         if not is_met:
             raise ValueError(f"`{name}` must be {wanted}, got {getattr(self, name)!r}")
-
-
-__all__ = ["MetaTrainingConfig"]

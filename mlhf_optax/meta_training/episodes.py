@@ -164,6 +164,3 @@ def _loss(task: Task, outputs: tuple[Any, Any], batch: _EpisodeBatch) -> jax.Arr
     if residual is None:
         return loss
     return loss + jnp.mean(jnp.minimum(jnp.square(residual), _COMPANION_BOUND))
-
-
-__all__ = ["Constants", "Episode", "EpisodeParams", "with_tricks"]

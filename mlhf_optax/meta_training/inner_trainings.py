@@ -163,6 +163,3 @@ def _keep_chance(config: MetaTrainingConfig, age: jax.Array) -> jax.Array | floa
 def _choose(mask: jax.Array, on_true: Any, on_false: Any) -> Any:
     pick = lambda t, f: jnp.where(mask.reshape((-1,) + (1,) * (t.ndim - 1)), t, f)
     return jax.tree.map(pick, on_true, on_false)
-
-
-__all__ = ["Health", "InnerTraining", "advance", "examine", "fresh_training", "replace_ended"]

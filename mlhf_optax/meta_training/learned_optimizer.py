@@ -212,16 +212,3 @@ def unrolled_optimizer(
         return MetaGradient(gradient, {"meta_loss": value}, w, state, losses, norm, value)
 
     return LearnedOptimizer(build, meta_gradient, init)
-
-
-__all__ = [
-    "META_LOSSES",
-    "LearnedOptimizer",
-    "MetaGradient",
-    "Task",
-    "Trajectory",
-    "map_trainings",
-    "runs_in_sequence",
-    "task_loss",
-    "unrolled_optimizer",
-]

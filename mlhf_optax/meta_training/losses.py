@@ -108,6 +108,3 @@ def step_gain(
         value = gain(next_after, losses.next_before) + weight * gain(same_after, losses.same_before)
         return value, 1.0 / (next_after + epsilon), weight / (same_after + epsilon)
     raise ValueError(f"`step_loss` must be 'difference', 'relative' or 'log', got {scale!r}")
-
-
-__all__ = ["StepLoss", "StepLosses", "preconditioner_loss", "step_gain"]

@@ -264,6 +264,3 @@ def _metrics(state: MetaState, results: MetaGradient, gradient, health: Health) 
     metrics["age"] = jnp.mean(state.trainings.age.astype(jnp.float32))
     metrics["healthy"] = jnp.mean(health.healthy.astype(jnp.float32))
     return metrics
-
-
-__all__ = ["MetaState", "MetaStepFn", "Metrics", "check_batches", "make_meta_step", "meta_optimizer"]

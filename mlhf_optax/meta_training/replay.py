@@ -120,6 +120,3 @@ def sample(
     logits = jnp.where(is_filled | ~found, logits, -jnp.inf)
     index = jax.random.categorical(key, logits, shape=(count,))
     return jax.tree.map(lambda buffer: buffer[index], replay.entries), found
-
-
-__all__ = ["Replay", "Sampling", "init_replay", "sample", "store"]

@@ -144,14 +144,3 @@ def check_steps(steps: Sequence[int]) -> None:
 
 def _bounded(losses: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(losses), jnp.clip(losses, _LOSS_FLOOR, _WORST_LOSS), _WORST_LOSS)
-
-
-__all__ = [
-    "LossesFn",
-    "ValidateFn",
-    "Validation",
-    "check_steps",
-    "make_validation",
-    "score_of",
-    "training_losses",
-]

@@ -284,6 +284,3 @@ def _with_ending(path: str | os.PathLike) -> Path:
     if not path.name:
         raise ValueError(f"{path}: this is a folder; give the file that holds meta-parameters")
     return path.with_name(f"{path.name.removesuffix(_ENDING)}{_ENDING}")
-
-
-__all__ = ["FORMAT", "VERSION", "Pretrained", "decode", "load_meta_params", "save_meta_params"]

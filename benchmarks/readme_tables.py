@@ -30,6 +30,7 @@ TABLES = {
         ["held_out", "held_out_batches", "ten_times_horizon"],
     ),
     "held_out_losses": (tables_of_held_out.held_out_losses, ["held_out"]),
+    "held_out_dampings": (tables_of_held_out.held_out_dampings, ["held_out_dampings"]),
     "held_out_learned": (tables_of_held_out.held_out_learned, ["held_out"]),
     "held_out_cosine": (tables_of_held_out.held_out_cosine, ["held_out", "held_out_cosine"]),
     "held_out_batches": (tables_of_held_out.held_out_batches, ["held_out", "held_out_batches"]),

@@ -256,10 +256,9 @@ def held_out_dampings(content: dict[str, Any]) -> list[str]:
             lower = sum(ratio < 1 for ratio in found)
             cells.append(f"{bold(statistics.median(found), 1.0)} ({lower} of {len(found)})")
         lines.append([label.removeprefix(_DAMPING), *cells])
-    names = ", ".join(row["task"] for row in rows)
     note = (
-        "Loss over that of the constant in the tables above, whose damping is 10; median over "
-        f"{names}, and in brackets on how many it is lower. {seeds_text(content)}"
+        "Loss over that of the constant in the tables above, whose damping is 10; medians, in brackets on "
+        f"how many tasks it is lower. {seeds_text(content)}"
     )
     return with_note(lines, note, content)
 

@@ -85,8 +85,8 @@ def without_jump(gradient: chex.ArrayTree, running_rms: jax.Array) -> chex.Array
       running_rms: running root mean square of the gradients before it, a scalar; zero for none.
 
     Example:
-      >>> without_jump(jnp.array([600.0, 0.6]), jnp.array(1.0)).round(3)
-      Array([42.426,  0.042], dtype=float32)
+      >>> without_jump(jnp.array([30.0, 40.0]), jnp.array(0.5)).round(2)
+      Array([12.73, 16.97], dtype=float32)
     """
     size = trees.root_mean_square(gradient)
     most = _LARGEST_JUMP * running_rms

@@ -45,6 +45,13 @@ def parse_options(options: type[Options], about: str | None, arguments: Sequence
     return tyro.cli(options, description=about or "", args=arguments, config=config)
 
 
+def require_at_least_one(options: Any, *names: str) -> None:
+    """Raises ValueError for options that are numbers below 1."""
+    for name in names:
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
 def command_line(script: str, arguments: Sequence[str] | None = None) -> str:
     """Returns the shell command that runs a script; its arguments are those of this process if None."""
     given = sys.argv[1:] if arguments is None else arguments
@@ -80,8 +87,7 @@ class BenchmarkOptions:
     """Show in minutes that it runs: little work, few rounds."""
 
     def __post_init__(self):
-        if self.repeats < 1:
-            raise ValueError(f"--repeats must be at least 1, got {self.repeats}")
+        require_at_least_one(self, "repeats")
 
     def save(self, command: str, draw: Callable[..., None], **content: Any) -> None:
         """Writes the content, and draws it with ``draw(figure, content)``, where that is asked for."""
@@ -128,9 +134,7 @@ class ExperimentOptions:
     """A narrow network, few examples, 2 epochs and 1 seed: minutes on two cores."""
 
     def __post_init__(self):
-        for name in ("epochs", "seeds", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        require_at_least_one(self, "epochs", "seeds", "batch_size")
         if any(count < 1 for count in self.cg_steps):
             raise ValueError(f"--cg-steps must be at least 1, got {self.cg_steps}")
 

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from experiment import command_line, finite_or_none, parse_options, save_drawing
+from experiment import command_line, finite_or_none, parse_options, require_at_least_one, save_drawing
 from held_out_tasks import LENGTHS, TASKS, check_tasks
 
 from mlhf_optax import load_pretrained, lodo, mlhf
@@ -111,9 +111,7 @@ class Options:
             raise ValueError(f"--learned must be among {', '.join(LEARNED_RIVALS)}, got {', '.join(unknown)}")
         if not self.dampings or not all(damping > 0 for damping in self.dampings):
             raise ValueError(f"--dampings must be positive numbers, at least one, got {self.dampings}")
-        for name in ("num_cg_steps", "steps", "seeds"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        require_at_least_one(self, "num_cg_steps", "steps", "seeds")
 
 
 def contenders_for(task: Task, options: Options, length: int) -> list[Contender]:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from experiment import command_line, parse_options
+from experiment import command_line, parse_options, require_at_least_one
 from held_out import LODO
 
 from mlhf_optax import SoftmaxCrossEntropy, lodo
@@ -59,8 +59,7 @@ class Options:
     def __post_init__(self):
         if self.task not in TASKS:
             raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {self.task}")
-        if self.steps < 1:
-            raise ValueError(f"--steps must be at least 1, got {self.steps}")
+        require_at_least_one(self, "steps")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

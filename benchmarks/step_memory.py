@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from experiment import ONE_THREAD, BenchmarkOptions, command_line, parse_options
+from experiment import ONE_THREAD, BenchmarkOptions, command_line, parse_options, require_at_least_one
 from jax import lax
 from step_contenders import training_step
 
@@ -58,8 +58,7 @@ class Options(BenchmarkOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps < 1 or self.batch < 1:
-            raise ValueError(f"--steps and --batch must be at least 1, got {self.steps} and {self.batch}")
+        require_at_least_one(self, "steps", "batch")
 
 
 class Worker(NamedTuple):

@@ -144,7 +144,7 @@ def test_targets_are_judged_where_they_were_measured():
         (step_time, ["--tasks", "digits-mlp", "cnn"], "--tasks: there is no cnn; there are digits-mlp"),
         (step_time, ["--batches", "64", "0"], "numbers of examples such as 64 128, got (64, 0)"),
         (step_time, ["--repeats", "0"], "--repeats must be at least 1, got 0"),
-        (step_memory, ["--steps", "0"], "--steps and --batch must be at least 1, got 0 and 128"),
+        (step_memory, ["--steps", "0"], "--steps must be at least 1, got 0"),
         (meta_step_time, ["--tasks", "resnet9"], "there is no resnet9; there are digits-mlp"),
         (meta_step_time, ["--repeats", "0"], "--repeats must be at least 1, got 0"),
     ],

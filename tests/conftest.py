@@ -1,5 +1,6 @@
 """Fixtures that the tests share, and one folder for what they compile."""
 
+import contextlib
 import os
 import tempfile
 
@@ -22,6 +23,27 @@ def pytest_configure(config):
     for name, value in CACHE.items():
         os.environ[name.upper()] = str(value)
         jax.config.update(name, value)
+    config.pluginmanager.register(_Examples())
+
+
+@contextlib.contextmanager
+def _without_costly_passes():
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+class _Examples:
+    """LLVM leaves out its costly passes for examples in docstrings, too, which no fixture here reaches."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        if not isinstance(item, pytest.DoctestItem):
+            return (yield)
+        with _without_costly_passes():
+            return (yield)
 
 
 @pytest.fixture
@@ -45,9 +67,8 @@ def unoptimised():
     For files whose tests are of what is run, written and shown, or of how steps and trainings behave. Those
     of kernels, products and metrics run what users run.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with _without_costly_passes():
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -81,12 +81,11 @@ def to_trees(treedef: Any, entries: Sequence[Sides | None]) -> Sides:
       [(1, 3, 3), None]
     """
 
-    def tree(index: int, field: str) -> Any:
-        return treedef.unflatten([None if e is None else getattr(e[index], field) for e in entries])
+    def side(index: int) -> Side:
+        field = lambda name: [None if entry is None else getattr(entry[index], name) for entry in entries]
+        return Side(*(treedef.unflatten(field(name)) for name in Side._fields))
 
-    return Side(*(tree(0, field) for field in Side._fields)), Side(
-        *(tree(1, field) for field in Side._fields)
-    )
+    return side(0), side(1)
 
 
 def from_trees(treedef: Any, sides: Sides) -> list[Sides | None]:

@@ -328,22 +328,17 @@ def _control(
     )
 
 
-def _factors_of_tensors(like: chex.ArrayTree, state: TensorLSTMState) -> list[Any]:
-    """Returns the factors of every tensor, None for those that are no matrix."""
-    return from_trees(jax.tree.structure(like), state.factors)
-
-
 def _new_factors(view: View, state: TensorLSTMState, is_due: jax.Array, constants: Constants) -> Any:
     """Returns the factors with this gradient, their powers taken anew if that is due."""
     decay = constants.factor_decay
     gradients, treedef = jax.tree.flatten(view.gradient)
-    factors = _factors_of_tensors(view.gradient, state)
-    matrices = [i for i, sides in enumerate(factors) if sides is not None]
-    averaged = [average_sides(factors[i], gradients[i], decay) for i in matrices]
+    factors = from_trees(treedef, state.factors)
+    pairs = enumerate(zip(factors, gradients, strict=True))
+    averaged = {i: average_sides(sides, g, decay) for i, (sides, g) in pairs if sides is not None}
     # The exponents of the step before: those of this one would have the network wait for the factors.
-    powers = [state.power[i] for i in matrices]
-    fresh = refresh_sides(is_due, averaged, powers, constants.floor, view.axis_name)
-    by_tensor = dict(zip(matrices, fresh, strict=True))
+    powers = [state.power[i] for i in averaged]
+    fresh = refresh_sides(is_due, list(averaged.values()), powers, constants.floor, view.axis_name)
+    by_tensor = dict(zip(averaged, fresh, strict=True))
     return to_trees(treedef, [by_tensor.get(i) for i in range(len(factors))])
 
 
@@ -352,16 +347,13 @@ def _operators(constants: Constants, view: View, signal: _Signal) -> Operators:
     treedef = jax.tree.structure(view.gradient)
     damping = treedef.unflatten(list(state.damping))
     trust = treedef.unflatten(list(said.trust))
-    factors = _factors_of_tensors(view.gradient, state)
+    factors = from_trees(treedef, state.factors)
     entries = zip(jax.tree.leaves(state.square), factors, said.diagonal, strict=True)
-    roots = [_diagonal_root(v, sides, share) for v, sides, share in entries]
+    metric = [(_diagonal_root(v, sides, share), sides) for v, sides, share in entries]
 
     def times(vector, scales, inverse=False):
-        leaves = jax.tree.leaves(vector)
-        products = [
-            _times_metric(x, h, sides, inverse) for x, h, sides in zip(leaves, roots, factors, strict=True)
-        ]
-        return Scale(scales)(treedef.unflatten(products))
+        pairs = zip(jax.tree.leaves(vector), metric, strict=True)
+        return Scale(scales)(treedef.unflatten([_times_metric(x, *of, inverse) for x, of in pairs]))
 
     inverted = jax.tree.map(lambda t, s: t / s, trust, damping)
     return Operators(
@@ -373,21 +365,20 @@ def _operators(constants: Constants, view: View, signal: _Signal) -> Operators:
         start=jax.tree.map(lambda d: (said.warm * d).astype(d.dtype), view.direction),
         step_scale=said.rate,
         damping_after_preconditioner=Scale(trust),
-        damped_start=treedef.unflatten(_damped_start(view, signal, roots)),
+        damped_start=treedef.unflatten(_damped_start(view, signal, metric)),
     )
 
 
-def _damped_start(view: View, signal: _Signal, roots: list[jax.Array]) -> list[jax.Array]:
-    """Returns S times the start of CG for every tensor.
+def _damped_start(view: View, signal: _Signal, metric: list[tuple[jax.Array, Any]]) -> list[jax.Array]:
+    """Returns S times the start of CG for every tensor, of which ``metric`` has diagonal root and factors.
 
     Between two refreshes the metric of a matrix moves by Adam's part of it, which is little, so what the step
     before found serves: one of four products with large factors less.
     """
     said, state, before = signal.said, signal.state, jax.tree.leaves(view.damped)
-    factors = _factors_of_tensors(view.gradient, state)
-    matrices = [i for i, sides in enumerate(factors) if sides is not None]
+    matrices = [i for i, (_, sides) in enumerate(metric) if sides is not None]
     direction = jax.tree.leaves(view.direction)
-    product = lambda i: _times_metric(direction[i], roots[i], factors[i], inverse=False)
+    product = lambda i: _times_metric(direction[i], *metric[i], inverse=False)
     of_matrices = lax.cond(
         signal.is_fresh, lambda: [product(i) for i in matrices], lambda: [before[i] for i in matrices]
     )

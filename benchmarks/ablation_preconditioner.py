@@ -38,7 +38,7 @@ from experiment import ConvnetOptions, command_line, parse_options, save_drawing
 from tables_of_trainings import ablation
 
 from mlhf_optax import MetaParams, init_meta_params, layer_types, meta_training
-from mlhf_optax.comparison.record import record, write_json
+from mlhf_optax.experiments.record import record, write_json
 from mlhf_optax.learned.mlhf import SETTINGS
 from mlhf_optax.tasks import Task, num_examples
 

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 
 from mlhf_optax import MetaParams, Settings, mlhf, pcg
-from mlhf_optax.comparison.meta_train_task import draw_batches
 from mlhf_optax.controllers.coordinate_lstm import coordinate_lstm
 from mlhf_optax.controllers.lstm_settings import Divide
-from mlhf_optax.damped_step import damped_ggn, look
-from mlhf_optax.meta_training.losses import preconditioner_loss
+from mlhf_optax.damped_step import damped_ggn, linearize
+from mlhf_optax.experiments.meta_train_task import draw_batches
+from mlhf_optax.meta_training.unrolled.mlhf_losses import preconditioner_loss
 from mlhf_optax.tasks import Task
 
 
@@ -75,7 +75,7 @@ def compare_solvers(
 def solve_in_every_way(task: Task, meta_params: MetaParams, params, batch, gradient, state):
     """Returns, by configuration, l_p relative to the first one and the residual relative to the gradient."""
     controller = coordinate_lstm(meta_params)
-    view = look(controller, state, (task.predict_fn, task.loss_fn), params, gradient, batch)
+    view = linearize(controller, state, (task.predict_fn, task.loss_fn), params, gradient, batch)
     signal = controller.control(view, state.controller).signal
     # Without its own output LSTM_p is as it starts: the same P for all coordinates.
     silent = signal._replace(preconditioner=jax.tree.map(jnp.zeros_like, signal.preconditioner))

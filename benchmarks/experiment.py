@@ -12,7 +12,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from mlhf_optax.comparison import (
+from mlhf_optax.experiments import (
     Comparison,
     Contender,
     compare,
@@ -21,9 +21,9 @@ from mlhf_optax.comparison import (
     learned_contender,
     save_figure,
 )
-from mlhf_optax.comparison.figures import require_matplotlib
-from mlhf_optax.comparison.progress import comparison_bar
-from mlhf_optax.comparison.record import record, write_json
+from mlhf_optax.experiments.figures import require_matplotlib
+from mlhf_optax.experiments.progress import comparison_bar
+from mlhf_optax.experiments.record import record, write_json
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.pretrained import Pretrained, load_pretrained
 from mlhf_optax.tasks import Dataset, Task, cifar10_convnet
@@ -180,7 +180,7 @@ def run_experiment(
     """Trains the task with all contenders; prints a table, writes ``results.json`` and ``figure.png``.
 
     Raises:
-      ValueError: as :func:`mlhf_optax.comparison.compare`, and for unknown families in ``options.only``.
+      ValueError: as :func:`mlhf_optax.experiments.engine`, and for unknown families in ``options.only``.
     """
     known = dict.fromkeys(contender.family for contender in contenders)
     if unknown := sorted(set(options.only) - {*known, *LEARNED}):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from experiment import ConvnetOptions, command_line, learned_contenders, parse_options, run_experiment
 
-from mlhf_optax.comparison import grid_contenders
+from mlhf_optax.experiments import grid_contenders
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ For every kind of layer one compiled function linearizes the layer once, as the 
 chain of normalised products: in ``lax.fori_loop``, in ``lax.scan``, or written out one after the other
 ("outside"). Long CG loops are rolled and the steps of meta-training are a scan, so all three should cost
 the same. XLA on CPUs has no fast way for most derivatives of convolutions inside loops; the library's own
-``mlhf_optax.convolution.convolve`` has one, and the rows "(lax)" show what it saves. A time is that of the
+``mlhf_optax.tasks.convolution.convolve`` has one, and the rows "(lax)" show what it saves. A time is that of the
 chain over its number of products, so each carries its share of the one linearization.
 
     python benchmarks/ggn_in_loops.py --json ggn_in_loops.json --figure ggn_in_loops.png
@@ -28,10 +28,10 @@ from experiment import BenchmarkOptions, command_line, parse_options
 from flax import linen as nn
 from jax import lax
 
-from mlhf_optax.comparison.timing import interleaved
-from mlhf_optax.convolution import convolve
 from mlhf_optax.curvature import PredictFn, ggn_matvec
+from mlhf_optax.experiments.timing import interleaved
 from mlhf_optax.losses import SquaredError
+from mlhf_optax.tasks.convolution import convolve
 from mlhf_optax.tasks.models import max_pool
 
 TARGET = 1.2

@@ -32,7 +32,8 @@ from experiment import command_line, finite_or_none, parse_options, require_at_l
 from held_out_tasks import LENGTHS, TASKS, check_tasks
 
 from mlhf_optax import load_pretrained, lodo, mlhf
-from mlhf_optax.comparison import (
+from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
+from mlhf_optax.experiments import (
     Comparison,
     Contender,
     compare,
@@ -42,10 +43,9 @@ from mlhf_optax.comparison import (
     learned_contender,
     rates_per_decade,
 )
-from mlhf_optax.comparison.progress import comparison_bar
-from mlhf_optax.comparison.record import record, write_json
-from mlhf_optax.comparison.results import Curve
-from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
+from mlhf_optax.experiments.progress import comparison_bar
+from mlhf_optax.experiments.record import record, write_json
+from mlhf_optax.experiments.results import Curve
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.tasks import Task
 

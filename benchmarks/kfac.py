@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlhf_optax.comparison import Contender
-from mlhf_optax.comparison.run import RunState, augmentation_key
-from mlhf_optax.comparison.run_grid import Program, RunGrid
+from mlhf_optax.experiments import Contender
+from mlhf_optax.experiments.run_grid import Program, RunGrid
+from mlhf_optax.experiments.runs import RunState, augmentation_key
 from mlhf_optax.tasks import Task, take
 
 LEARNING_RATES = DAMPINGS = (1.0, 0.1, 0.01, 0.001)

@@ -27,11 +27,11 @@ from experiment import command_line, parse_options, save_drawing
 
 from mlhf_optax import load_pretrained
 from mlhf_optax import meta_training as mt
-from mlhf_optax.comparison.meta_train_task import meta_train_task, shown_losses
-from mlhf_optax.comparison.progress import progress_bar
-from mlhf_optax.comparison.record import record, write_json
-from mlhf_optax.files import locked_folder
+from mlhf_optax.experiments.meta_train_task import meta_train_task, shown_losses
+from mlhf_optax.experiments.progress import progress_bar
+from mlhf_optax.experiments.record import record, write_json
 from mlhf_optax.learned import get_learned
+from mlhf_optax.support.files import locked_folder
 from mlhf_optax.tasks import Task, mnist_mlp
 
 PUBLISHED = {

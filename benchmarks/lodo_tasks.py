@@ -28,7 +28,7 @@ from experiment import command_line, parse_options, require_at_least_one
 from held_out import LODO
 
 from mlhf_optax import SoftmaxCrossEntropy, lodo
-from mlhf_optax.comparison.record import record, write_json
+from mlhf_optax.experiments.record import record, write_json
 from mlhf_optax.tasks.mnist import load_mnist
 from mlhf_optax.tasks.models import MLP
 

@@ -22,10 +22,10 @@ from experiment import ConvnetOptions, command_line, find_meta_params, parse_opt
 from rich.progress import track
 from tables_of_trainings import long_run
 
-from mlhf_optax.comparison.record import record, write_json
-from mlhf_optax.comparison.run_grid import Program, RunGrid
-from mlhf_optax.files import locked_folder
+from mlhf_optax.experiments.record import record, write_json
+from mlhf_optax.experiments.run_grid import Program, RunGrid
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
+from mlhf_optax.support.files import locked_folder
 from mlhf_optax.tasks import Task, take
 
 SAMPLE = 2048  # training examples on which the loss is recorded

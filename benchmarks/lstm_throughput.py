@@ -31,10 +31,10 @@ import jax.numpy as jnp
 import optax
 from experiment import BenchmarkOptions, command_line, parse_options
 
-from mlhf_optax.comparison.timing import Timing, interleaved
 from mlhf_optax.controllers.coordinate_lstm import Carries, MetaParams, coordinate_lstm, init_meta_params
 from mlhf_optax.controllers.lstm import LayerCarry, init_carry
 from mlhf_optax.controllers.lstm_settings import Inputs, Settings, TanhFeatures
+from mlhf_optax.experiments.timing import Timing, interleaved
 
 TARGET = 2.0
 SIZES = (10**4, 10**5, 10**6, 10**7)

@@ -35,7 +35,7 @@ from step_contenders import Runner, draw_batch, make_task, training_step
 from step_time import check_names, judged, print_targets
 
 from mlhf_optax import init_meta_params
-from mlhf_optax.comparison.timing import interleaved
+from mlhf_optax.experiments.timing import interleaved
 from mlhf_optax.meta_training import MetaTrainingConfig, make_meta_step, mlhf_optimizer
 
 BATCH_SIZES = {"digits-mlp": 128, "cuda-convnet": 64}

@@ -16,7 +16,7 @@ import tables_of_learned
 import tables_of_speed
 import tables_of_trainings
 
-from mlhf_optax.comparison import Comparison
+from mlhf_optax.experiments import Comparison
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")

@@ -30,7 +30,7 @@ from experiment import BenchmarkOptions, command_line, parse_options
 from jax.sharding import PartitionSpec as P
 
 from mlhf_optax import SoftmaxCrossEntropy, gauss_newton, init_meta_params, load_pretrained, mlhf
-from mlhf_optax.comparison.timing import interleaved
+from mlhf_optax.experiments.timing import interleaved
 
 PLACEMENTS = {"data parallel": P(), "sharded": P("data")}
 """How the parameters lie, by name."""

@@ -30,7 +30,7 @@ from experiment import ConvnetOptions, command_line, learned_contenders, parse_o
 from kfac import kfac_contender
 
 from mlhf_optax import LevenbergMarquardt, hessian_free
-from mlhf_optax.comparison import Contender
+from mlhf_optax.experiments import Contender
 from mlhf_optax.tasks import Task
 
 LEARNING_RATES = DAMPINGS = (1.0, 0.1, 0.01, 0.001)

@@ -47,7 +47,7 @@ from step_contenders import (
     step_contenders,
 )
 
-from mlhf_optax.comparison.timing import Timing, interleaved
+from mlhf_optax.experiments.timing import Timing, interleaved
 
 # Optimizer, what it is measured by, network, batch size, and the largest ratio that is wanted.
 RATIOS = (

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from mlhf_optax.comparison.record import origin
-from mlhf_optax.comparison.tables import format_ratio, markdown_table
+from mlhf_optax.experiments.record import origin
+from mlhf_optax.experiments.tables import format_ratio, markdown_table
 
 
 def with_note(rows: list[list[str]], note: str, record: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from held_out_tasks import AUTOENCODERS, BATCH_SIZES
 from table_cells import bold, with_note
 
 from mlhf_optax import load_pretrained
-from mlhf_optax.comparison.tables import format_loss
+from mlhf_optax.experiments.tables import format_loss
 
 _CONSTANTS = ("constant", "untrained")
 _RIVAL_NAMES = {

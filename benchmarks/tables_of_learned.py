@@ -6,7 +6,7 @@ from typing import Any
 from table_cells import bold, with_note
 
 from mlhf_optax import load_pretrained
-from mlhf_optax.comparison.tables import format_loss
+from mlhf_optax.experiments.tables import format_loss
 from mlhf_optax.learned import LEARNED
 
 

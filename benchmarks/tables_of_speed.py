@@ -6,7 +6,7 @@ from step_memory import PIXELS, WAYS
 from step_time import OVER_PARTS, first_call
 from table_cells import with_note
 
-from mlhf_optax.comparison.record import origin
+from mlhf_optax.experiments.record import origin
 
 STEP_COLUMNS = (
     "adam",

@@ -6,10 +6,10 @@ from typing import Any
 from ablation_solvers import DAMPING_ALONE, TITLES
 from table_cells import bold, with_note
 
-from mlhf_optax.comparison import Comparison, comparison_markdown
-from mlhf_optax.comparison.record import origin
-from mlhf_optax.comparison.results import best_at
-from mlhf_optax.comparison.tables import format_loss, markdown_table
+from mlhf_optax.experiments import Comparison, comparison_markdown
+from mlhf_optax.experiments.record import origin
+from mlhf_optax.experiments.results import best_at
+from mlhf_optax.experiments.tables import format_loss, markdown_table
 
 SECOND_ORDER = {"hf-fixed": "HF(Fixed)", "hf-lm": "HF(LM)", "kfac": "K-FAC"}
 

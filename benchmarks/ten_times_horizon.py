@@ -23,10 +23,10 @@ from experiment import command_line, finite_or_none, parse_options, save_drawing
 from held_out_tasks import TASKS, check_tasks
 
 from mlhf_optax import load_pretrained
-from mlhf_optax.comparison import compare, default_adam, learned_contender
-from mlhf_optax.comparison.progress import comparison_bar
-from mlhf_optax.comparison.record import record, write_json
-from mlhf_optax.meta_training.learned_optimizer import task_loss
+from mlhf_optax.experiments import compare, default_adam, learned_contender
+from mlhf_optax.experiments.progress import comparison_bar
+from mlhf_optax.experiments.record import record, write_json
+from mlhf_optax.meta_training.interface import task_loss
 from mlhf_optax.tasks import Task
 
 SPIKE = 3.0

@@ -17,8 +17,8 @@ from typing import Any
 from experiment import BenchmarkOptions, command_line, parse_options
 
 from mlhf_optax import load_pretrained
-from mlhf_optax.comparison import compare, grid_contenders, learned_contender
-from mlhf_optax.comparison.results import best_at
+from mlhf_optax.experiments import compare, grid_contenders, learned_contender
+from mlhf_optax.experiments.results import best_at
 from mlhf_optax.tasks import digits_mlp
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ from experiment import (
     run_experiment,
 )
 
-from mlhf_optax.comparison import grid_contenders
+from mlhf_optax.experiments import grid_contenders
 from mlhf_optax.tasks import Task, get_task, num_examples, part_size
 
 BASELINE_BATCH_SIZE = 256  # that of which the grid's learning rates are (Table 1)

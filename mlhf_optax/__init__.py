@@ -16,9 +16,8 @@ from mlhf_optax.damped_step import scale_by_damped_step as scale_by_damped_step
 from mlhf_optax.gauss_newton import gauss_newton as gauss_newton
 from mlhf_optax.hessian_free import hessian_free as hessian_free
 from mlhf_optax.hessian_free import scale_by_hessian_free as scale_by_hessian_free
-from mlhf_optax.layer_types import layer_types as layer_types
-from mlhf_optax.learned.lodo import LODOState as LODOState
-from mlhf_optax.learned.lodo import lodo as lodo
+from mlhf_optax.learned.literature.lodo import LODOState as LODOState
+from mlhf_optax.learned.literature.lodo import lodo as lodo
 from mlhf_optax.losses import SigmoidCrossEntropy as SigmoidCrossEntropy
 from mlhf_optax.losses import SoftmaxCrossEntropy as SoftmaxCrossEntropy
 from mlhf_optax.losses import SquaredError as SquaredError
@@ -31,6 +30,7 @@ from mlhf_optax.pretrained import load_pretrained as load_pretrained
 from mlhf_optax.pretrained.files import Pretrained as Pretrained
 from mlhf_optax.pretrained.files import load_meta_params as load_meta_params
 from mlhf_optax.pretrained.files import save_meta_params as save_meta_params
+from mlhf_optax.support.layer_types import layer_types as layer_types
 from mlhf_optax.transforms import limit_growth as limit_growth
 from mlhf_optax.transforms import limit_update_ratio as limit_update_ratio
 

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlhf_optax import devices
-from mlhf_optax.layer_types import path_text
+from mlhf_optax.support import placement
+from mlhf_optax.support.layer_types import path_text
 
 Batch = Any
 Outputs = Any
@@ -102,7 +102,7 @@ def loss_and_ggn(
     loss_fn: LossFn,
     params: chex.ArrayTree,
     batch: Batch,
-    axis_name: devices.AxisName = None,
+    axis_name: placement.AxisName = None,
 ) -> tuple[jax.Array, Matvec]:
     """Returns the loss at ``params``, which the linearization has the outputs for, and :func:`ggn_matvec`.
 
@@ -111,7 +111,7 @@ def loss_and_ggn(
     if not jax.tree.leaves(params):
         raise ValueError("`params` has no arrays, so there is no curvature to take; pass parameters")
     # What differs from device to device has derivatives of its own on each; they are averaged once, below.
-    params = devices.vary(params, axis_name)
+    params = placement.vary(params, axis_name)
     outputs, push_forward = jax.linearize(lambda p: predict_fn(p, batch), params)
     _check_scalar_loss(loss_fn, outputs, batch)
     pull_back = jax.linear_transpose(push_forward, params)
@@ -119,10 +119,10 @@ def loss_and_ggn(
 
     def matvec(vector: chex.ArrayTree) -> chex.ArrayTree:
         # v -> J v -> H_l J v -> J^T H_l J v
-        product = pull_back(curvature(push_forward(devices.vary(vector, axis_name))))[0]
-        return devices.mean_over(product, axis_name)
+        product = pull_back(curvature(push_forward(placement.vary(vector, axis_name))))[0]
+        return placement.mean_over(product, axis_name)
 
-    return devices.mean_over(loss_fn(outputs, batch), axis_name), matvec
+    return placement.mean_over(loss_fn(outputs, batch), axis_name), matvec
 
 
 def curvature_subset(
@@ -223,7 +223,7 @@ def _first_of_each(leaf: Any, groups: int, count: int) -> Any:
 def _check_even_share(part: float, count: int, size: int, batch: Batch, is_cut: Any) -> None:
     """Checks that a fraction of the batch is as many examples on every shard, where shards are known."""
     leaves = zip(jax.tree.leaves(batch), jax.tree.leaves(is_cut), strict=True)
-    shards = max((devices.num_shards(leaf) for leaf, cut in leaves if cut), default=1)
+    shards = max((placement.num_shards(leaf) for leaf, cut in leaves if cut), default=1)
     if count % shards:
         each = size // shards
         nearest = min(range(1, each + 1), key=lambda n: abs(n / each - part))

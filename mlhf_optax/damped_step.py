@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax import devices, trees
 from mlhf_optax.controllers.protocol import Controller, Operators, Outcome, View
 from mlhf_optax.curvature import (
     CurvatureBatch,
@@ -24,8 +23,9 @@ from mlhf_optax.curvature import (
     curvature_subset,
     loss_and_ggn,
 )
-from mlhf_optax.layer_types import check_params, check_whole_tree
 from mlhf_optax.pcg import check_num_steps, pcg
+from mlhf_optax.support import placement, trees
+from mlhf_optax.support.layer_types import check_params, check_whole_tree
 from mlhf_optax.transforms import require_batch, require_params
 
 
@@ -154,8 +154,8 @@ def _just_solve(solve: SolveFn, signal: Any) -> tuple[Solution, Any]:
 
 def init_state(controller: Controller, params: chex.ArrayTree) -> DampedStepState:
     """Returns the state before the first step; each leaf has its own buffer, so that it may be donated."""
-    devices.on_mesh_of(params, ())  # an error of its own, where the parameters lie on several meshes
-    vector = lambda is_kept: jax.tree.map(devices.zeros_like, params) if is_kept else ()
+    placement.on_mesh_of(params, ())  # an error of its own, where the parameters lie on several meshes
+    vector = lambda is_kept: jax.tree.map(placement.zeros_like, params) if is_kept else ()
     direction = vector(controller.is_warm_started)
     residual, kept = vector(controller.keeps_residual), vector(controller.keeps_damped)
     info = StepInfo(
@@ -165,13 +165,13 @@ def init_state(controller: Controller, params: chex.ArrayTree) -> DampedStepStat
     count = jnp.zeros((), jnp.int32)
     rms = jnp.array(trees.root_mean_square(params))
     state = DampedStepState(count, direction, residual, kept, controller.init(params), rms, info)
-    return devices.on_mesh_of(params, state)
+    return placement.on_mesh_of(params, state)
 
 
 _COUNTS = ("skipped_steps", "cg_steps")
 
 
-def look(
+def linearize(
     controller: Controller,
     state: DampedStepState,
     model: tuple[PredictFn, LossFn],
@@ -180,7 +180,7 @@ def look(
     batch: Any,
     curvature_batch_size: CurvatureBatch = None,
     per_example: PerExample = None,
-    axis_name: devices.AxisName = None,
+    axis_name: placement.AxisName = None,
 ) -> View:
     """Returns what a step sees; linearizes the model.
 
@@ -215,7 +215,7 @@ def look(
         damped=state.damped,
         ggn=ggn,
         loss=jnp.where(is_valid, loss, jnp.nan),
-        loss_at=lambda p: devices.mean_over(loss_fn(predict_fn(p, batch), batch), axis_name),
+        loss_at=lambda p: placement.mean_over(loss_fn(predict_fn(p, batch), batch), axis_name),
         initial_rms=state.initial_rms,
         is_valid=is_valid,
         axis_name=axis_name,
@@ -262,7 +262,7 @@ def damped_step(
     is_optimum = ~trees.is_any_nonzero(view.gradient)
     # A gradient may be finite and overflow in a product: then nothing was solved, and the norm shows it. A
     # number of the direction or the residual that is not finite makes its inner product so, too.
-    checked = control.state if control.checked is None else control.checked
+    checked = control.state if control.finite_witness is None else control.finite_witness
     is_finite = view.is_valid & trees.is_finite((descent, solution.residual_norm, checked))
     is_sound = is_finite & ((descent > 0) | is_optimum)
     kept = trees.select(is_sound, control.state, state.controller)
@@ -290,7 +290,7 @@ def damped_step(
         new_state = new_state._replace(residual=residual)
     if controller.keeps_damped:
         new_state = new_state._replace(damped=trees.select(is_taken, s_d, s_d_kept))
-    return Step(handed_on, devices.alike(state, new_state), is_taken, control.seen, extra)
+    return Step(handed_on, placement.placed_like(state, new_state), is_taken, control.seen, extra)
 
 
 def _solve(controller: Controller, solver: Solver, view: View, signal: Any) -> Solution:
@@ -379,7 +379,7 @@ def scale_by_damped_step(
     solver: Solver = Solver(),
     curvature_batch_size: CurvatureBatch = None,
     per_example: PerExample = None,
-    axis_name: devices.AxisName = None,
+    axis_name: placement.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient by the direction of a damped step, in the sign of the gradient.
 
@@ -456,10 +456,10 @@ def scale_by_damped_step(
         require_params(params, name)
         require_batch(batch, name)
         check_whole_tree(params)
-        devices.check_axis(axis_name)
-        devices.check_averaged(updates, axis_name)
+        placement.check_axis(axis_name)
+        placement.check_averaged(updates, axis_name)
         model = (predict_fn, loss_fn)
-        view = look(
+        view = linearize(
             controller, state, model, params, updates, batch, curvature_batch_size, per_example, axis_name
         )
         step = damped_step(controller, solver, view, state)

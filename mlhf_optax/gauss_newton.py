@@ -8,7 +8,7 @@ from mlhf_optax.controllers.constant import constant
 from mlhf_optax.controllers.metrics import Metric
 from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn
 from mlhf_optax.damped_step import Solver, scale_by_damped_step
-from mlhf_optax.devices import AxisName
+from mlhf_optax.support.placement import AxisName
 from mlhf_optax.transforms import after_solve
 
 

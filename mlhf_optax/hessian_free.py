@@ -14,7 +14,7 @@ from mlhf_optax.controllers.levenberg_marquardt import LevenbergMarquardt, leven
 from mlhf_optax.controllers.protocol import Controller
 from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn
 from mlhf_optax.damped_step import Solver, scale_by_damped_step
-from mlhf_optax.devices import AxisName
+from mlhf_optax.support.placement import AxisName
 
 Damping = optax.ScalarOrSchedule | LevenbergMarquardt
 

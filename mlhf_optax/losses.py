@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mlhf_optax import trees
+from mlhf_optax.support import trees
 
 Getter = Hashable | Callable[[Any], Any]
 

@@ -8,8 +8,8 @@ from mlhf_optax.controllers.coordinate_lstm import MetaParams, coordinate_lstm
 from mlhf_optax.controllers.tensor_lstm import TensorLSTM, tensor_lstm
 from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn
 from mlhf_optax.damped_step import Solver, scale_by_damped_step
-from mlhf_optax.devices import AxisName
-from mlhf_optax.layer_types import LayerTypesFn
+from mlhf_optax.support.layer_types import LayerTypesFn
+from mlhf_optax.support.placement import AxisName
 from mlhf_optax.transforms import after_solve
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mlhf_optax.curvature import Matvec
-from mlhf_optax.trees import vdot
+from mlhf_optax.support.trees import vdot
 
 
 class Info(NamedTuple):

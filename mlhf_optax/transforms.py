@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax import devices, trees
+from mlhf_optax.support import placement, trees
 
 _FREE_UPDATES = 3  # before there is anything that could be called typical
 
@@ -147,7 +147,7 @@ def limit_growth(max_growth: float = 1.0, decay: float = 0.98) -> optax.Gradient
 
     def init_fn(params):
         state = LimitGrowthState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
-        return devices.on_mesh_of(params, state)
+        return placement.on_mesh_of(params, state)
 
     def update_fn(updates, state, params: Any = None):
         del params
@@ -239,8 +239,8 @@ def average_updates(momentum: float | jax.Array) -> optax.GradientTransformation
         raise ValueError(f"`momentum` must be in [0, 1), or None for none, got {momentum}")
 
     def init_fn(params):
-        average = jax.tree.map(devices.zeros_like, params)
-        return devices.on_mesh_of(params, AverageUpdatesState(jnp.zeros((), jnp.int32), average))
+        average = jax.tree.map(placement.zeros_like, params)
+        return placement.on_mesh_of(params, AverageUpdatesState(jnp.zeros((), jnp.int32), average))
 
     def update_fn(updates, state, params: Any = None):
         del params

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlhf_optax.comparison import grid_contenders
+from mlhf_optax.experiments import grid_contenders
 from mlhf_optax.losses import SoftmaxCrossEntropy
 from mlhf_optax.tasks import Dataset, Task
 

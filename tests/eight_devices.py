@@ -14,11 +14,11 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mlhf_optax import SoftmaxCrossEntropy, devices, gauss_newton, hessian_free, init_meta_params, lodo, mlhf
-from mlhf_optax.comparison.meta_train_long import meta_train_on_tiny_tasks
+from mlhf_optax import SoftmaxCrossEntropy, gauss_newton, hessian_free, init_meta_params, lodo, mlhf
 from mlhf_optax.controllers import kronecker_factors
 from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
 from mlhf_optax.curvature import curvature_subset
+from mlhf_optax.experiments.meta_train_long import meta_train_on_tiny_tasks
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.meta_training import (
     LongHorizonConfig,
@@ -30,6 +30,8 @@ from mlhf_optax.meta_training import (
     unrolled_optimizer,
 )
 from mlhf_optax.pretrained import load_pretrained
+from mlhf_optax.support import placement
+from mlhf_optax.support.spread import make_spread
 from mlhf_optax.tasks import tiny
 
 LOSS = SoftmaxCrossEntropy()
@@ -282,7 +284,7 @@ def test_large_kronecker_factors_move_a_sharded_matrix_as_often_as_small_ones(mo
     monkeypatch.setattr(kronecker_factors, "_LARGE", 2 * math.prod(shape))
     assert counts == collectives(compiled())
     monkeypatch.undo()
-    monkeypatch.setattr(devices, "is_on_mesh", lambda array: False)
+    monkeypatch.setattr(placement, "is_on_mesh", lambda array: False)
     assert counts.total() < collectives(compiled()).total()
 
 
@@ -304,7 +306,7 @@ def test_pieces_of_work_are_shared_out_and_come_back_in_order(count):
         calls.append(part.shape[0])
         return 2 * part, part.sum((1, 2))
 
-    shared = jax.jit(functools.partial(devices.share_out, work))
+    shared = jax.jit(functools.partial(placement.share_out, work))
     twice, total = shared(jax.device_put(pieces, PLACED(P())))
     assert set(calls) == {-(-count // 8)}
     np.testing.assert_allclose(twice, 2 * pieces)
@@ -489,7 +491,7 @@ def sizes_of_collectives(compiled):
 
 
 def test_no_training_leaves_its_device():
-    spread = devices.spread(MESH, None, LONG.num_pairs, "num_pairs")
+    spread = make_spread(MESH, None, LONG.num_pairs, "num_pairs")
     programs = long_horizon._programs(TASK, LEARNED_MOMENTUM, LONG, spread)
     keys, over = jax.random.split(jax.random.key(0), LONG.num_pairs), np.arange(LONG.num_pairs) < 3
     episodes = programs.start(keys, CENTRE)

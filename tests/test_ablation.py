@@ -13,7 +13,7 @@ from references import naive_pcg
 
 from mlhf_optax import Settings, init_meta_params, mlhf
 from mlhf_optax.controllers.coordinate_lstm import coordinate_lstm
-from mlhf_optax.damped_step import look
+from mlhf_optax.damped_step import linearize
 
 pytestmark = pytest.mark.usefixtures("x64", "unoptimised")
 
@@ -47,7 +47,7 @@ def test_every_solver_finds_what_its_dense_twin_finds(system):
     g, d0 = flat_of(gradient), flat_of(state.direction)
     hessian = np.asarray(jax.hessian(lambda x: loss(unravel(x)))(flat))
     controller = coordinate_lstm(meta_params)
-    view = look(controller, state, (TASK.predict_fn, TASK.loss_fn), params, gradient, batch)
+    view = linearize(controller, state, (TASK.predict_fn, TASK.loss_fn), params, gradient, batch)
     signal = controller.control(view, state.controller).signal
     silence = signal._replace(preconditioner=jax.tree.map(jnp.zeros_like, gradient))
     operators = [controller.operators(view, outputs) for outputs in (signal, silence)]

@@ -11,8 +11,8 @@ from tables_of_held_out import held_out_cosine, seeds_text
 from tables_of_learned import learned_optimizers, learned_optimizers_long
 from tables_of_trainings import ablation, by_epoch, second_order
 
-from mlhf_optax.comparison import Comparison
-from mlhf_optax.comparison.results import frame_of
+from mlhf_optax.experiments import Comparison
+from mlhf_optax.experiments.results import frame_of
 
 MACHINE = {"backend": "cpu", "cpu": "Processor", "cores": 2}
 ORIGIN = {"machine": MACHINE, "versions": {"jax": "1", "python": "3"}, "date": "2026-11-21T00:00"}

@@ -14,11 +14,12 @@ import pytest
 from shared import one_compilation as one_compilation
 
 import mlhf_optax
-from mlhf_optax import cli, comparison, init_meta_params, load_pretrained, save_meta_params
-from mlhf_optax.cli import commands as cli_commands
-from mlhf_optax.cli.options import MetaTrain, parse
-from mlhf_optax.files import locked_folder
+from mlhf_optax import experiments, init_meta_params, load_pretrained, save_meta_params
+from mlhf_optax.experiments import cli
+from mlhf_optax.experiments.cli import commands as cli_commands
+from mlhf_optax.experiments.cli.options import MetaTrain, parse
 from mlhf_optax.learned import LEARNED
+from mlhf_optax.support.files import locked_folder
 from mlhf_optax.tasks import TASKS, get_task
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -98,7 +99,7 @@ def test_any_learned_optimizer_is_meta_trained_and_compared_in_table_file_and_fi
     assert "Adam, learned rates / that best" in out
     assert f"Adam, learned rates (meta-parameters {file}) and 9 settings" in out
     assert (folder / "mlhf-optax-digits-mlp-4-tanh.png").read_bytes().startswith(b"\x89PNG")
-    result = comparison.Comparison.load("out.json")
+    result = experiments.Comparison.load("out.json")
     assert result.record["task"] == "digits-mlp-4-tanh"
     assert result.record["command"].startswith("mlhf-optax train --seeds 2 --steps 3")
     learned, *others = result.curves()
@@ -142,7 +143,9 @@ def test_meta_parameters_are_by_default_those_of_the_task(task, name):
 
 
 def test_a_task_that_recommends_another_optimizer_gets_any_shipped_set(monkeypatch):
-    monkeypatch.setattr("mlhf_optax.cli.commands.list_pretrained", lambda: {"digits": {"optimizer": "mlhf"}})
+    monkeypatch.setattr(
+        "mlhf_optax.experiments.cli.commands.list_pretrained", lambda: {"digits": {"optimizer": "mlhf"}}
+    )
     task = dataclasses.replace(get_task("digits-mlp"), pretrained="other")
     assert cli_commands._shipped_meta_params(task, "mlhf")[0] == "digits"
 
@@ -228,8 +231,8 @@ def test_ctrl_c_shows_progress_and_what_was_done_and_writes_nothing(monkeypatch,
 
         return compare(*arguments, on_progress=stopping, **options)
 
-    compare = comparison.compare
-    monkeypatch.setattr(comparison, "compare", interrupted)
+    compare = experiments.compare
+    monkeypatch.setattr(experiments, "compare", interrupted)
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert run("train", *TINY, "--optimizers", "sgd,adam", "--json", "out.json") == 130
     out, progress = capsys.readouterr()
@@ -416,7 +419,7 @@ def test_options_of_a_learned_optimizer_are_its_own_and_have_help(family, capsys
 
 
 def test_list_shows_tasks_optimizers_and_what_is_shipped(monkeypatch, capsys):
-    monkeypatch.setattr("mlhf_optax.cli.commands.list_pretrained", lambda: {"shipped": RECORD})
+    monkeypatch.setattr("mlhf_optax.experiments.cli.commands.list_pretrained", lambda: {"shipped": RECORD})
     assert run("list") == 0
     out = capsys.readouterr().out
     assert all(name in out for name in (*TASKS, *LEARNED, "shipped", "learning_rate 0.5", "muon"))
@@ -449,9 +452,9 @@ def test_python_m_is_the_command_line():
 
 WITHOUT_EXTRAS = """
 import sys
-from mlhf_optax.cli import main
+from mlhf_optax.experiments.cli import main
 for package in ("tyro", "rich", "polars"):
-    for name in [name for name in sys.modules if name.startswith(("mlhf_optax.cli.", "mlhf_optax.comp"))]:
+    for name in [name for name in sys.modules if name.startswith("mlhf_optax.experiments.")]:
         del sys.modules[name]
     sys.modules[package] = None
     try:

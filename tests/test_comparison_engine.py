@@ -13,11 +13,11 @@ import polars as pl
 import pytest
 from blobs import SEQUENTIAL, SGD, TASK
 
-from mlhf_optax.comparison import Contender, compare, epoch_steps, grid_contenders, log_steps, run_grid
-from mlhf_optax.comparison.engine import TABLE_STEPS
-from mlhf_optax.comparison.run import accuracy, augmentation_key, draw_order, init_run, mean_loss, run_step
-from mlhf_optax.comparison.run_grid import Program, RunGrid
-from mlhf_optax.files import locked_folder
+from mlhf_optax.experiments import Contender, compare, epoch_steps, grid_contenders, log_steps, run_grid
+from mlhf_optax.experiments.engine import TABLE_STEPS
+from mlhf_optax.experiments.run_grid import Program, RunGrid
+from mlhf_optax.experiments.runs import accuracy, augmentation_key, draw_order, init_run, mean_loss, run_step
+from mlhf_optax.support.files import locked_folder
 from mlhf_optax.tasks import Stream, no_augmentation, take
 
 pytestmark = pytest.mark.usefixtures("unoptimised")

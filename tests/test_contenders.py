@@ -9,8 +9,7 @@ from experiment import find_meta_params
 from optax import contrib
 
 from mlhf_optax import gauss_newton, load_pretrained
-from mlhf_optax.cli import commands, options
-from mlhf_optax.comparison import (
+from mlhf_optax.experiments import (
     Contender,
     compare,
     constant_contender,
@@ -19,6 +18,7 @@ from mlhf_optax.comparison import (
     learned_contender,
     rates_per_decade,
 )
+from mlhf_optax.experiments.cli import commands, options
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.tasks import get_task
 
@@ -87,7 +87,7 @@ def test_the_command_line_knows_the_constants_by_name(capsys):
     asked = options.parse(["train", "--optimizers", "gauss_newton"]).optimizers
     (contender,) = commands._other_contenders(TASK, asked)
     assert contender.names == tuple(f"gauss_newton damping={damping}" for damping in (1, 3, 10))
-    assert commands._told([contender]) == "3 constants of gauss_newton"
+    assert commands._describe([contender]) == "3 constants of gauss_newton"
     commands.list_all()
     assert "constant (1, 3 or 10): gauss_newton" in capsys.readouterr().out
     with pytest.raises(SystemExit):

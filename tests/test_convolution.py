@@ -9,8 +9,9 @@ import pytest
 from jax import export, lax
 from numpy.testing import assert_allclose
 
-from mlhf_optax import SoftmaxCrossEntropy, cpu_convolution, ggn_matvec
-from mlhf_optax.convolution import convolve
+from mlhf_optax import SoftmaxCrossEntropy, ggn_matvec
+from mlhf_optax.tasks import cpu_convolution
+from mlhf_optax.tasks.convolution import convolve
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 # images, kernel, strides, padding; more than 8 images, which the gradient of the kernel takes in pieces.

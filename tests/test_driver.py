@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlhf_optax import files
 from mlhf_optax.meta_training import (
     MetaTrainingConfig,
     Schedule,
@@ -25,6 +24,7 @@ from mlhf_optax.meta_training import (
     json_log,
     meta_train,
 )
+from mlhf_optax.support import files
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 

@@ -9,7 +9,7 @@ import pytest
 from blobs import SGD, TASK
 from experiment import ExperimentOptions, learned_contenders, limit_data, parse_options, run_experiment
 
-from mlhf_optax.comparison import engine, grid_contenders
+from mlhf_optax.experiments import engine, grid_contenders
 from mlhf_optax.tasks import part_size
 
 pytestmark = pytest.mark.usefixtures("unoptimised")

@@ -13,9 +13,9 @@ import optax
 import pytest
 import ten_times_horizon
 
-from mlhf_optax.comparison import Contender, engine
-from mlhf_optax.comparison.results import Curve
 from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
+from mlhf_optax.experiments import Contender, engine
+from mlhf_optax.experiments.results import Curve
 from mlhf_optax.pretrained import save_meta_params
 from mlhf_optax.tasks import Dataset
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlhf_optax.meta_training import MetaGradient, MetaTrainingConfig
-from mlhf_optax.meta_training.inner_trainings import (
+from mlhf_optax.meta_training.unrolled.inner_trainings import (
     Health,
     InnerTraining,
     advance,
@@ -16,7 +16,7 @@ from mlhf_optax.meta_training.inner_trainings import (
     fresh_training,
     replace_ended,
 )
-from mlhf_optax.meta_training.replay import init_replay
+from mlhf_optax.meta_training.unrolled.replay import init_replay
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 

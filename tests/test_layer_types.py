@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from mlhf_optax import layer_types
-from mlhf_optax.layer_types import (
+from mlhf_optax.support.layer_types import (
     check_params,
     check_whole_tree,
     distinct_layer_types,

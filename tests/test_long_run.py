@@ -7,7 +7,7 @@ import long_run_cifar10 as script
 import pytest
 from blobs import TASK
 
-from mlhf_optax.files import locked_folder
+from mlhf_optax.support.files import locked_folder
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 

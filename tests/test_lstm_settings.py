@@ -30,7 +30,7 @@ from mlhf_optax.controllers.lstm_settings import (
     TanhFeatures,
     Unit,
 )
-from mlhf_optax.layer_types import PAPER_LAYER_TYPES
+from mlhf_optax.support.layer_types import PAPER_LAYER_TYPES
 
 pytestmark = pytest.mark.usefixtures("x64", "strict_ranks")
 

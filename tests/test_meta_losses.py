@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlhf_optax.meta_training.losses import StepLosses, preconditioner_loss, step_gain
+from mlhf_optax.meta_training.unrolled.mlhf_losses import StepLosses, preconditioner_loss, step_gain
 
 
 def problem():

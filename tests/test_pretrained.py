@@ -26,8 +26,8 @@ from mlhf_optax import (
     save_meta_params,
 )
 from mlhf_optax.controllers.lstm_settings import LogFeatures, Multiply, Softplus, Unit
-from mlhf_optax.files import pack_arrays, unpack_arrays
 from mlhf_optax.learned import LEARNED
+from mlhf_optax.support.files import pack_arrays, unpack_arrays
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 

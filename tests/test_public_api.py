@@ -78,7 +78,7 @@ def test_every_module_and_every_public_name_in_it_says_what_it_is():
 
 @pytest.mark.parametrize(
     ("statement", "allowed"),
-    [("import mlhf_optax.cli", []), ("from mlhf_optax import TrainState", ["flax", "orbax"])],
+    [("import mlhf_optax.experiments.cli", []), ("from mlhf_optax import TrainState", ["flax", "orbax"])],
 )
 def test_importing_loads_no_heavy_or_optional_library_that_it_does_not_need(statement, allowed):
     unwanted = ["tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "rich", "tyro", "tqdm", "PIL"]

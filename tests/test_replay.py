@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlhf_optax.meta_training.replay import init_replay, sample, store
+from mlhf_optax.meta_training.unrolled.replay import init_replay, sample, store
 
 
 def filled(values, priorities=None, capacity=None):

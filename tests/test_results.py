@@ -11,16 +11,16 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from mlhf_optax.comparison import (
+from mlhf_optax.experiments import (
     Comparison,
     comparison_markdown,
     comparison_table,
     grid_contenders,
     save_figure,
 )
-from mlhf_optax.comparison.record import machine_info, record, versions
-from mlhf_optax.comparison.results import best_at, frame_of, leaders
-from mlhf_optax.comparison.tables import format_loss, format_ratio, losses_by_time, table_steps
+from mlhf_optax.experiments.record import machine_info, record, versions
+from mlhf_optax.experiments.results import best_at, frame_of, leaders
+from mlhf_optax.experiments.tables import format_loss, format_ratio, losses_by_time, table_steps
 
 STEPS = [1, 10, 30, 100]
 SHIPPED = Path(__file__).parents[1] / "benchmarks" / "results"

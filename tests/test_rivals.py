@@ -12,11 +12,14 @@ from problems import LOSS, batch, flat, mlp, mlp_params
 
 from mlhf_optax import lodo
 from mlhf_optax.learned import LEARNED
-from mlhf_optax.learned.hierarchical import hierarchical, init_hierarchical
-from mlhf_optax.learned.hyperadam import hyperadam, init_hyperadam
-from mlhf_optax.learned.l2l import init_l2l, l2l
-from mlhf_optax.learned.rnnprop import RNNPropOptions, init_rnnprop, rnnprop
-from mlhf_optax.learned.variational_hyperadam import init_variational_hyperadam, variational_hyperadam
+from mlhf_optax.learned.literature.hierarchical import hierarchical, init_hierarchical
+from mlhf_optax.learned.literature.hyperadam import hyperadam, init_hyperadam
+from mlhf_optax.learned.literature.l2l import init_l2l, l2l
+from mlhf_optax.learned.literature.rnnprop import RNNPropOptions, init_rnnprop, rnnprop
+from mlhf_optax.learned.literature.variational_hyperadam import (
+    init_variational_hyperadam,
+    variational_hyperadam,
+)
 from mlhf_optax.meta_training import META_LOSSES, MetaTrainingConfig, Trajectory, make_meta_step, with_tricks
 
 pytestmark = pytest.mark.usefixtures("unoptimised")

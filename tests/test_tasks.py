@@ -12,10 +12,10 @@ import optax
 import pytest
 
 from mlhf_optax import layer_types
-from mlhf_optax.comparison import Contender, compare
-from mlhf_optax.comparison.run import draw_batch, evaluation_state, mean_loss
-from mlhf_optax.layer_types import PAPER_LAYER_TYPES
+from mlhf_optax.experiments import Contender, compare
+from mlhf_optax.experiments.runs import draw_batch, evaluation_state, mean_loss
 from mlhf_optax.meta_training import runs_in_sequence
+from mlhf_optax.support.layer_types import PAPER_LAYER_TYPES
 from mlhf_optax.tasks import (
     TASKS,
     Dataset,

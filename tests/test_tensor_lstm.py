@@ -8,16 +8,17 @@ import problems
 import pytest
 from tensor_lstm_reference import Reference
 
-from mlhf_optax import SoftmaxCrossEntropy, SquaredError, gauss_newton, mlhf, trees
+from mlhf_optax import SoftmaxCrossEntropy, SquaredError, gauss_newton, mlhf
 from mlhf_optax.controllers.protocol import View
 from mlhf_optax.controllers.tensor_lstm import (
     CONSTANTS,
     OUTPUTS,
     TensorLSTM,
+    bounded_controls,
     init_tensor_lstm,
-    say,
     tensor_lstm,
 )
+from mlhf_optax.support import trees
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -178,7 +179,7 @@ def test_layers_in_other_units_train_about_as_well():
 
 def test_what_it_says_is_bounded_for_any_outputs():
     for sign in (1, -1):
-        said = say(jnp.full((2, OUTPUTS), sign * 1e3))
+        said = bounded_controls(jnp.full((2, OUTPUTS), sign * 1e3))
         for values in said:
             assert np.all(np.isfinite(values))
             assert np.all(values >= 0)

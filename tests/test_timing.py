@@ -9,9 +9,9 @@ import pytest
 from blobs import SGD, TASK
 from experiment import BenchmarkOptions, command_line, parse_options
 
-from mlhf_optax.comparison import timing
-from mlhf_optax.comparison.record import origin, record, write_json
-from mlhf_optax.comparison.timing import Timing, interleaved, seconds_per_step
+from mlhf_optax.experiments import timing
+from mlhf_optax.experiments.record import origin, record, write_json
+from mlhf_optax.experiments.timing import Timing, interleaved, seconds_per_step
 
 
 @pytest.fixture

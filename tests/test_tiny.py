@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlhf_optax import load_pretrained
-from mlhf_optax.cli.commands import run
+from mlhf_optax.experiments.cli.commands import run
 from mlhf_optax.learned.mlhf_general import MLHFGeneralOptions
 from mlhf_optax.tasks import Dataset, tiny, tiny_tasks, tiny_validation_tasks
 
@@ -114,7 +114,8 @@ def arguments(folder, *more):
 
 def test_the_command_line_meta_trains_and_goes_on_to_equal_bits(images, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "mlhf_optax.cli.commands.tiny_validation_tasks", lambda folder: [tiny._regression("other")]
+        "mlhf_optax.experiments.cli.commands.tiny_validation_tasks",
+        lambda folder: [tiny._regression("other")],
     )
     assert run(arguments(tmp_path / "whole")) == 0
     assert run(arguments(tmp_path / "parts", "--stop-after", "2")) == 0
@@ -135,7 +136,8 @@ def test_the_command_line_meta_trains_and_goes_on_to_equal_bits(images, tmp_path
 
 def test_what_goes_on_from_meta_parameters_is_judged_against_the_untrained(images, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "mlhf_optax.cli.commands.tiny_validation_tasks", lambda folder: [tiny._regression("other")]
+        "mlhf_optax.experiments.cli.commands.tiny_validation_tasks",
+        lambda folder: [tiny._regression("other")],
     )
     assert run(arguments(tmp_path / "first", "--meta-learning-rate", "1.0")) == 0
     start = tmp_path / "first" / "meta_params.safetensors"

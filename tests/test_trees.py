@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlhf_optax import trees
+from mlhf_optax.support import trees
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 

@@ -10,7 +10,7 @@ import problems
 import pytest
 
 from mlhf_optax.meta_training import make_validation, unrolled_optimizer
-from mlhf_optax.meta_training.learned_optimizer import task_loss
+from mlhf_optax.meta_training.interface import task_loss
 from mlhf_optax.meta_training.validation import Validation, score_of
 
 pytestmark = pytest.mark.usefixtures("unoptimised")

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax import devices, trees
 from mlhf_optax.controllers.metrics import Metric, get_metric
 from mlhf_optax.controllers.protocol import (
     Control,
@@ -28,6 +27,7 @@ from mlhf_optax.controllers.units import (
     unit,
     without_jump,
 )
+from mlhf_optax.support import placement, trees
 
 _SIZE_DECAY = 0.98  # of the running size of gradients by which jumps are told
 _TINY = 1e-15  # size of a gradient that is zero, for the derivative of a root
@@ -101,7 +101,7 @@ def constant(
     size_decay = _SIZE_DECAY if unit_decay is None else unit_decay
 
     def init(params: Any) -> ConstantState:
-        mean = () if gradient_decay is None else jax.tree.map(devices.zeros_like, params)
+        mean = () if gradient_decay is None else jax.tree.map(placement.zeros_like, params)
         sizes = initial_sizes(params) if per_tensor else ()
         square = jnp.zeros((len(jax.tree.leaves(params)),) if per_tensor else (), jnp.float32)
         return ConstantState(jnp.zeros((), jnp.int32), mean, square, rule.init(params), sizes)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from mlhf_optax.controllers import lstm
 from mlhf_optax.controllers.lstm_settings import Inputs, Settings
 from mlhf_optax.controllers.protocol import Control, Controller, Operators, Scale, View
-from mlhf_optax.layer_types import PAPER_LAYER_TYPES, LayerTypesFn, layer_types
+from mlhf_optax.support.layer_types import PAPER_LAYER_TYPES, LayerTypesFn, layer_types
 
 Carry = tuple[lstm.LayerCarry, ...]
 DEFAULT_SETTINGS = Settings()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlhf_optax import devices, trees
+from mlhf_optax.support import placement, trees
 
 
 class Side(NamedTuple):
@@ -98,7 +98,7 @@ def average_sides(sides: Sides, gradient: jax.Array, decay: float) -> Sides:
     """Adds the outer products of a gradient to the running means."""
     matrix = gradient.astype(jnp.float32).reshape(matrix_shape(gradient.shape))
     if all(side.factor.shape[0] == 1 for side in sides):
-        matrix = devices.on_all(matrix)  # no larger than the factors; else it would be gathered twice
+        matrix = placement.on_all(matrix)  # no larger than the factors; else it would be gathered twice
 
     def averaged(side: Side, x: jax.Array) -> Side:
         rows = _blocked(x, side.factor)
@@ -119,7 +119,7 @@ def refresh_sides(
     matrices: Sequence[Sides],
     powers: Sequence[Any],
     floor: float,
-    axis_name: devices.AxisName = None,
+    axis_name: placement.AxisName = None,
 ) -> list[Sides]:
     """Takes the powers of all running means anew by eigendecomposition, if that is due.
 
@@ -139,15 +139,15 @@ def refresh_sides(
     if not matrices:  # parameters that are all vectors
         return []
     pairs = [(sides, jnp.asarray(power, jnp.float32)) for sides, power in zip(matrices, powers, strict=True)]
-    shared = functools.partial(devices.share_out, _decomposed, axis_name=axis_name)
-    fresh = _when(
+    shared = functools.partial(placement.share_out, _decomposed, axis_name=axis_name)
+    fresh = cond_under_vmap(
         is_due,
         functools.partial(_refreshed, floor, shared),
         functools.partial(_refreshed, floor, _decomposed),
         pairs,
     )
     # Of sharded gradients the compiler would leave each device a part, and gather it at every use.
-    return [jax.tree.map(devices.on_all, sides) for sides, _ in fresh]
+    return [jax.tree.map(placement.on_all, sides) for sides, _ in fresh]
 
 
 def times_sides(sides: Sides, vector: jax.Array, inverse: bool = False) -> jax.Array:
@@ -231,7 +231,7 @@ def _times_right_blocks(matrix: jax.Array, x: jax.Array) -> jax.Array:
     blocks, size, _ = matrix.shape
     if blocks == 1:
         return x @ matrix[0]
-    if blocks > _MOST_PRODUCTS or x.size < _LARGE or devices.is_on_mesh(x):
+    if blocks > _MOST_PRODUCTS or x.size < _LARGE or placement.is_on_mesh(x):
         return _times_left_blocks(matrix, x.T).T
     # One product per block: on CPUs a transposed x takes longer to make and to read where it is large. On a
     # mesh each part would be gathered by itself.
@@ -242,7 +242,7 @@ def _times_right_blocks(matrix: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.concatenate(products, axis=1)
 
 
-def _when(is_due: jax.Array, function: _Update, each_of_many: _Update, tree: Any) -> Any:
+def cond_under_vmap(is_due: jax.Array, function: _Update, each_of_many: _Update, tree: Any) -> Any:
     """Returns ``function(tree)`` if it is due, else the tree; under ``vmap`` computes only if any is.
 
     Args:
@@ -272,6 +272,6 @@ def _when(is_due: jax.Array, function: _Update, each_of_many: _Update, tree: Any
             return due, jax.tree.map(pick, jax.vmap(each_of_many)(tree), tree)
 
         # Again by this function, so that a vmap around this one finds a condition that it may keep, too.
-        return _when(jnp.any(due), some, some, (due, tree))[1], jax.tree.map(lambda _: True, tree)
+        return cond_under_vmap(jnp.any(due), some, some, (due, tree))[1], jax.tree.map(lambda _: True, tree)
 
     return run(is_due, tree)

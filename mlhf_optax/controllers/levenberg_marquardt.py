@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax import trees
 from mlhf_optax.controllers.protocol import Control, Controller, Observed, Operators, Outcome, Scale, View
+from mlhf_optax.support import trees
 
 
 @dataclasses.dataclass(frozen=True)

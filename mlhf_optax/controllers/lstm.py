@@ -13,7 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mlhf_optax import devices
+from mlhf_optax.support import placement
 
 
 class LayerWeights(NamedTuple):
@@ -113,7 +113,7 @@ def init_carry(
     """
 
     def zeros(width: int) -> chex.ArrayTree:
-        return jax.tree.map(lambda p: devices.zeros_like(p, dtype, (width,)), params)
+        return jax.tree.map(lambda p: placement.zeros_like(p, dtype, (width,)), params)
 
     return tuple(LayerCarry(zeros(width), zeros(width)) for width in units)
 

@@ -9,8 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mlhf_optax import trees
 from mlhf_optax.controllers.protocol import Quotient, Scale
+from mlhf_optax.support import trees
 
 
 class Inputs(NamedTuple):

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax import devices, trees
 from mlhf_optax.controllers.kronecker_factors import (
     average_sides,
     from_trees,
@@ -22,6 +21,7 @@ from mlhf_optax.controllers.kronecker_factors import (
     times_sides,
     to_trees,
 )
+from mlhf_optax.support import placement, trees
 
 
 class Metric(NamedTuple):
@@ -95,7 +95,7 @@ def diagonal(decay: float = 0.98, floor: float = 1e-3) -> Metric:
     _check(decay, floor)
 
     def init(params):
-        zeros = jax.tree.map(lambda p: devices.zeros_like(p, trees.wide_dtype(p)), params)
+        zeros = jax.tree.map(lambda p: placement.zeros_like(p, trees.wide_dtype(p)), params)
         return DiagonalState(jnp.zeros((), jnp.int32), zeros)
 
     def update(gradient, state, axis_name=None):
@@ -183,14 +183,14 @@ def kronecker(
         leaves, treedef = jax.tree.flatten(params)
         sides = [init_sides(leaf.shape, block) for leaf in leaves]
         squares = [
-            devices.zeros_like(p, jnp.float32) if s is None else None
+            placement.zeros_like(p, jnp.float32) if s is None else None
             for p, s in zip(leaves, sides, strict=True)
         ]
         count = jnp.zeros((), jnp.int32)
         return KroneckerState(count, to_trees(treedef, sides), treedef.unflatten(squares))
 
     def update(
-        gradient: chex.ArrayTree, state: KroneckerState, axis_name: devices.AxisName = None
+        gradient: chex.ArrayTree, state: KroneckerState, axis_name: placement.AxisName = None
     ) -> KroneckerState:
         count = jnp.asarray(optax.safe_increment(state.count))
         leaves, treedef = jax.tree.flatten(gradient)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mlhf_optax.curvature import Matvec
-from mlhf_optax.devices import AxisName
+from mlhf_optax.support.placement import AxisName
 
 
 class View(NamedTuple):
@@ -53,14 +53,14 @@ class Control(NamedTuple):
       signal: what the operators are made of, a pytree; meta-training differentiates by it.
       state: the controller's next state.
       seen: what the signal was made of, for back-propagation through time; computed only if used.
-      checked: a pytree that is finite only if the state is, given a gradient with finite squares and a state
-        before that was. A step looks at it before it is taken, so small arrays save time. None is the state.
+      finite_witness: a pytree that is finite only if the state is, given a gradient with finite squares and a
+        state before that was. A step checks it before it is taken: small arrays save time. None is the state.
     """
 
     signal: Any
     state: Any
     seen: Any = ()
-    checked: Any = None
+    finite_witness: Any = None
 
 
 class Scale(NamedTuple):

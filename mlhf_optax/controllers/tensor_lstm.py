@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mlhf_optax import devices, trees
 from mlhf_optax.controllers.kronecker_factors import (
     average_sides,
     from_trees,
@@ -42,6 +41,7 @@ from mlhf_optax.controllers.protocol import (
     accept,
 )
 from mlhf_optax.controllers.units import initial_sizes, size_of, tensor_shares, without_jump
+from mlhf_optax.support import placement, trees
 
 
 class Constants(NamedTuple):
@@ -53,7 +53,7 @@ class Constants(NamedTuple):
       diagonal: share of Adam's diagonal ``v^(1/2)`` in the metric of matrices, as an exponent.
       rate: factor on the direction.
       memory: steps over which the gradient is averaged.
-      warm: CG starts from so much of the previous direction.
+      warm_start_share: CG starts from so much of the previous direction.
       floor: added to the eigenvalues of a factor, in units of their mean.
       factor_decay: of the running means in the factors.
       square_decay: of the running mean of squared gradients.
@@ -71,7 +71,7 @@ class Constants(NamedTuple):
     diagonal: float = 0.05
     rate: float = 1.0
     memory: float = 7.0
-    warm: float = 0.95
+    warm_start_share: float = 0.95
     floor: float = 5e-2
     factor_decay: float = 0.95
     square_decay: float = 0.98
@@ -139,7 +139,7 @@ def init_tensor_lstm(key: chex.PRNGKey, units: int = 8) -> TensorLSTM:
     )
 
 
-class Said(NamedTuple):
+class Controls(NamedTuple):
     """What the network says; the first four have shape (tensors,), the others are scalars.
 
     Attributes:
@@ -149,7 +149,7 @@ class Said(NamedTuple):
       diagonal: exponent share of Adam's diagonal.
       rate: factor on the direction.
       memory: steps over which the gradient is averaged.
-      warm: share of the previous direction from which CG starts.
+      warm_start_share: share of the previous direction from which CG starts.
     """
 
     damping: jax.Array
@@ -158,7 +158,7 @@ class Said(NamedTuple):
     diagonal: jax.Array
     rate: jax.Array
     memory: jax.Array
-    warm: jax.Array
+    warm_start_share: jax.Array
 
 
 class TensorLSTMState(NamedTuple):
@@ -212,7 +212,7 @@ class _Signal(NamedTuple):
       is_fresh: whether powers of factors were taken in this step, shape ().
     """
 
-    said: Said
+    said: Controls
     state: TensorLSTMState
     grown: jax.Array
     is_fresh: jax.Array
@@ -254,7 +254,7 @@ def tensor_lstm(
 
 
 def _init(units: int, constants: Constants, params: chex.ArrayTree) -> TensorLSTMState:
-    zeros = lambda: jax.tree.map(lambda p: devices.zeros_like(p, trees.wide_dtype(p)), params)
+    zeros = lambda: jax.tree.map(lambda p: placement.zeros_like(p, trees.wide_dtype(p)), params)
     scalar = lambda value=0.0: jnp.full((), value, jnp.float32)
     leaves, treedef = jax.tree.flatten(params)
     each = lambda value: jnp.full(len(leaves), value, jnp.float32)
@@ -296,7 +296,7 @@ def _control(
     )
     state = state._replace(largest=jnp.maximum(state.largest, _running_size(state)))
     outputs, hidden, cell = _network(meta_params, _features(view, state, constants), state)
-    said = say(outputs, constants)
+    said = bounded_controls(outputs, constants)
     # Far from any optimum curvature is a better guide than later, among noise.
     time = state.count / constants.start_steps
     said = said._replace(damping=said.damping * (constants.start_share + time) / (1 + time))
@@ -324,7 +324,9 @@ def _control(
     # Means and factors are finite where these are.
     small = state._replace(mean=(), square=(), factors=())
     return Control(
-        _Signal(said, state, grown, is_due), state, checked=(small, _inner(view.gradient, view.gradient))
+        _Signal(said, state, grown, is_due),
+        state,
+        finite_witness=(small, _inner(view.gradient, view.gradient)),
     )
 
 
@@ -362,7 +364,7 @@ def _operators(constants: Constants, view: View, signal: _Signal) -> Operators:
         right_hand_side=jax.tree.map(
             lambda m, g: (m / state.mean_weight).astype(g.dtype), state.mean, view.gradient
         ),
-        start=jax.tree.map(lambda d: (said.warm * d).astype(d.dtype), view.direction),
+        start=jax.tree.map(lambda d: (said.warm_start_share * d).astype(d.dtype), view.direction),
         step_scale=said.rate,
         damping_after_preconditioner=Scale(trust),
         damped_start=treedef.unflatten(_damped_start(view, signal, metric)),
@@ -384,7 +386,7 @@ def _damped_start(view: View, signal: _Signal, metric: list[tuple[jax.Array, Any
     )
     known = dict(zip(matrices, of_matrices, strict=True))
     scales = jnp.where(signal.is_fresh, state.damping, signal.grown)
-    scaled = lambda scale, x: (said.warm * scale * x).astype(x.dtype)
+    scaled = lambda scale, x: (said.warm_start_share * scale * x).astype(x.dtype)
     return [
         scaled(scales[i], known[i]) if i in known else scaled(state.damping[i], product(i))
         for i in range(len(direction))
@@ -530,25 +532,25 @@ def _network(
     return outputs, hidden, cell
 
 
-def say(outputs: jax.Array, constants: Constants = CONSTANTS) -> Said:
+def bounded_controls(outputs: jax.Array, constants: Constants = CONSTANTS) -> Controls:
     """Turns outputs of the network, shape (tensors, OUTPUTS), into bounded controls around the constants.
 
     Example:
-      >>> said = say(jnp.zeros((3, OUTPUTS)))
+      >>> said = bounded_controls(jnp.zeros((3, OUTPUTS)))
       >>> said.damping, said.rate
       (Array([10., 10., 10.], dtype=float32), Array(1., dtype=float32))
     """
     within = lambda x, factor: jnp.exp(math.log(factor) * jnp.tanh(x / math.log(factor)))
     share = lambda x, at: jax.nn.sigmoid(x + math.log(at / (1 - at)))
     each, shared = outputs.T, jnp.mean(outputs, axis=0)
-    return Said(
+    return Controls(
         damping=constants.damping * within(2 * each[0], 30.0),
         trust=within(-each[1], 10.0),
         power=share(each[2], constants.power),
         diagonal=share(each[3], constants.diagonal),
         rate=constants.max_rate * share(shared[4], constants.rate / constants.max_rate),
         memory=jnp.maximum(constants.memory * within(shared[5], 10.0), 1.0),
-        warm=share(shared[6], constants.warm),
+        warm_start_share=share(shared[6], constants.warm_start_share),
     )
 
 

@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mlhf_optax import trees
+from mlhf_optax.support import trees
 
 # Below it a gradient is rounding noise: damping that shrank with it would let the training jump away.
 SMALLEST_GRADIENT = 1e-7

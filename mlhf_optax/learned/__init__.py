@@ -1,14 +1,14 @@
 """Learned optimizers by name. Each is one file and one line here; everything else reads this registry."""
 
 from mlhf_optax.learned.adam_rates import ADAM_RATES
-from mlhf_optax.learned.hierarchical import HIERARCHICAL
-from mlhf_optax.learned.hyperadam import HYPERADAM
-from mlhf_optax.learned.l2l import L2L_FAMILY
+from mlhf_optax.learned.family import LearnedFamily as LearnedFamily
+from mlhf_optax.learned.literature.hierarchical import HIERARCHICAL
+from mlhf_optax.learned.literature.hyperadam import HYPERADAM
+from mlhf_optax.learned.literature.l2l import L2L_FAMILY
+from mlhf_optax.learned.literature.rnnprop import RNNPROP
+from mlhf_optax.learned.literature.variational_hyperadam import VARIATIONAL_HYPERADAM
 from mlhf_optax.learned.mlhf import MLHF
 from mlhf_optax.learned.mlhf_general import MLHF_GENERAL
-from mlhf_optax.learned.registry import LearnedFamily as LearnedFamily
-from mlhf_optax.learned.rnnprop import RNNPROP
-from mlhf_optax.learned.variational_hyperadam import VARIATIONAL_HYPERADAM
 
 LEARNED: dict[str, LearnedFamily] = {
     family.name: family

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax.layer_types import check_leaves
-from mlhf_optax.learned.registry import LearnedFamily
-from mlhf_optax.meta_training.learned_optimizer import META_LOSSES, LearnedOptimizer, unrolled_optimizer
+from mlhf_optax.learned.family import LearnedFamily
+from mlhf_optax.meta_training.interface import META_LOSSES, LearnedOptimizer, unrolled_optimizer
+from mlhf_optax.support.layer_types import check_leaves
 
 _MAX_RANK = 4
 

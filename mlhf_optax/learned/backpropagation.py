@@ -9,8 +9,8 @@ from typing import Any, Literal
 import jax
 import optax
 
-from mlhf_optax.learned.registry import LearnedFamily, number_problem
-from mlhf_optax.meta_training.learned_optimizer import META_LOSSES, LearnedOptimizer, unrolled_optimizer
+from mlhf_optax.learned.family import LearnedFamily, number_problem
+from mlhf_optax.meta_training.interface import META_LOSSES, LearnedOptimizer, unrolled_optimizer
 
 MetaLossName = Literal["last", "mean", "mean_after", "sum", "log"]
 InnerGradients = Literal["constant", "differentiated"]

@@ -11,13 +11,13 @@ import optax
 from mlhf_optax.controllers.coordinate_lstm import MetaParams, extend_meta_params, init_meta_params
 from mlhf_optax.controllers.lstm_settings import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, Unit
 from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn, check_curvature_batch
-from mlhf_optax.devices import AxisName
-from mlhf_optax.layer_types import LayerTypesFn, distinct_layer_types
-from mlhf_optax.learned.registry import LearnedFamily, number_problem
-from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer
-from mlhf_optax.meta_training.mlhf_gradient import mlhf_optimizer
-from mlhf_optax.meta_training.mlhf_unroll import UnrollOptions
+from mlhf_optax.learned.family import LearnedFamily, number_problem
+from mlhf_optax.meta_training.interface import LearnedOptimizer
+from mlhf_optax.meta_training.unrolled.mlhf_gradient import mlhf_optimizer
+from mlhf_optax.meta_training.unrolled.mlhf_unroll import UnrollOptions
 from mlhf_optax.mlhf import mlhf
+from mlhf_optax.support.layer_types import LayerTypesFn, distinct_layer_types
+from mlhf_optax.support.placement import AxisName
 
 SettingsName = Literal["default", "relative", "paper", "authors"]
 

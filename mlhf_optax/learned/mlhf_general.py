@@ -9,10 +9,10 @@ import optax
 
 from mlhf_optax.controllers.tensor_lstm import TensorLSTM, init_tensor_lstm
 from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn, check_curvature_batch
-from mlhf_optax.devices import AxisName
-from mlhf_optax.learned.registry import LearnedFamily, number_problem
-from mlhf_optax.meta_training.learned_optimizer import META_LOSSES, LearnedOptimizer, unrolled_optimizer
+from mlhf_optax.learned.family import LearnedFamily, number_problem
+from mlhf_optax.meta_training.interface import META_LOSSES, LearnedOptimizer, unrolled_optimizer
 from mlhf_optax.mlhf import mlhf
+from mlhf_optax.support.placement import AxisName
 
 _MAX_UNITS = 4096
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlhf_optax.files import pack_arrays, unpack_arrays, write_atomically
+from mlhf_optax.support.files import pack_arrays, unpack_arrays, write_atomically
 
 _NAME = re.compile(r"checkpoint-(\d{8,})\.safetensors")
 

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlhf_optax.files import locked_folder
 from mlhf_optax.meta_training import processes
 from mlhf_optax.meta_training.checkpoints import list_checkpoints, load_last_checkpoint, save_checkpoint
-from mlhf_optax.meta_training.config import MetaTrainingConfig
+from mlhf_optax.meta_training.interface import LearnedOptimizer, Task
 from mlhf_optax.meta_training.json_log import append_json_line, rewind_json_lines
-from mlhf_optax.meta_training.learned_optimizer import LearnedOptimizer, Task
-from mlhf_optax.meta_training.meta_step import make_meta_step
+from mlhf_optax.meta_training.unrolled.config import MetaTrainingConfig
+from mlhf_optax.meta_training.unrolled.step import make_meta_step
 from mlhf_optax.meta_training.validation import Validation
+from mlhf_optax.support.files import locked_folder
 
 SampleFn = Callable[[chex.PRNGKey], Any]
 ValidateFn = Callable[[Any], Validation]

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mlhf_optax.files import write_atomically
+from mlhf_optax.support.files import write_atomically
 
 
 def append_json_line(path: Path, values: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mlhf_optax.meta_training.learned_optimizer import (
+from mlhf_optax.meta_training.interface import (
     LearnedOptimizer,
     Task,
     map_trainings,

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mlhf_optax.files import pack_arrays, unpack_arrays, write_atomically
-from mlhf_optax.layer_types import path_text
 from mlhf_optax.learned import LearnedFamily, get_learned
+from mlhf_optax.support.files import pack_arrays, unpack_arrays, write_atomically
+from mlhf_optax.support.layer_types import path_text
 
 FORMAT = "mlhf-optax meta-parameters"
 VERSION = 2  # 1 was a pair of .npz and .json

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mlhf_optax.convolution import convolve
+from mlhf_optax.tasks.convolution import convolve
 
 Convolution = Callable[..., jax.Array]  # called like jax.lax.conv_general_dilated
 
@@ -66,7 +66,7 @@ class ConvNet(nn.Module):
       hidden: widths of the dense layers before the last one.
       num_outputs: number of outputs C.
       convolution: called in place of ``jax.lax.conv_general_dilated``;
-        :func:`mlhf_optax.convolution.convolve`, which is fast in loops on CPUs, if None.
+        :func:`mlhf_optax.tasks.convolution.convolve`, which is fast in loops on CPUs, if None.
       kernel_size: height and width of the kernels.
 
     Raises:

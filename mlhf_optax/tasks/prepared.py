@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mlhf_optax.files import write_atomically
+from mlhf_optax.support.files import write_atomically
 from mlhf_optax.tasks.data import Examples, Source, freeze
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mlhf_optax.convolution import convolve
+from mlhf_optax.tasks.convolution import convolve
 from mlhf_optax.tasks.models import Convolution
 
 Stem = Literal["small", "imagenet"]
@@ -30,7 +30,7 @@ class ResNet(nn.Module):
       stem: ``"small"``, a 3x3 convolution, or ``"imagenet"``, a 7x7 convolution and a 3x3 max pooling,
         both with stride 2.
       convolution: called in place of ``jax.lax.conv_general_dilated``;
-        :func:`mlhf_optax.convolution.convolve`, which is fast in loops on CPUs, if None.
+        :func:`mlhf_optax.tasks.convolution.convolve`, which is fast in loops on CPUs, if None.
       momentum: weight of the old statistics when those of a mini-batch are collected.
 
     Raises:

@@ -1,0 +1,1 @@
+"""Learned optimizers of the literature, on the same harness; imported only by name."""

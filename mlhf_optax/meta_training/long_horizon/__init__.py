@@ -1,0 +1,1 @@
+"""Meta-training over whole trainings by evolution strategies."""

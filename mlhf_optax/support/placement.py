@@ -1,0 +1,260 @@
+"""Where arrays lie when there are several devices: beside the parameters."""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+
+AxisName = Hashable | Sequence[Hashable] | None
+
+
+def zeros_like(param: Any, dtype: Any = None, leading: tuple[int, ...] = ()) -> jax.Array:
+    """Returns zeros that lie on the devices as a parameter does.
+
+    Args:
+      param: the parameter, an array or what ``jit`` traces.
+      dtype: dtype of the zeros; that of the parameter if None.
+      leading: sizes of axes that the zeros have before those of the parameter; these are on every device.
+
+    Returns:
+      Zeros of shape ``(*leading, *param.shape)``, in a buffer of their own.
+
+    Example:
+      >>> zeros_like(jnp.ones((3, 2)), leading=(4,)).shape
+      (4, 3, 2)
+    """
+    if not isinstance(param, Tracer):
+        zeros = jnp.zeros_like(param, dtype)
+        return jnp.broadcast_to(zeros, (*leading, *jnp.shape(param))) if leading else zeros
+    like = jnp.broadcast_to(param, (*leading, *param.shape))
+    # A constant depends on nothing, so the compiler would give every device all of it.
+    return _laid_like(like, jnp.zeros_like(like, dtype))
+
+
+def placed_like(old: Any, new: Any) -> Any:
+    """Returns the next state, each array of it on the devices as the old one lies.
+
+    Otherwise the compiler chooses, and a step whose state lies differently is compiled again.
+
+    Args:
+      old: the state that a step got.
+      new: the state that it returns, of the same shapes.
+    """
+
+    def one(before: Any, after: Any) -> Any:
+        is_traced = isinstance(before, Tracer) and isinstance(after, Tracer)
+        if not is_traced or after.ndim == 0 or before.shape != after.shape:
+            return after
+        return _laid_like(before, after)
+
+    return jax.tree.map(one, old, new)
+
+
+def _laid_like(like: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns the values, traced, on the devices as an array of the same shape lies."""
+    mesh = _mesh_of(like)
+    if mesh is None:
+        return values
+    if jax.sharding.AxisType.Explicit in mesh.axis_types:
+        return _laid(values, mesh, jax.typeof(like).sharding.spec)
+    # The compiler puts what it chooses between in one place. That the choice is always the same it learns
+    # only after it has decided what lies where, and then there is nothing left to choose.
+    always = lax.optimization_barrier(jnp.array(True))
+    return jnp.where(always, values, lax.stop_gradient(like).astype(values.dtype))
+
+
+def on_mesh_of(params: chex.ArrayTree, state: Any) -> Any:
+    """Returns the state with what lies on no mesh copied to every device of the parameters' mesh.
+
+    A step returns all of its state on the mesh. A counter that began elsewhere would have the second step
+    compiled again.
+
+    Args:
+      params: the parameters. Nothing is done unless they are arrays on one mesh.
+      state: arrays made from them.
+
+    Raises:
+      ValueError: if the parameters lie on different meshes.
+    """
+    leaves = jax.tree.leaves(params)
+    placed = [x.sharding for x in leaves if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
+    meshes: list[Any] = list(dict.fromkeys(s.mesh for s in placed if isinstance(s, jax.NamedSharding)))
+    if not meshes:
+        return state
+    if len({tuple(mesh.devices.flat) for mesh in meshes}) > 1:
+        raise ValueError(
+            f"`params` lie on meshes of different devices, {' and '.join(map(str, meshes))}; put all of them "
+            "on one mesh with `jax.device_put(params, shardings)`"
+        )
+    everywhere = jax.NamedSharding(meshes[0], jax.P())
+
+    def place(leaf: Any) -> Any:
+        is_placed = isinstance(getattr(leaf, "sharding", None), jax.NamedSharding)
+        return leaf if is_placed else jax.device_put(leaf, everywhere)
+
+    return jax.tree.map(place, state)
+
+
+def num_shards(array: Any) -> int:
+    """Returns over how many shards the first axis of an array is cut, 1 where that is not known.
+
+    ``jit`` does not tell where arrays lie, but on meshes with explicit axes.
+    """
+    if not isinstance(array, jax.Array):
+        return 1
+    sharding = jax.typeof(array).sharding if isinstance(array, Tracer) else array.sharding
+    if not isinstance(sharding, jax.NamedSharding) or not sharding.spec or not sharding.spec[0]:
+        return 1
+    names = sharding.spec[0]
+    return math.prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+
+
+def is_on_mesh(array: jax.Array) -> bool:
+    """Returns whether it is known, of an array that ``jit`` traces, that it lies on several devices."""
+    mesh = _mesh_of(array)
+    return mesh is not None and mesh.size > 1
+
+
+def on_all(array: jax.Array) -> jax.Array:
+    """Returns the array as one that lies whole on every device of its mesh, itself if its mesh is not known.
+
+    What is small costs less to have on every device than to gather wherever it is used.
+
+    Example:
+      >>> on_all(jnp.ones(3))
+      Array([1., 1., 1.], dtype=float32)
+    """
+    mesh = _mesh_of(array)
+    return array if mesh is None else _laid(array, mesh, jax.P())
+
+
+def share_out(function: Callable[[jax.Array], Any], pieces: jax.Array, axis_name: AxisName = None) -> Any:
+    """Returns ``function(pieces)``, for which each device works on its own share of the pieces.
+
+    Under ``jit`` the devices are those of the mesh that the pieces lie on, which JAX tells by their type. In
+    ``jax.shard_map`` and ``jax.pmap`` nothing tells whether devices have the same pieces; ``axis_name`` does.
+    Where neither is known the function is called on all pieces.
+
+    Args:
+      function: maps an array of shape (m, ...) to arrays with m entries along their first axes, piece by
+        piece, for any m. Zeros are pieces, too: they fill up shares.
+      pieces: shape (n, ...), the same on all devices.
+      axis_name: the axis, or axes, along which code is mapped and the pieces are the same.
+
+    Returns:
+      What the function returns, with n entries, whole on every device.
+
+    Example:
+      >>> share_out(jnp.linalg.inv, jnp.array([[[2.0]], [[4.0]]])).ravel()
+      Array([0.5 , 0.25], dtype=float32)
+    """
+    if axis_name is not None:
+        return _shared_along(axis_name, function, pieces)
+    mesh = _mesh_of(pieces)
+    return function(pieces) if mesh is None or mesh.size == 1 else _shared_over(mesh, function, pieces)
+
+
+def _shared_along(axis_name: AxisName, function: Callable[[jax.Array], Any], pieces: jax.Array) -> Any:
+    filled = _filled(pieces, lax.axis_size(axis_name))
+    share = filled.shape[0] // lax.axis_size(axis_name)
+    first = lax.axis_index(axis_name) * share
+
+    def gathered(part: jax.Array) -> jax.Array:
+        # A sum, as by its type it is the same on all devices, which gathered parts are not.
+        own = vary(jnp.zeros((filled.shape[0], *part.shape[1:]), part.dtype), axis_name)
+        own = lax.dynamic_update_slice_in_dim(own, part, first, 0)
+        return sum_over(own, axis_name)[: pieces.shape[0]]
+
+    return jax.tree.map(gathered, function(lax.dynamic_slice_in_dim(filled, first, share)))
+
+
+def _shared_over(
+    mesh: jax.sharding.AbstractMesh, function: Callable[[jax.Array], Any], pieces: jax.Array
+) -> Any:
+    cut = jax.P(mesh.axis_names)
+    # What comes before would otherwise be cut, too, and moved from device to device.
+    filled = _filled(_laid(pieces, mesh, jax.P()), mesh.size)
+    parts = jax.shard_map(function, mesh=mesh, in_specs=cut, out_specs=cut)(_laid(filled, mesh, cut))
+    return jax.tree.map(lambda part: _laid(part, mesh, jax.P())[: pieces.shape[0]], parts)
+
+
+def _filled(pieces: jax.Array, size: int) -> jax.Array:
+    """Returns the pieces, with zeros at the end that make their number a multiple of ``size``."""
+    return jnp.pad(pieces, [(0, -pieces.shape[0] % size)] + [(0, 0)] * (pieces.ndim - 1))
+
+
+def _mesh_of(array: Any) -> jax.sharding.AbstractMesh | None:
+    """Returns the mesh of what ``jit`` traces; None if there is none, or code is mapped over axes of it."""
+    mesh = getattr(jax.typeof(array).sharding, "mesh", None)
+    if not isinstance(array, Tracer) or mesh is None or mesh.empty:
+        return None
+    return None if jax.sharding.AxisType.Manual in mesh.axis_types else mesh
+
+
+def _laid(array: jax.Array, mesh: jax.sharding.AbstractMesh, spec: jax.P) -> jax.Array:
+    sharding = jax.NamedSharding(mesh, spec)
+    # Where axes are explicit the type of an array says where it lies, and a constraint only checks it.
+    is_explicit = jax.sharding.AxisType.Explicit in mesh.axis_types
+    return (jax.sharding.reshard if is_explicit else lax.with_sharding_constraint)(array, sharding)
+
+
+def check_axis(axis_name: AxisName) -> None:
+    """Raises ValueError unless the axis is one that the code is mapped over."""
+    if axis_name is None:
+        return
+    try:
+        lax.axis_size(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"`axis_name`={axis_name!r} is no axis that this code is mapped over; call `update` inside "
+            "`jax.shard_map` or `jax.pmap` with that axis, or leave `axis_name` out, as for `jax.jit` on "
+            "sharded arrays"
+        ) from error
+
+
+def check_averaged(gradient: chex.ArrayTree, axis_name: AxisName) -> None:
+    """Raises ValueError if it is known that gradients differ along the axis."""
+    if any(_varying_axes(leaf, axis_name) for leaf in jax.tree.leaves(gradient)):
+        raise ValueError(
+            f"the gradients differ along `axis_name`={axis_name!r}; average them first, "
+            f"`grads = jax.lax.pmean(grads, {axis_name!r})`"
+        )
+
+
+def vary(tree: Any, axis_name: AxisName) -> Any:
+    """Returns the tree marked as one that differs along the axis, so that derivatives by it are local."""
+    if axis_name is None:
+        return tree
+
+    def mark(leaf):
+        missing = tuple(name for name in axis_names(axis_name) if name not in _varying_axes(leaf, axis_name))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(mark, tree)
+
+
+def mean_over(tree: Any, axis_name: AxisName) -> Any:
+    """Returns the mean over the axis, the tree itself if there is none."""
+    return tree if axis_name is None else lax.pmean(tree, axis_name)
+
+
+def sum_over(tree: Any, axis_name: AxisName) -> Any:
+    """Returns the sum over the axis, the tree itself if there is none."""
+    return tree if axis_name is None else lax.psum(tree, axis_name)
+
+
+def axis_names(axis_name: AxisName) -> tuple:
+    """Returns the names of one axis or of several."""
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+
+
+def _varying_axes(leaf: Any, axis_name: AxisName) -> set:
+    kind = jax.typeof(leaf)
+    # Versions of JAX differ in where the type of an array says it.
+    varying = kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ())
+    return set(axis_names(axis_name)) & set(varying or ()) if axis_name is not None else set()

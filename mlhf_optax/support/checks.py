@@ -1,0 +1,78 @@
+"""Checks of arguments: an error names the argument, what is wanted and what came."""
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+
+class Range(NamedTuple):
+    """Numbers that an argument may be.
+
+    Attributes:
+      wanted: the words of the error.
+      holds: whether a number is one of them.
+    """
+
+    wanted: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Range("a positive number", lambda x: 0 < x < math.inf)
+NOT_NEGATIVE = Range("a number >= 0", lambda x: 0 <= x < math.inf)
+FROM_ONE = Range("at least 1", lambda x: 1 <= x < math.inf)
+SHARE = Range("in [0, 1]", lambda x: 0 <= x <= 1)
+DECAY = Range("in [0, 1)", lambda x: 0 <= x < 1)
+POSITIVE_SHARE = Range("in (0, 1]", lambda x: 0 < x <= 1)
+SEED = Range("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)
+
+
+def require(is_met: Any, name: str, wanted: str, got: Any) -> None:
+    """Raises ValueError unless the condition is met.
+
+    Example:
+      >>> require(False, "steps", "ascending numbers", (3, 2))
+      Traceback (most recent call last):
+      ValueError: `steps` must be ascending numbers, got (3, 2)
+    """
+    if not is_met:
+        raise ValueError(f"`{name}` must be {wanted}, got {got!r}")
+
+
+def check_number(name: str, value: Any, allowed: Range, *, or_none: bool = False) -> None:
+    """Raises ValueError for a Python number out of range.
+
+    Args:
+      name: of the argument.
+      value: its value. An array passes, as its value may not be known while tracing.
+      allowed: the range.
+      or_none: None passes, too, and the error says so.
+
+    Example:
+      >>> check_number("decay", 1.5, DECAY, or_none=True)
+      Traceback (most recent call last):
+      ValueError: `decay` must be in [0, 1), or None, got 1.5
+    """
+    if value is None and or_none:
+        return
+    wanted = f"{allowed.wanted}, or None" if or_none else allowed.wanted
+    if value is None or isinstance(value, bool | str):
+        require(False, name, wanted, value)
+    if isinstance(value, int | float):
+        require(allowed.holds(value), name, wanted, value)
+
+
+def check_fields(options: Any, allowed: Range, *names: str, or_none: bool = False) -> None:
+    """Checks some fields of a dataclass with :func:`check_number`."""
+    for name in names:
+        check_number(name, getattr(options, name), allowed, or_none=or_none)
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Raises ValueError unless the value is one of the choices, which the error lists.
+
+    Example:
+      >>> check_choice("metric", "full", ("identity", "diagonal"))
+      Traceback (most recent call last):
+      ValueError: `metric` must be one of 'identity', 'diagonal', got 'full'
+    """
+    require(value in choices, name, f"one of {', '.join(map(repr, choices))}", value)

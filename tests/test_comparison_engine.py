@@ -1,4 +1,4 @@
-"""The engine of comparisons: runs side by side against runs one by one, stops, seeds, streams."""
+"""The engine of comparisons: runs side by side against runs one by one, stops, seeds."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ from mlhf_optax.experiments.engine import TABLE_STEPS
 from mlhf_optax.experiments.run_grid import Program, RunGrid
 from mlhf_optax.experiments.runs import accuracy, augmentation_key, draw_order, init_run, mean_loss, run_step
 from mlhf_optax.support.files import locked_folder
-from mlhf_optax.tasks import Stream, no_augmentation, take
+from mlhf_optax.tasks import no_augmentation, take
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -178,24 +178,13 @@ def stop_after(count, error=Stop):
     return on_progress
 
 
-def streamed(task):
-    """The task, with its training part read example by example."""
-    part = task.data.train
-    source = [{key: values[number] for key, values in part.items()} for number in range(30)]
-    data = dataclasses.replace(task.data, train=Stream(source, lambda example, rng: example, sample=part))
-    return dataclasses.replace(task, load_data=lambda: data)
-
-
-STREAMED = streamed(TASK)
-
-
 @pytest.mark.parametrize(
-    ("sequential", "task", "steps_taken"),
-    [(False, TASK, 1), (False, TASK, 40), (False, STREAMED, 26), (True, TASK, 26), (True, STREAMED, 40)],
+    ("sequential", "steps_taken"),
+    [(False, 1), (False, 26), (False, 40), (True, 26), (True, 40)],
 )
-def test_a_stopped_comparison_goes_on_as_if_it_had_not_been(task, sequential, steps_taken, tmp_path):
+def test_a_stopped_comparison_goes_on_as_if_it_had_not_been(sequential, steps_taken, tmp_path):
     contender, steps = part_of(SGD, slice(3), sequential), [3, 6, 12]
-    options = {"task": task, "seeds": [0, 1]}
+    options = {"seeds": [0, 1]}
     whole = train(contender, steps, **options)
     options |= {"folder": tmp_path, "resume": True}
     with pytest.raises(Stop):
@@ -245,20 +234,6 @@ def test_ctrl_c_keeps_what_was_finished():
     assert not stopped.is_complete
     assert stopped.frame["family"].unique().to_list() == ["sgd"]
     assert compare(TASK, [adam], [2], seeds=[0], timed=False).is_complete
-
-
-def test_streamed_mini_batches_are_those_of_the_stream():
-    """Without augmentation, a step of SGD by hand on the first mini-batch of every seed."""
-    task = streamed(PLAIN)
-    grid = RunGrid(Program(task, lambda: optax.sgd(0.5)), None, [0, 4], 3)
-    before = jax.tree.map(np.array, grid.state.params)  # a copy: the state is donated
-    grid.step()
-    for index, seed in enumerate((0, 4)):
-        batch = next(task.data.train.batches(seed, 8))
-        params = jax.tree.map(lambda leaf: leaf[0, index], before)  # noqa: B023
-        gradient = jax.grad(lambda p: task.loss_fn(task.predict_fn(p, batch), batch))(params)  # noqa: B023
-        expected = params["kernel"] - 0.5 * gradient["kernel"]
-        np.testing.assert_allclose(grid.state.params["kernel"][0, index], expected, rtol=1e-5)
 
 
 def test_results_are_neither_overwritten_nor_mixed_with_others(tmp_path):

@@ -1,6 +1,5 @@
 """The digits and their split; drawing of batches and their limits."""
 
-import dataclasses
 import sys
 import zlib
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
-from mlhf_optax.tasks import Stream, check_batch_size, digits_mlp, epoch_indices, load_digits, sample_batches
+from mlhf_optax.tasks import check_batch_size, digits_mlp, epoch_indices, load_digits, sample_batches
 from mlhf_optax.tasks.digits import FRACTIONS, SPLIT_SEED, stratified_split
 
 PARTS = ("meta_train", "train", "test")
@@ -107,8 +106,6 @@ def test_batches_must_fit_the_data(batch_size):
         epoch_indices(jax.random.key(0), 10, batch_size, 1)
     with pytest.raises(ValueError, match=rf"`shape\[-1\]` {got}"):
         sample_batches({"x": np.zeros((10, 64))}, jax.random.key(0), (8, 3, batch_size))
-    with pytest.raises(ValueError, match=f"`batch_size` {got}"):
-        Stream(range(10), lambda example, rng: example, {}).batches(0, batch_size)
 
 
 @pytest.mark.parametrize("batch_size", [0, 720, 10**11])
@@ -122,11 +119,3 @@ def test_tasks_are_checked_before_anything_is_drawn(batch_size):
     check_batch_size(task)
     with pytest.raises(ValueError, match=f"`meta_batch_size` .* meta-training .* 719, got {batch_size}"):
         check_batch_size(task, "meta_train")
-
-
-def test_a_batch_may_be_larger_than_the_sample_of_a_stream_but_not_than_the_stream():
-    stream = Stream(range(200), lambda example, rng: example, sample={"label": np.zeros(3)})
-    load = lambda: dataclasses.replace(load_digits(), train=stream)
-    check_batch_size(dataclasses.replace(digits_mlp(batch_size=200), load_data=load))
-    with pytest.raises(ValueError, match="number of training examples of 'digits-mlp', 200, got 201"):
-        check_batch_size(dataclasses.replace(digits_mlp(batch_size=201), load_data=load))

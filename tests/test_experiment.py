@@ -10,7 +10,7 @@ from blobs import SGD, TASK
 from experiment import ExperimentOptions, learned_contenders, limit_data, parse_options, run_experiment
 
 from mlhf_optax.experiments import engine, grid_contenders
-from mlhf_optax.tasks import part_size
+from mlhf_optax.tasks import num_examples
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -127,5 +127,5 @@ def test_quick_is_short(tmp_path):
 
 def test_data_can_be_limited():
     data = limit_data(TASK, 10, 20, 5).data
-    assert [part_size(part) for part in (data.meta_train, data.train, data.test)] == [10, 20, 5]
+    assert [num_examples(part) for part in (data.meta_train, data.train, data.test)] == [10, 20, 5]
     assert (data.train["image"] == TASK.data.train["image"][:20]).all()

@@ -1,22 +1,11 @@
 """How the comparison on ResNet-18 is made shorter, on three blobs in the place of images."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import transfer_resnet18 as script
 from blobs import TASK
 
-from mlhf_optax.tasks import Dataset
-
 pytestmark = pytest.mark.usefixtures("unoptimised")
-
-
-class Streamed:
-    """Examples that are not in memory."""
-
-    def __len__(self):
-        return 30
 
 
 def test_a_shortened_task_has_the_first_examples_and_all_others_parts():
@@ -30,9 +19,3 @@ def test_a_shortened_task_has_the_first_examples_and_all_others_parts():
 def test_too_few_and_too_many_examples_are_refused(count):
     with pytest.raises(ValueError, match=f"between the batch size, 8, and 30, .* got {count}"):
         script.shortened(TASK, count)
-
-
-def test_a_stream_is_not_shortened():
-    data = dataclasses.replace(TASK, load_data=lambda: Dataset(TASK.data.meta_train, Streamed(), None))
-    with pytest.raises(ValueError, match="fewer `--epochs`"):
-        script.shortened(data, 12)

@@ -25,7 +25,7 @@ from mlhf_optax.experiments.run_grid import Program, RunGrid
 from mlhf_optax.experiments.timing import seconds_per_step
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
 from mlhf_optax.support.files import locked_folder
-from mlhf_optax.tasks import Task, part_size
+from mlhf_optax.tasks import Task, num_examples
 
 TABLE_STEPS = (10, 30, 100, 200, 500)
 _WAIT_EVERY = 10  # steps
@@ -87,7 +87,7 @@ def _spaced(name: str, last: int, count: int) -> set[int]:
 
 def steps_per_epoch(task: Task) -> int:
     """Returns how many whole mini-batches the training part of a task has."""
-    return part_size(task.data.train) // task.batch_size
+    return num_examples(task.data.train) // task.batch_size
 
 
 def compare(
@@ -176,7 +176,7 @@ def _sizes(task: Task) -> dict[str, Any]:
         "task": task.name,
         "batch_size": task.batch_size,
         "num_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
-        "num_train": part_size(task.data.train),
+        "num_train": num_examples(task.data.train),
     }
 
 

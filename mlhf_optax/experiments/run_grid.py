@@ -5,7 +5,6 @@ whatever the optimizer, so differences between curves are differences between op
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from mlhf_optax.experiments.runs import (
     MakeOptimizer,
     accuracy,
     augmentation_key,
+    draw_batch,
     draw_order,
     evaluation_state,
     init_run,
@@ -23,7 +23,7 @@ from mlhf_optax.experiments.runs import (
     run_step,
 )
 from mlhf_optax.meta_training import runs_in_sequence
-from mlhf_optax.tasks import Examples, Stream, Task, in_memory, num_examples, take
+from mlhf_optax.tasks import Examples, Task, num_examples
 
 _EVALUATION_CHUNK = 2048  # examples per forward pass, to bound the memory of an evaluation
 
@@ -51,8 +51,8 @@ class Program:
         # The data are arguments, not constants of the compiled program, which would copy them.
         def step(setting, seed, state, examples, number):
             key = augmentation_key(jax.random.key(seed["seed"]), number)
-            fed = seed["fed"] if examples is None else take(examples, seed["fed"])
-            return run_step(task, make_optimizer, setting[1], task.augment_fn(key, fed), state)
+            batch = draw_batch(task, examples, seed["batch"], key)
+            return run_step(task, make_optimizer, setting[1], batch, state)
 
         def ready(setting, seed, state, examples):
             return state.params, evaluation_state(task, state.params, examples)
@@ -122,28 +122,23 @@ class RunGrid:
         # Without hyperparameters, numbers stand for the settings, so that there is something to map over.
         self._settings = (np.arange(self.num_settings), values)
         self._seeds = {"seed": np.asarray(seeds, np.int32)}
-        train = task.data.train
-        self._train = jax.tree.map(jnp.asarray, in_memory(train))
+        self._train = jax.tree.map(jnp.asarray, task.data.train)
         self._test = jax.tree.map(jnp.asarray, task.data.test)
-        if isinstance(train, dict):
-            # Only numbers of examples are handed over; the examples lie on the device.
-            orders = np.stack([draw_order(task, jax.random.key(seed), num_steps) for seed in seeds])
-            self._feed, self._examples = lambda step: orders[:, step], self._train
-        else:
-            self._feed, self._examples = _StreamFeed(train, seeds, task.batch_size), None
+        # Only numbers of examples are handed over; the examples lie on the device.
+        self._orders = np.stack([draw_order(task, jax.random.key(seed), num_steps) for seed in seeds])
         nothing = [[None] * self.num_seeds] * self.num_settings if program.is_sequential else None
         self.state = program.init(self._settings, self._seeds, nothing)
         self.steps_done = 0
 
     def step(self) -> None:
         """Takes the next step of every run."""
-        seeds = {**self._seeds, "fed": self._feed(self.steps_done)}
+        seeds = {**self._seeds, "batch": self._orders[:, self.steps_done]}
         number = np.int32(self.steps_done)
-        self.state = self._program.step(self._settings, seeds, self.state, self._examples, number)
+        self.state = self._program.step(self._settings, seeds, self.state, self._train, number)
         self.steps_done += 1
 
     def train_loss(self, examples: Examples | None = None) -> np.ndarray:
-        """Returns the loss in nats, shape (E, S), on the training part (a stream's sample) or some of it."""
+        """Returns the loss in nats, shape (E, S), on the training part or some of it."""
         return self._mean(self._program.loss, self._train if examples is None else examples)
 
     def test_loss(self) -> np.ndarray:
@@ -167,18 +162,3 @@ class RunGrid:
             value = measure(self._settings, self._seeds, ready, chunk)
             mean += np.asarray(jax.device_get(value)) * (num_examples(chunk) / total)
         return mean
-
-
-class _StreamFeed:
-    """Mini-batches of S seeds that are read while they are needed."""
-
-    def __init__(self, stream: Stream, seeds: Sequence[int], batch_size: int):
-        self._open = lambda step: [stream.batches(seed, batch_size, step) for seed in seeds]
-        self._iterators, self._next_step = self._open(0), 0
-
-    def __call__(self, step: int) -> Any:
-        """Returns the mini-batches of a step, leaves (S, B, ...)."""
-        if step != self._next_step:  # a run that was restored
-            self._iterators = self._open(step)
-        self._next_step = step + 1
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *map(next, self._iterators))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax.tasks import Examples, Task, epoch_indices, in_memory, num_examples, take
+from mlhf_optax.tasks import Examples, Task, epoch_indices, num_examples, take
 
 MakeOptimizer = Callable[..., optax.GradientTransformation]  # make_optimizer(**hyperparameters)
 Hyperparameters = Mapping[str, Any]
@@ -30,8 +30,8 @@ def init_run(
 
 
 def draw_order(task: Task, key: chex.PRNGKey, num_steps: int) -> jax.Array:
-    """Returns the mini-batches of a run as numbers of the examples in memory, shape (num_steps, B)."""
-    size = num_examples(in_memory(task.data.train))
+    """Returns the mini-batches of a run as numbers of examples, shape (num_steps, B)."""
+    size = num_examples(task.data.train)
     return epoch_indices(jax.random.fold_in(key, 1), size, task.batch_size, num_steps)
 
 

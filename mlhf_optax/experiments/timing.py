@@ -19,7 +19,7 @@ from mlhf_optax.experiments.runs import (
     run_step,
 )
 from mlhf_optax.meta_training import runs_in_sequence
-from mlhf_optax.tasks import Task, in_memory
+from mlhf_optax.tasks import Task
 
 Thunk = Callable[[], object]
 
@@ -149,7 +149,7 @@ def _stretch(
     task: Task, make_optimizer: MakeOptimizer, hyperparameters: Hyperparameters, num_steps: int
 ) -> Thunk:
     """Returns a function that takes ``num_steps`` steps of one run and waits for the last one."""
-    examples = jax.tree.map(jnp.asarray, in_memory(task.data.train))
+    examples = jax.tree.map(jnp.asarray, task.data.train)
     key = jax.random.key(0)
     # Traced as in a training over many settings: constants could be folded into a faster program.
     hyperparameters = {name: jnp.asarray(value, jnp.float32) for name, value in hyperparameters.items()}

@@ -10,12 +10,24 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from mlhf_optax.support.files import write_atomically
-from mlhf_optax.tasks.data import Examples, Source, freeze
+from mlhf_optax.tasks.data import Examples, freeze
+
+
+class Source(Protocol):
+    """Examples by number, each with ``"image"``, ``"label"`` and maybe more."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        """Returns an example."""
+        ...
 
 
 def data_folder(data_dir: str | Path | None = None) -> Path:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 from mlhf_optax.tasks.cifar10 import cifar10_convnet, cifar10_resnet9
 from mlhf_optax.tasks.digits import digits_convnet, digits_mlp
-from mlhf_optax.tasks.imagenet import imagenet_resnet18
 from mlhf_optax.tasks.mnist import mnist_mlp
 from mlhf_optax.tasks.task import FileOptions, Task
 from mlhf_optax.tasks.tiny_imagenet import tiny_imagenet_resnet18
@@ -16,7 +15,6 @@ TASKS: dict[str, Callable[..., Task]] = {
     "mnist-mlp": mnist_mlp,
     "cifar10-convnet": cifar10_convnet,
     "cifar10-resnet9": cifar10_resnet9,
-    "imagenet-resnet18": imagenet_resnet18,
     "tiny-imagenet-resnet18": tiny_imagenet_resnet18,
 }
 

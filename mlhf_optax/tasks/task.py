@@ -14,7 +14,7 @@ from flax import linen as nn
 from mlhf_optax.curvature import LossFn, PredictFn
 from mlhf_optax.losses import SoftmaxCrossEntropy
 from mlhf_optax.tasks.augmentation import augment_batch, network_input
-from mlhf_optax.tasks.data import Dataset, part_size, require_batch_fits
+from mlhf_optax.tasks.data import Dataset, num_examples, require_batch_fits
 from mlhf_optax.tasks.resnet import ResNet, batch_statistics
 
 AugmentFn = Callable[[chex.PRNGKey, Any], Any]  # augment_fn(key, batch) -> batch
@@ -88,7 +88,7 @@ def check_batch_size(task: Task, part: Literal["train", "meta_train"] = "train")
       ValueError: `batch_size` must lie between 1 and the number of training examples ... 719, got 1000; ...
     """
     prefix, kind = {"train": ("", "training"), "meta_train": ("meta_", "meta-training")}[part]
-    argument, available = f"{prefix}batch_size", part_size(getattr(task.data, part))
+    argument, available = f"{prefix}batch_size", num_examples(getattr(task.data, part))
     require_batch_fits(getattr(task, argument), available, argument, f"{kind} examples of {task.name!r}")
 
 
@@ -156,7 +156,7 @@ class FileOptions(TypedDict, total=False):
     meta_batch_size: int
     """Examples per mini-batch in meta-training."""
     augment: bool
-    """Crop and mirror training images at random; True by default. Streamed ones are cropped in any case."""
+    """Crop and mirror training images at random; True by default."""
     data_dir: str | Path | None
     """Where the data lie; see the function that loads them."""
     cache_dir: str | Path | None

@@ -1,4 +1,4 @@
-"""Tiny-ImageNet, the stand-in for ImageNet where that is out of reach: 64x64 pixels, up to 200 classes.
+"""Tiny-ImageNet, which stands in for ImageNet: 64x64 pixels, up to 200 classes.
 
 It is read from one file of JPEG images, which :func:`pack_tiny_imagenet` makes once of the folder that
 is distributed.
@@ -159,7 +159,7 @@ def _pack(split: str, files: Sequence[tuple[Path, int]]) -> dict[str, np.ndarray
 def tiny_imagenet_resnet18(
     channels: int = 64, stem: Stem = "small", num_classes: int = 100, **options: Unpack[FileOptions]
 ) -> Task:
-    """Returns the stand-in for ``imagenet-resnet18``: ResNet-18 v2 on Tiny-ImageNet.
+    """Returns the stand-in for the paper's ResNet-18 v2 on ImageNet (section 4.4): the same on Tiny-ImageNet.
 
     Args:
       channels: channels of the first stage, at least 1; they double three times.

@@ -39,7 +39,6 @@ from mlhf_optax.tasks import (
     Task,
     check_batch_size,
     get_task,
-    in_memory,
     num_examples,
     tiny_tasks,
     tiny_validation_tasks,
@@ -341,10 +340,9 @@ def _describe(contenders: Sequence[Contender]) -> str:
 
 def _legend(task: Task, contenders: Sequence[Contender], show_all: bool) -> str:
     machine, data = machine_info(), task.data
-    part = "the whole training part" if isinstance(data.train, dict) else "a sample of the training part"
     device = machine["cpu"] if machine["backend"] == "cpu" else machine["device"]
     lines = [
-        f"Losses in nats, on {part} ({num_examples(in_memory(data.train))} examples), mean over seeds.",
+        f"Losses in nats, on the whole training part ({num_examples(data.train)} examples), mean over seeds.",
         f"test: accuracy on {num_examples(data.test)} other examples after the last step.",
         f"ms: one step of one training on {device}.",
     ]

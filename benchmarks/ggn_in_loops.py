@@ -4,8 +4,8 @@ For every kind of layer one compiled function linearizes the layer once, as the 
 chain of normalised products: in ``lax.fori_loop``, in ``lax.scan``, or written out one after the other
 ("outside"). Long CG loops are rolled and the steps of meta-training are a scan, so all three should cost
 the same. XLA on CPUs has no fast way for most derivatives of convolutions inside loops; the library's own
-``mlhf_optax.tasks.convolution.convolve`` has one, and the rows "(lax)" show what it saves. A time is that of the
-chain over its number of products, so each carries its share of the one linearization.
+``mlhf_optax.tasks.convolution.convolve`` has one, and the rows "(lax)" show what it saves. A time is that of
+the chain over its number of products, so each carries its share of the one linearization.
 
     python benchmarks/ggn_in_loops.py --json ggn_in_loops.json --figure ggn_in_loops.png
 

@@ -38,7 +38,7 @@ from experiment import ConvnetOptions, command_line, parse_options, save_drawing
 from tables_of_trainings import ablation
 
 from mlhf_optax import MetaParams, init_meta_params, layer_types, meta_training
-from mlhf_optax.experiments.record import record, write_json
+from mlhf_optax.experiments.origin import with_origin, write_json
 from mlhf_optax.learned.mlhf import SETTINGS
 from mlhf_optax.tasks import Task, num_examples
 
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     on_same_systems = compare_solvers(task, meta_params, options.solver_steps, options.batch_size)
     for result in results:
         result["on_same_systems"] = on_same_systems[result["name"]]
-    content = record(
+    content = with_origin(
         command_line(__file__, arguments),
         task=task.name,
         settings=options.settings,

@@ -12,7 +12,7 @@ from mlhf_optax import MetaParams, Settings, mlhf, pcg
 from mlhf_optax.controllers.coordinate_lstm import coordinate_lstm
 from mlhf_optax.controllers.lstm_settings import Divide
 from mlhf_optax.damped_step import damped_ggn, linearize
-from mlhf_optax.experiments.meta_train_task import draw_batches
+from mlhf_optax.experiments.meta_train import draw_batches
 from mlhf_optax.meta_training.unrolled.mlhf_losses import preconditioner_loss
 from mlhf_optax.tasks import Task
 

@@ -22,8 +22,8 @@ from mlhf_optax.experiments import (
     save_figure,
 )
 from mlhf_optax.experiments.figures import require_matplotlib
+from mlhf_optax.experiments.origin import with_origin, write_json
 from mlhf_optax.experiments.progress import comparison_bar
-from mlhf_optax.experiments.record import record, write_json
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.pretrained import Pretrained, load_pretrained
 from mlhf_optax.tasks import Dataset, Task, cifar10_convnet
@@ -91,7 +91,7 @@ class BenchmarkOptions:
 
     def save(self, command: str, draw: Callable[..., None], **content: Any) -> None:
         """Writes the content, and draws it with ``draw(figure, content)``, where that is asked for."""
-        content = record(command, **content)
+        content = with_origin(command, **content)
         if self.json:
             write_json(self.json, content)
         if self.figure:

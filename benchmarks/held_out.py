@@ -43,8 +43,8 @@ from mlhf_optax.experiments import (
     learned_contender,
     rates_per_decade,
 )
+from mlhf_optax.experiments.origin import with_origin, write_json
 from mlhf_optax.experiments.progress import comparison_bar
-from mlhf_optax.experiments.record import record, write_json
 from mlhf_optax.experiments.results import Curve
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.tasks import Task
@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     for kind in ("ratios", "by_test_loss") if options.cosine else ("ratios", "by_time", "by_test_loss"):
         print_median(rows, kind)
-    content = record(command, seeds=options.seeds, num_cg_steps=options.num_cg_steps, rows=rows)
+    content = with_origin(command, seeds=options.seeds, num_cg_steps=options.num_cg_steps, rows=rows)
     write_json(options.output / "results.json", content)
     save_drawing(options.output / "figure.png", draw, content)
     if options.learned and not options.cosine:

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mlhf_optax.experiments import Contender
-from mlhf_optax.experiments.run_grid import Program, RunGrid
-from mlhf_optax.experiments.runs import RunState, augmentation_key
+from mlhf_optax.experiments.runs import Program, RunGrid, RunState, augmentation_key
 from mlhf_optax.tasks import Task, take
 
 LEARNING_RATES = DAMPINGS = (1.0, 0.1, 0.01, 0.001)

@@ -27,9 +27,9 @@ from experiment import command_line, parse_options, save_drawing
 
 from mlhf_optax import load_pretrained
 from mlhf_optax import meta_training as mt
-from mlhf_optax.experiments.meta_train_task import meta_train_task, shown_losses
+from mlhf_optax.experiments.meta_train import meta_train_task, shown_losses
+from mlhf_optax.experiments.origin import with_origin, write_json
 from mlhf_optax.experiments.progress import progress_bar
-from mlhf_optax.experiments.record import record, write_json
 from mlhf_optax.learned import get_learned
 from mlhf_optax.support.files import locked_folder
 from mlhf_optax.tasks import Task, mnist_mlp
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = options.optimizers or ("adam", *shipped())
     with locked_folder(options.output) as folder:
         rows = run_all(names, options, folder)
-        content = record(command, starts=options.starts, published=PUBLISHED, rows=rows)
+        content = with_origin(command, starts=options.starts, published=PUBLISHED, rows=rows)
         write_json(folder / "results.json", content)
         save_drawing(folder / "figure.png", draw, content)
     print_table(rows)

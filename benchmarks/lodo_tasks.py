@@ -28,7 +28,7 @@ from experiment import command_line, parse_options, require_at_least_one
 from held_out import LODO
 
 from mlhf_optax import SoftmaxCrossEntropy, lodo
-from mlhf_optax.experiments.record import record, write_json
+from mlhf_optax.experiments.origin import with_origin, write_json
 from mlhf_optax.tasks.mnist import load_mnist
 from mlhf_optax.tasks.models import MLP
 
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shown = ("diverged" if mean is None else f"{mean:.3g}" for mean in means)
         print(f"{name:28s}" + "".join(f"{text:>9}" for text in shown), flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    content = record(command_line(__file__, arguments), steps=options.steps, rows=rows)
+    content = with_origin(command_line(__file__, arguments), steps=options.steps, rows=rows)
     write_json(options.output / f"{options.task}.json", content)
 
 

@@ -22,8 +22,8 @@ from experiment import ConvnetOptions, command_line, find_meta_params, parse_opt
 from rich.progress import track
 from tables_of_trainings import long_run
 
-from mlhf_optax.experiments.record import record, write_json
-from mlhf_optax.experiments.run_grid import Program, RunGrid
+from mlhf_optax.experiments.origin import with_origin, write_json
+from mlhf_optax.experiments.runs import Program, RunGrid
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
 from mlhf_optax.support.files import locked_folder
 from mlhf_optax.tasks import Task, take
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = RunGrid(Program(task, lambda: optimizer), {}, [options.seed], options.steps)
     with locked_folder(options.output):
         records = train(task, runs, options, settings)
-    content = record(
+    content = with_origin(
         command_line(__file__, arguments),
         task=task.name,
         num_steps=options.steps,

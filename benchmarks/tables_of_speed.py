@@ -6,7 +6,7 @@ from step_memory import PIXELS, WAYS
 from step_time import OVER_PARTS, first_call
 from table_cells import with_note
 
-from mlhf_optax.experiments.record import origin
+from mlhf_optax.experiments.origin import origin_line
 
 STEP_COLUMNS = (
     "adam",
@@ -51,7 +51,7 @@ def ggn_in_loops(content: dict[str, Any]) -> list[str]:
         "A GGN product of a convolution inside `fori_loop` or `scan` takes "
         f"{min(own):.2f} to {max(own):.2f} times as long as outside ({verdict} the target of "
         f"{content['target']:g}); with `lax.conv_general_dilated` it takes {min(rivals):.1f} to "
-        f"{max(rivals):.0f} times as long. {origin(content)}"
+        f"{max(rivals):.0f} times as long. {origin_line(content)}"
     ]
 
 

@@ -7,7 +7,7 @@ from ablation_solvers import DAMPING_ALONE, TITLES
 from table_cells import bold, with_note
 
 from mlhf_optax.experiments import Comparison, comparison_markdown
-from mlhf_optax.experiments.record import origin
+from mlhf_optax.experiments.origin import origin_line
 from mlhf_optax.experiments.results import best_at
 from mlhf_optax.experiments.tables import format_loss, markdown_table
 
@@ -18,15 +18,15 @@ def by_step(found: Comparison) -> list[str]:
     """Returns losses by step, as of ``mlhf-optax train``."""
     seeds = found.curves()[0].seeds
     note = (
-        f"`{found.record['task']}`, mean over {seeds} seeds, loss in nats on the whole training part. For "
-        f"each first-order family we show the setting with the lowest final loss. {origin(found.record)}"
+        f"`{found.about['task']}`, mean over {seeds} seeds, loss in nats on the whole training part. For "
+        f"each first-order family we show the setting with the lowest final loss. {origin_line(found.about)}"
     )
     return [*comparison_markdown(found), "", note]
 
 
 def by_epoch(found: Comparison) -> list[str]:
     """Returns losses by epoch, and against the best of the grid at equal time."""
-    record, curves = found.record, found.curves()
+    record, curves = found.about, found.curves()
     learned, others = ([c for c in curves if c.is_learned == wanted] for wanted in (True, False))
     note = (
         f"`{record['task']}`, {curves[0].steps[-1] // record['steps_per_epoch']} epochs of "
@@ -37,7 +37,7 @@ def by_epoch(found: Comparison) -> list[str]:
         shown = [*learned, best_at(others, others[0].steps[-1])]
         losses = (f"{c.label} {', '.join(map(format_loss, found.last_losses(c.optimizer)))}" for c in shown)
         note += f" The last loss of every seed: {'; '.join(losses)}."
-    return [*comparison_markdown(found, "epoch"), "", f"{note} {origin(record)}"]
+    return [*comparison_markdown(found, "epoch"), "", f"{note} {origin_line(record)}"]
 
 
 def second_order(found: Comparison, longer: Comparison | None = None) -> list[str]:
@@ -67,13 +67,13 @@ def second_order(found: Comparison, longer: Comparison | None = None) -> list[st
             )
             seconds = f"{last * best.seconds_per_step:.0f}"
             rows.append([name, f"{last}", format_loss(best.loss_at(last)), f"{best.accuracy:.1%}", seconds])
-    record = found.record
+    record = found.about
     note = (
         f"`{record['task']}`, {record['num_train']} images, batch {record['batch_size']}, seeds: "
-        f"{first.seeds}; in brackets over the best of all settings. {origin(record)}"
+        f"{first.seeds}; in brackets over the best of all settings. {origin_line(record)}"
     )
     if longer:
-        note += f" The losses of MLHF: `{longer.record['command']}`."
+        note += f" The losses of MLHF: `{longer.about['command']}`."
     return [*markdown_table(rows), "", note]
 
 

@@ -24,8 +24,8 @@ from held_out_tasks import TASKS, check_tasks
 
 from mlhf_optax import load_pretrained
 from mlhf_optax.experiments import compare, default_adam, learned_contender
+from mlhf_optax.experiments.origin import with_origin, write_json
 from mlhf_optax.experiments.progress import comparison_bar
-from mlhf_optax.experiments.record import record, write_json
 from mlhf_optax.meta_training.interface import task_loss
 from mlhf_optax.tasks import Task
 
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row["losses"] = [finite_or_none(loss) for loss in curve.train_loss]
             rows.append(row | about(curve.train_loss, first))
             print_row(rows[-1])
-    content = record(command, rows=rows, spike=SPIKE, floor=FLOOR, chance=CHANCE)
+    content = with_origin(command, rows=rows, spike=SPIKE, floor=FLOOR, chance=CHANCE)
     write_json(options.output / "results.json", content)
     save_drawing(options.output / "figure.png", draw, content)
 

@@ -169,7 +169,7 @@ def test_the_spread_over_seeds_is_told_where_there_are_several():
     note = by_epoch(measured)[-1]
     assert "2 epochs of 32 images, batch 8, seeds: 2 for MLHF, 2 for the grid" in note
     assert "every seed: mlhf 0.900, 1.100; sgd lr=2 momentum=0.9 1.500, 1.700." in note
-    single = Comparison(measured.frame.filter(pl.col("seed") == 0), measured.record)
+    single = Comparison(measured.frame.filter(pl.col("seed") == 0), measured.about)
     assert "every seed" not in by_epoch(single)[-1]
 
 

@@ -100,8 +100,8 @@ def test_any_learned_optimizer_is_meta_trained_and_compared_in_table_file_and_fi
     assert f"Adam, learned rates (meta-parameters {file}) and 9 settings" in out
     assert (folder / "mlhf-optax-digits-mlp-4-tanh.png").read_bytes().startswith(b"\x89PNG")
     result = experiments.Comparison.load("out.json")
-    assert result.record["task"] == "digits-mlp-4-tanh"
-    assert result.record["command"].startswith("mlhf-optax train --seeds 2 --steps 3")
+    assert result.about["task"] == "digits-mlp-4-tanh"
+    assert result.about["command"].startswith("mlhf-optax train --seeds 2 --steps 3")
     learned, *others = result.curves()
     assert (learned.optimizer, learned.seeds, learned.steps) == ("adam_rates", 2, [1, 2, 3])
     assert learned.setting["meta_params"] == file

@@ -13,10 +13,18 @@ import polars as pl
 import pytest
 from blobs import SEQUENTIAL, SGD, TASK
 
-from mlhf_optax.experiments import Contender, compare, epoch_steps, grid_contenders, log_steps, run_grid
+from mlhf_optax.experiments import Contender, compare, epoch_steps, grid_contenders, log_steps, runs
 from mlhf_optax.experiments.engine import TABLE_STEPS
-from mlhf_optax.experiments.run_grid import Program, RunGrid
-from mlhf_optax.experiments.runs import accuracy, augmentation_key, draw_order, init_run, mean_loss, run_step
+from mlhf_optax.experiments.runs import (
+    Program,
+    RunGrid,
+    accuracy,
+    augmentation_key,
+    draw_order,
+    init_run,
+    mean_loss,
+    run_step,
+)
 from mlhf_optax.support.files import locked_folder
 from mlhf_optax.tasks import no_augmentation, take
 
@@ -154,7 +162,7 @@ def test_evaluation_in_chunks_is_that_of_the_whole(monkeypatch):
     params = init_run(TASK, optax.set_to_zero, {}, jax.random.key(0)).params
     whole = mean_loss(TASK, params, TASK.data.train), accuracy(TASK, params, TASK.data.test)
     for chunk in (2048, 7):
-        monkeypatch.setattr(run_grid, "_EVALUATION_CHUNK", chunk)
+        monkeypatch.setattr(runs, "_EVALUATION_CHUNK", chunk)
         grid = RunGrid(Program(TASK, optax.set_to_zero), None, [0], 1)
         np.testing.assert_allclose([grid.train_loss(), grid.test_accuracy()], np.reshape(whole, (2, 1, 1)))
 
@@ -200,7 +208,7 @@ def test_a_stopped_comparison_goes_on_as_if_it_had_not_been(sequential, steps_ta
 
 
 def test_checkpoints_hold_every_bit_of_the_curves(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_grid, "_EVALUATION_CHUNK", 7)  # sums that no float32 holds
+    monkeypatch.setattr(runs, "_EVALUATION_CHUNK", 7)  # sums that no float32 holds
     whole = train(SGD, [3, 6], seeds=[0])
     assert np.any(np.float32(whole["train_loss"].to_numpy()) != whole["train_loss"].to_numpy())
     with pytest.raises(Stop):
@@ -312,16 +320,16 @@ def test_recorded_steps_include_those_of_the_table_and_the_first_epochs(steps):
     ("options", "message"),
     [
         ({"seeds": []}, "`seeds` is empty"),
-        ({"record_steps": [3, 3]}, r"`record_steps` must ascend from 1 or more, got \(3, 3\)"),
-        ({"record_steps": [0, 3]}, "`record_steps` must ascend"),
-        ({"record_steps": []}, "`record_steps` must ascend"),
+        ({"steps": [3, 3]}, r"`steps` must ascend from 1 or more, got \(3, 3\)"),
+        ({"steps": [0, 3]}, "`steps` must ascend"),
+        ({"steps": []}, "`steps` must ascend"),
         ({"contenders": [SGD, SGD]}, "names of optimizers must be unique"),
         ({"task": dataclasses.replace(TASK, batch_size=31)}, "`batch_size` must lie between .*, 30, got 31"),
     ],
 )
 def test_arguments_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
-        compare(**{"task": TASK, "contenders": [SGD], "record_steps": [2], "timed": False} | options)
+        compare(**{"task": TASK, "contenders": [SGD], "steps": [2], "timed": False} | options)
 
 
 def test_lengths_and_hyperparameters_must_make_sense():

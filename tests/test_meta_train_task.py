@@ -11,7 +11,7 @@ from shared import one_compilation as one_compilation
 
 from mlhf_optax import AUTHORS_SETTINGS, init_meta_params, load_meta_params, load_pretrained, save_meta_params
 from mlhf_optax import meta_training as mt
-from mlhf_optax.experiments.meta_train_task import meta_train_task
+from mlhf_optax.experiments.meta_train import meta_train_task
 from mlhf_optax.learned import get_learned
 from mlhf_optax.learned.mlhf import MLHFOptions
 from mlhf_optax.tasks import Dataset, digits_mlp

@@ -18,7 +18,7 @@ from mlhf_optax.experiments import (
     grid_contenders,
     save_figure,
 )
-from mlhf_optax.experiments.record import machine_info, record, versions
+from mlhf_optax.experiments.origin import machine_info, versions, with_origin
 from mlhf_optax.experiments.results import best_at, frame_of, leaders
 from mlhf_optax.experiments.tables import format_loss, format_ratio, losses_by_time, table_steps
 
@@ -81,7 +81,7 @@ def test_results_survive_a_file(tmp_path):
     ALL.save(tmp_path / "x.json")
     found = Comparison.load(tmp_path / "x.json")
     assert found.frame.equals(ALL.frame)
-    assert found.record == ALL.record
+    assert found.about == ALL.about
     entries = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)["optimizers"]
     assert entries[4]["curves"][0]["train_loss"][1:] == [None] * 3
     (tmp_path / "x.json").write_text("{}")
@@ -108,7 +108,7 @@ def test_files_of_version_0_1_keep_every_number(name):
 
 
 def test_the_record_says_where_and_how():
-    found = json.loads(json.dumps(record("mlhf-optax train", rows=[1]), allow_nan=False))
+    found = json.loads(json.dumps(with_origin("mlhf-optax train", rows=[1]), allow_nan=False))
     assert list(found) == ["machine", "versions", "command", "date", "rows"]
     assert (found["machine"], found["versions"]) == (machine_info(), versions())
     assert found["machine"]["cores"] >= 1

@@ -10,7 +10,7 @@ from blobs import SGD, TASK
 from experiment import BenchmarkOptions, command_line, parse_options
 
 from mlhf_optax.experiments import timing
-from mlhf_optax.experiments.record import origin, record, write_json
+from mlhf_optax.experiments.origin import origin_line, with_origin, write_json
 from mlhf_optax.experiments.timing import Timing, interleaved, seconds_per_step
 
 
@@ -130,11 +130,14 @@ def test_the_command_is_the_one_to_type(monkeypatch):
     assert command_line("x.py", []) == "python benchmarks/x.py"
     machine = {"backend": "cpu", "cpu": "Processor", "cores": 1}
     content = {"machine": machine, "versions": {"jax": "1", "python": "3"}, "date": "2026-11-21T00:00"}
-    assert origin(content | {"command": "c"}) == "`c`; Processor, 1 core; jax 1, Python 3; 2026-11-21."
+    assert origin_line(content | {"command": "c"}) == "`c`; Processor, 1 core; jax 1, Python 3; 2026-11-21."
 
 
 def test_json_is_written_whole_into_a_new_folder(tmp_path):
-    path, content = tmp_path / "new" / "report.json", record("python benchmarks/x.py", rows=[{"ratio": 1.5}])
+    path, content = (
+        tmp_path / "new" / "report.json",
+        with_origin("python benchmarks/x.py", rows=[{"ratio": 1.5}]),
+    )
     write_json(path, content)
     assert json.loads(path.read_text()) == content
     assert [file.name for file in path.parent.iterdir()] == ["report.json"]

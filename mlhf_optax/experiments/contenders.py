@@ -12,8 +12,7 @@ import numpy as np
 import optax
 from optax import contrib
 
-from mlhf_optax.experiments.run_grid import Program
-from mlhf_optax.experiments.runs import MakeOptimizer
+from mlhf_optax.experiments.runs import MakeOptimizer, Program
 from mlhf_optax.gauss_newton import gauss_newton
 from mlhf_optax.pretrained.files import Pretrained
 from mlhf_optax.tasks import Task

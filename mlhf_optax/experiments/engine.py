@@ -19,9 +19,9 @@ import jax
 import numpy as np
 
 from mlhf_optax.experiments.contenders import Contender
-from mlhf_optax.experiments.record import machine_info, record, write_json
+from mlhf_optax.experiments.origin import machine_info, with_origin, write_json
 from mlhf_optax.experiments.results import MEASURES, Comparison, finite_or_none, frame_of
-from mlhf_optax.experiments.run_grid import Program, RunGrid
+from mlhf_optax.experiments.runs import Program, RunGrid
 from mlhf_optax.experiments.timing import seconds_per_step
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
 from mlhf_optax.support.files import locked_folder
@@ -93,7 +93,7 @@ def steps_per_epoch(task: Task) -> int:
 def compare(
     task: Task,
     contenders: Sequence[Contender],
-    record_steps: Sequence[int] | None = None,
+    steps: Sequence[int] | None = None,
     *,
     seeds: Sequence[int] = range(5),
     folder: str | Path | None = None,
@@ -110,7 +110,7 @@ def compare(
     Args:
       task: what to train; mini-batches have its ``batch_size``.
       contenders: from :func:`learned_contender`, :func:`grid_contenders`, or your own.
-      record_steps: ascending numbers of steps after which to take losses and accuracy. The last one is the
+      steps: ascending numbers of steps after which to take losses and accuracy. The last one is the
         length of the trainings. ``log_steps(500)`` if None; see also :func:`epoch_steps`.
       seeds: seeds of the initial parameters, the order of the batches and their augmentation.
       folder: where to keep what is done; nothing is kept if None.
@@ -118,7 +118,7 @@ def compare(
       group_size: settings that advance together. By default all of a contender, or one where runs go one
         after the other.
       timed: measure the seconds per step, in turns, before the trainings.
-      command: the command line, for the record.
+      command: the command line, to be kept with the results.
       on_progress: called after every step.
 
     Returns:
@@ -137,9 +137,9 @@ def compare(
       >>> comparison.frame.columns[5:8], comparison.frame["step"].max()
       (['step', 'epoch', 'train_loss'], 2)
     """
-    steps = tuple(log_steps(500) if record_steps is None else record_steps)
+    steps = tuple(log_steps(500) if steps is None else steps)
     if not steps or steps[0] < 1 or not all(a < b for a, b in pairwise(steps)):
-        raise ValueError(f"`record_steps` must ascend from 1 or more, got {steps}")
+        raise ValueError(f"`steps` must ascend from 1 or more, got {steps}")
     seeds = list(seeds)
     if not seeds:
         raise ValueError("`seeds` is empty; give at least one seed")
@@ -166,7 +166,7 @@ def compare(
             is_complete = True
         except KeyboardInterrupt:
             pass  # what is finished is returned
-    about = record(command, **_sizes(task), steps_per_epoch=steps_per_epoch(task), seeds=seeds)
+    about = with_origin(command, **_sizes(task), steps_per_epoch=steps_per_epoch(task), seeds=seeds)
     return Comparison(frame_of(entries, steps_per_epoch(task)), about, is_complete)
 
 

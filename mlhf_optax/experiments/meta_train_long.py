@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlhf_optax import meta_training as mt
-from mlhf_optax.experiments.meta_train_task import load_start, make_record
+from mlhf_optax.experiments.meta_train import load_start, make_record
 from mlhf_optax.learned import LearnedFamily
 from mlhf_optax.meta_training.interface import task_loss
 from mlhf_optax.pretrained import save_meta_params

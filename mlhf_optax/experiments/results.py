@@ -1,4 +1,4 @@
-"""What comes out of a comparison: one tidy frame and a record of how it was made."""
+"""What comes out of a comparison: one tidy frame, and what it is about."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from mlhf_optax.experiments.record import write_json
+from mlhf_optax.experiments.origin import write_json
 from mlhf_optax.learned import LEARNED
 
 SCHEMA = {
@@ -92,7 +92,7 @@ class Comparison:
     Attributes:
       frame: a row for every optimizer, seed and recorded step, with the columns of :data:`SCHEMA`. Losses
         are in nats, infinite where a run diverged; ``setting`` is JSON.
-      record: task, sizes, machine, versions, command and date; JSON.
+      about: task, sizes, machine, versions, command and date; JSON.
       is_complete: False if the comparison was stopped.
 
     Example:
@@ -105,7 +105,7 @@ class Comparison:
     """
 
     frame: pl.DataFrame
-    record: dict[str, Any]
+    about: dict[str, Any]
     is_complete: bool = True
 
     def curves(self) -> list[Curve]:
@@ -116,7 +116,7 @@ class Comparison:
         lists = means.group_by(keys, maintain_order=True).agg(
             pl.col("seeds").first(), pl.col("step").alias("steps"), *MEASURES
         )
-        counts, steps_per_epoch = self.record.get("num_seeds", {}), self.record.get("steps_per_epoch")
+        counts, steps_per_epoch = self.about.get("num_seeds", {}), self.about.get("steps_per_epoch")
         curves = (Curve(**row, steps_per_epoch=steps_per_epoch) for row in lists.iter_rows(named=True))
         return [
             one._replace(setting=json.loads(str(one.setting)), seeds=counts.get(one.optimizer, one.seeds))
@@ -125,14 +125,14 @@ class Comparison:
 
     def last_losses(self, optimizer: str) -> list[float]:
         """Returns the last training loss of an optimizer, one number per seed."""
-        if optimizer in self.record.get("last_losses", {}):
-            return self.record["last_losses"][optimizer]
+        if optimizer in self.about.get("last_losses", {}):
+            return self.about["last_losses"][optimizer]
         own = self.frame.filter(pl.col("optimizer") == optimizer)
         return own.filter(pl.col("step") == pl.col("step").max())["train_loss"].to_list()
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes record and frame as JSON; an infinite loss becomes null."""
-        write_json(path, self.record | {"optimizers": _entries(self.frame)})
+        """Writes ``about`` and the frame as JSON; an infinite loss becomes null."""
+        write_json(path, self.about | {"optimizers": _entries(self.frame)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Comparison":

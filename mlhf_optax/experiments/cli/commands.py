@@ -27,10 +27,10 @@ from mlhf_optax.experiments import (
 from mlhf_optax.experiments.cli.options import MetaTrain, MetaTrainLong, Train, parse
 from mlhf_optax.experiments.contenders import CONSTANT, FAMILIES, PAPER_FAMILIES
 from mlhf_optax.experiments.figures import require_matplotlib
+from mlhf_optax.experiments.meta_train import meta_train_task, shown_losses
 from mlhf_optax.experiments.meta_train_long import RECIPE, meta_train_on_tiny_tasks
-from mlhf_optax.experiments.meta_train_task import meta_train_task, shown_losses
+from mlhf_optax.experiments.origin import machine_info
 from mlhf_optax.experiments.progress import comparison_bar, progress_bar
-from mlhf_optax.experiments.record import machine_info
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.meta_training.driver import Progress
 from mlhf_optax.pretrained import Pretrained, list_pretrained, load_pretrained

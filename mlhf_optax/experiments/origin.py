@@ -1,4 +1,4 @@
-"""What a measurement is kept with: the machine, the versions, the command and the date."""
+"""The origin of a measurement: machine, versions, command and date. And how measurements are written."""
 
 import datetime
 import json
@@ -38,8 +38,8 @@ def versions() -> dict[str, str]:
     return own | {package: metadata.version(package) for package in _PACKAGES}
 
 
-def record(command: str, **content: Any) -> dict[str, Any]:
-    """Returns content with what is needed to judge and repeat it, as plain JSON values."""
+def with_origin(command: str, **content: Any) -> dict[str, Any]:
+    """Returns content with its origin: what it takes to judge and repeat it, as plain JSON values."""
     return {
         "machine": machine_info(),
         "versions": versions(),
@@ -49,13 +49,13 @@ def record(command: str, **content: Any) -> dict[str, Any]:
     }
 
 
-def origin(record: Mapping[str, Any]) -> str:
-    """Says in a line by which command, where and when what :func:`record` made was measured."""
-    machine, version = record["machine"], record["versions"]
+def origin_line(content: Mapping[str, Any]) -> str:
+    """Says in a line by which command, where and when something was measured, from :func:`with_origin`."""
+    machine, version = content["machine"], content["versions"]
     device = machine["cpu"] if machine["backend"] == "cpu" else machine["device"]
     cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
     packages = f"jax {version['jax']}, Python {version['python']}"
-    return f"`{record['command']}`; {device}, {cores}; {packages}; {record['date'][:10]}."
+    return f"`{content['command']}`; {device}, {cores}; {packages}; {content['date'][:10]}."
 
 
 def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mlhf_optax import meta_training as mt
-from mlhf_optax.experiments.record import machine_info, versions
+from mlhf_optax.experiments.origin import machine_info, versions
 from mlhf_optax.learned import LearnedFamily
 from mlhf_optax.pretrained import Pretrained, load_pretrained, save_meta_params
 from mlhf_optax.tasks import Task, check_batch_size, epoch_indices, num_examples, sample_batches, take

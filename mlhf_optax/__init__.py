@@ -18,6 +18,7 @@ from mlhf_optax.hessian_free import hessian_free as hessian_free
 from mlhf_optax.hessian_free import scale_by_hessian_free as scale_by_hessian_free
 from mlhf_optax.learned.literature.lodo import LODOState as LODOState
 from mlhf_optax.learned.literature.lodo import lodo as lodo
+from mlhf_optax.losses import NegativeLogLikelihood as NegativeLogLikelihood
 from mlhf_optax.losses import SigmoidCrossEntropy as SigmoidCrossEntropy
 from mlhf_optax.losses import SoftmaxCrossEntropy as SoftmaxCrossEntropy
 from mlhf_optax.losses import SquaredError as SquaredError

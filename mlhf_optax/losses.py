@@ -1,14 +1,16 @@
 """Ready losses with their mean reduction and the closed form of their output curvature.
 
-Each is a function ``loss(outputs, batch) -> scalar`` that also knows ``curvature(outputs, batch)``,
-the product with its Hessian with respect to the outputs, which saves differentiating it twice.
-Use any other convex function of the same signature where these do not fit.
+Each is a function ``loss(outputs, batch) -> scalar`` that also knows ``curvature(outputs, batch)``, the
+product with its Hessian with respect to the outputs. The closed form saves differentiating the loss twice.
+:class:`NegativeLogLikelihood` has no curvature of its own and takes that of the empirical Fisher matrix.
+Where none of these fits, use any other convex function of the same signature.
 
 A mask shields: where it is zero, outputs, labels and targets may hold anything, NaN included, and change
-neither the loss nor its derivatives. (It cannot shield what a model itself makes of a NaN input.) What
-would make the loss wrong is never passed over: labels outside the classes and mask weights that are
-negative or not finite are a ValueError where their values are known, and a NaN loss with NaN gradients
-under ``jit``, which the optimizers of this package skip and count.
+neither the loss nor its derivatives. (It cannot shield what a model itself makes of a NaN input.)
+
+Nothing that would make the loss wrong is passed over. A label outside the classes, or a weight of a mask
+that is negative or not finite, is a ValueError where the values are known. Under ``jit`` it makes loss and
+gradients NaN, and the optimizers of this package skip and count such a step.
 """
 
 import dataclasses
@@ -24,6 +26,8 @@ from jax.core import Tracer
 from mlhf_optax.support import trees
 
 Getter = Hashable | Callable[[Any], Any]
+
+_TAKE_REAL = "let the model return real ones, such as the real part"
 
 
 def _get(batch: Any, getter: Getter, argument: str) -> Any:
@@ -42,30 +46,42 @@ def _get(batch: Any, getter: Getter, argument: str) -> Any:
 def _weights(
     batch: Any, mask: Getter | None, shape: tuple[int, ...], dtype: Any
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Weights of a (masked) mean over `shape`, and where they are not zero (None: everywhere).
+    """Returns the weights of a (masked) mean over `shape`, and where they are not zero (None: everywhere).
 
     They sum to one, or to zero for an empty mask.
     """
     if mask is None:
         return jnp.full(shape, 1.0 / max(1, math.prod(shape)), dtype), None
-    given = _get(batch, mask, "mask")
+    values = _mask_values(_get(batch, mask, "mask"), shape, dtype)
+    return _normalized(values, jnp.sum(values)), values != 0
+
+
+def _normalized(values: jax.Array, total: jax.Array) -> jax.Array:
+    return values / jnp.where(total == 0, 1.0, total)
+
+
+def _mask_values(given: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Returns the weights of a mask, NaN in the place of what is none."""
     values = jnp.asarray(given)
     if values.shape != shape:
         raise ValueError(f"the mask must have the shape of the positions, {shape}, got {values.shape}")
     values = values.astype(dtype)
     is_weight = jnp.isfinite(values) & (values >= 0)
     _check_known(is_weight, given, "the weights of a mask must be finite and >= 0")
-    values = jnp.where(is_weight, values, jnp.nan)
-    total = jnp.sum(values)
-    return values / jnp.where(total == 0, 1.0, total), values != 0
+    return jnp.where(is_weight, values, jnp.nan)
 
 
 def _shield(array: jax.Array, is_counted: jax.Array | None) -> jax.Array:
-    """Puts zeros where the mask is zero: a weight of zero times NaN, or its derivative, would be NaN."""
+    """Puts zeros where the mask is zero: zero times NaN would be NaN, in the loss or its derivative."""
     if is_counted is None:
         return array
     axes = tuple(range(is_counted.ndim, array.ndim))
     return jnp.where(jnp.expand_dims(is_counted, axes), array, jnp.zeros((), array.dtype))
+
+
+def _check_real(array: Any, what: str, remedy: str) -> None:
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"{what} must be real, got {array.dtype} of shape {array.shape}; {remedy}")
 
 
 def _check_known(is_valid: jax.Array, values: Any, rule: str) -> None:
@@ -134,7 +150,8 @@ class SoftmaxCrossEntropy:
         return product
 
     def _positions(self, outputs: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
-        """Logits, labels that are classes, weights (NaN where a label is none), and what counts."""
+        """Returns logits, labels that are classes, weights (NaN where a label is none), and what counts."""
+        _check_real(outputs, "logits", _TAKE_REAL)
         given = _get(batch, self.labels, "labels")
         labels = jnp.asarray(given)
         if labels.shape != outputs.shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -182,11 +199,13 @@ class SigmoidCrossEntropy:
 
     def __call__(self, outputs: jax.Array, batch: Any) -> jax.Array:
         """Returns the mean loss, a scalar in nats per logit."""
+        _check_real(outputs, "logits", _TAKE_REAL)
         logits, targets, weights = _entries(outputs, batch, self.targets, self.mask)
         return jnp.sum((jax.nn.softplus(logits) - targets * logits) * weights)
 
     def curvature(self, outputs: jax.Array, batch: Any) -> Callable[[jax.Array], jax.Array]:
         """Returns ``u -> H_l u = weight * p * (1 - p) * u``."""
+        _check_real(outputs, "logits", _TAKE_REAL)
         dtype = trees.wide_dtype(outputs)
         weights, is_counted = _weights(batch, self.mask, outputs.shape, dtype)
         logits = _shield(outputs.astype(dtype), is_counted)
@@ -197,7 +216,10 @@ class SigmoidCrossEntropy:
 
 @dataclasses.dataclass(frozen=True)
 class SquaredError:
-    """Half the mean squared error: ``0.5 * mean((outputs - targets)^2)`` over all entries.
+    """Half the mean squared error: ``0.5 * mean(|outputs - targets|^2)`` over all entries.
+
+    Outputs may be complex, as those of a Fourier transform. A complex entry counts once, so the loss is twice
+    that of the same numbers as pairs of real ones.
 
     Args:
       targets: where the targets stand in the batch (key or function); the shape of the outputs.
@@ -207,6 +229,7 @@ class SquaredError:
       Called as ``loss(outputs, batch)``, a scalar in squared units of the outputs.
 
     Raises:
+      TypeError: for complex targets of real outputs, whose imaginary part nothing could fit.
       ValueError: if targets or mask do not have the shape of the outputs, or for weights of the mask
         that are known and not finite and >= 0.
 
@@ -222,23 +245,124 @@ class SquaredError:
     def __call__(self, outputs: jax.Array, batch: Any) -> jax.Array:
         """Returns the mean loss, a scalar in squared units of the outputs."""
         outputs, targets, weights = _entries(outputs, batch, self.targets, self.mask)
-        return 0.5 * jnp.sum(jnp.square(outputs - targets) * weights)
+        return 0.5 * jnp.sum(_squared_modulus(outputs - targets) * weights)
 
     def curvature(self, outputs: jax.Array, batch: Any) -> Callable[[jax.Array], jax.Array]:
-        """Returns ``u -> H_l u = weight * u``."""
-        weights, is_counted = _weights(batch, self.mask, outputs.shape, trees.wide_dtype(outputs))
-        return lambda vector: (weights * _shield(vector, is_counted)).astype(outputs.dtype)
+        """Returns ``u -> H_l u = weight * u``, conjugated if the outputs are complex.
+
+        JAX's gradient with respect to a complex z is the conjugate of the direction of steepest ascent, so
+        the derivative of that gradient in the direction u is a multiple of conj(u).
+        """
+        weights, is_counted = _weights(batch, self.mask, outputs.shape, _real_dtype(outputs))
+        return lambda vector: (weights * jnp.conj(_shield(vector, is_counted))).astype(outputs.dtype)
+
+
+def _squared_modulus(z: jax.Array) -> jax.Array:
+    # Not `abs(z)**2`, whose derivative at zero is NaN.
+    is_complex = jnp.issubdtype(z.dtype, jnp.complexfloating)
+    return jnp.square(z.real) + jnp.square(z.imag) if is_complex else jnp.square(z)
+
+
+def _real_dtype(array: jax.Array) -> Any:
+    """Returns the dtype of weights: at least float32, and real also for complex outputs."""
+    return jnp.finfo(trees.wide_dtype(array)).dtype
 
 
 def _entries(
     outputs: jax.Array, batch: Any, targets: Getter, mask: Getter | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Outputs and targets in at least float32, zero where the mask is, and the weights of the mean."""
+    """Returns outputs and targets, at least float32 and zero where the mask is, and weights of the mean."""
     found, dtype = jnp.asarray(_get(batch, targets, "targets")), trees.wide_dtype(outputs)
     if found.shape != outputs.shape:
         raise ValueError(
             f"targets must have the shape of the outputs, {outputs.shape}, got {found.shape}; reshape "
             "one of them (a silent broadcast would change the loss)"
         )
-    weights, is_counted = _weights(batch, mask, outputs.shape, dtype)
+    if not jnp.issubdtype(outputs.dtype, jnp.complexfloating):
+        _check_real(found, "targets of real outputs", "let the model return complex outputs, or take `.real`")
+    weights, is_counted = _weights(batch, mask, outputs.shape, _real_dtype(outputs))
     return _shield(outputs.astype(dtype), is_counted), _shield(found.astype(dtype), is_counted), weights
+
+
+@dataclasses.dataclass(frozen=True)
+class NegativeLogLikelihood:
+    r"""Minus the mean log-probability, for models that return it: normalising flows, mixtures.
+
+    The loss ``l = -mean(log p_i)`` is linear in the outputs ``log p_i``. Its Hessian with respect to them is
+    zero, so its own Gauss-Newton matrix would be zero, too. The curvature that is used instead,
+
+    .. math::
+      H = \operatorname{diag}(\text{weights}), \qquad
+      J^T H J = \frac{1}{B} \sum_i \nabla \log p_i \, (\nabla \log p_i)^T,
+
+    makes the matrix the empirical Fisher matrix. It is positive semidefinite for any model, and close to the
+    Hessian of the loss where the model is the distribution that the data come from; elsewhere the two may
+    differ much. For classes prefer :class:`SoftmaxCrossEntropy`, which has the true Fisher matrix.
+
+    Args:
+      mask: where a mask shaped like the outputs stands (key or function), or None: weights >= 0 in the mean;
+        see :class:`SoftmaxCrossEntropy`.
+
+    Returns:
+      Called as ``loss(outputs, batch)``, a scalar in nats per observation. ``outputs`` are log-probabilities,
+      one number for each independent observation: shape (B,), any other shape, or a pytree of such arrays,
+      over all entries of which the mean is taken. Add up the terms of one observation in the model.
+
+    Raises:
+      TypeError: for outputs that are complex.
+      ValueError: if the mask is not shaped like the outputs, or for weights of it that are known and not
+        finite and >= 0.
+
+    Example:
+      >>> import jax.numpy as jnp  # a normal distribution
+      >>> log_prob = lambda p, x: -0.5 * ((x - p["mean"]) / jnp.exp(p["log_sd"])) ** 2 - p["log_sd"] - 0.919
+      >>> loss, x = NegativeLogLikelihood(), jnp.array([1.0, 3.0])
+      >>> outputs = log_prob({"mean": 2.0, "log_sd": 0.0}, x)
+      >>> round(float(loss(outputs, x)), 3)
+      1.419
+      >>> loss.curvature(outputs, x)(jnp.ones(2))
+      Array([0.5, 0.5], dtype=float32)
+
+    Source: Martens, `New insights and perspectives on the natural gradient method
+    <https://arxiv.org/abs/1412.1193>`_, 2014, section on the empirical Fisher.
+    """
+
+    mask: Getter | None = None
+
+    def __call__(self, outputs: Any, batch: Any) -> jax.Array:
+        """Returns minus the mean log-probability, a scalar in nats per observation."""
+        weights, are_counted = self._weights(outputs, batch)
+
+        def term(log_probs: jax.Array, weight: jax.Array, is_counted: jax.Array | None) -> jax.Array:
+            return jnp.sum(_shield(log_probs.astype(weight.dtype), is_counted) * weight)
+
+        return -trees.total(list(map(term, jax.tree.leaves(outputs), weights, are_counted)))
+
+    def curvature(self, outputs: Any, batch: Any) -> Callable[[Any], Any]:
+        """Returns ``u -> weight * u``, with which the Gauss-Newton matrix is the empirical Fisher matrix."""
+        weights, are_counted = self._weights(outputs, batch)
+
+        def product(vector: Any) -> Any:
+            leaves, treedef = jax.tree.flatten(vector)
+            scale = lambda u, weight, is_counted: (weight * _shield(u, is_counted)).astype(u.dtype)
+            return treedef.unflatten(map(scale, leaves, weights, are_counted))
+
+        return product
+
+    def _weights(self, outputs: Any, batch: Any) -> tuple[list[jax.Array], list[jax.Array | None]]:
+        """Returns weights, leaf by leaf, which sum to one over all leaves, and where they are not zero."""
+        leaves, treedef = jax.tree.flatten(outputs)
+        for leaf in leaves:
+            _check_real(leaf, "log-probabilities", _TAKE_REAL)
+        dtypes = [trees.wide_dtype(leaf) for leaf in leaves]
+        if self.mask is None:
+            share = 1.0 / max(1, trees.size(outputs))
+            weights = [jnp.full(leaf.shape, share, dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
+            return weights, [None] * len(leaves)
+        try:
+            given = treedef.flatten_up_to(_get(batch, self.mask, "mask"))
+        except ValueError as error:
+            raise ValueError(f"the mask must be a tree of arrays like the outputs: {error}") from error
+        values = list(map(_mask_values, given, [leaf.shape for leaf in leaves], dtypes))
+        total = trees.total([jnp.sum(value) for value in values])
+        return [_normalized(value, total.astype(value.dtype)) for value in values], [v != 0 for v in values]

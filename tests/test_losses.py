@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlhf_optax.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError
+from mlhf_optax import ggn_matvec
+from mlhf_optax.losses import NegativeLogLikelihood, SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError
 
 pytestmark = pytest.mark.usefixtures("x64", "strict_ranks")
 
@@ -38,12 +39,14 @@ CASES = {
     "softmax, smoothed": (SoftmaxCrossEntropy(label_smoothing=0.2), *softmax_batch(5)),
     "sigmoid": (SigmoidCrossEntropy(), *dense_batch(5, 2)),
     "squared": (SquaredError(), *dense_batch(5, 2)),
+    "likelihood": (NegativeLogLikelihood(), *dense_batch(5)),
 }
 MASKED = {
     "softmax": (SoftmaxCrossEntropy(mask="mask"), *softmax_batch(2, 3)),
     "softmax, smoothed": (SoftmaxCrossEntropy(mask="mask", label_smoothing=0.2), *softmax_batch(5)),
     "sigmoid": (SigmoidCrossEntropy(mask="mask"), *dense_batch(5, 2)),
     "squared": (SquaredError(mask="mask"), *dense_batch(2, 3, 2)),
+    "likelihood": (NegativeLogLikelihood(mask="mask"), *dense_batch(5, 2)),
 }
 
 
@@ -64,16 +67,28 @@ def squared_term(z, target):
     return 0.5 * (z - target).item() ** 2, z - target, np.eye(1)
 
 
+def likelihood_term(z, _):
+    """The curvature is not the Hessian, which is zero, but that of the empirical Fisher matrix."""
+    return -z.item(), -np.ones(1), np.eye(1)
+
+
+TERMS = {
+    SoftmaxCrossEntropy: softmax_term,
+    SigmoidCrossEntropy: sigmoid_term,
+    SquaredError: squared_term,
+    NegativeLogLikelihood: likelihood_term,
+}
+
+
 def reference(loss, outputs, batch):
     """Value, gradient and Hessian with respect to the outputs: a loop over the positions that count."""
     smoothing = (loss.label_smoothing,) if isinstance(loss, SoftmaxCrossEntropy) else ()
-    term = {SoftmaxCrossEntropy: softmax_term, SigmoidCrossEntropy: sigmoid_term, SquaredError: squared_term}
     labels = np.ravel(batch["label"])
     weights = np.ravel(batch["mask"]).astype(float) if loss.mask else np.ones(labels.size)
     positions = outputs.reshape(labels.size, -1)
     value, gradient, hessian = 0.0, np.zeros_like(positions), np.zeros((*positions.shape, *positions.shape))
     for i in np.flatnonzero(weights):
-        parts = term[type(loss)](positions[i], labels[i], *smoothing)
+        parts = TERMS[type(loss)](positions[i], labels[i], *smoothing)
         share = weights[i] / weights.sum()
         value, gradient[i], hessian[i, :, i] = value + share * parts[0], share * parts[1], share * parts[2]
     return value, gradient.reshape(outputs.shape), hessian.reshape(outputs.size, outputs.size)
@@ -195,6 +210,49 @@ def test_labels_and_targets_are_found_by_key_position_or_function():
 def test_losses_are_hashable_and_comparable_so_that_they_can_be_static():
     assert hash(SoftmaxCrossEntropy(labels="y")) == hash(SoftmaxCrossEntropy(labels="y"))
     assert SquaredError() != SquaredError(targets="y")
+
+
+# Complex numbers.
+
+
+def complex_numbers(*shape):
+    return RNG.normal(size=shape) + 1j * RNG.normal(size=shape)
+
+
+def as_pairs(z):
+    return jnp.stack([z.real, z.imag], -1)
+
+
+@pytest.mark.parametrize("mask", [None, "mask"])
+def test_complex_squared_errors_are_those_of_pairs_of_real_numbers(mask):
+    """A complex entry counts once, so the mean is twice that over the numbers of the pairs."""
+    inputs, w = complex_numbers(5, 2, 3), RNG.normal(size=3)
+    batch = {"label": complex_numbers(5, 2), "mask": some(5, 2)}
+    pairs = {"label": as_pairs(batch["label"]), "mask": np.repeat(batch["mask"][..., None], 2, -1)}
+    predict = lambda w, _: jnp.einsum("bci,i->bc", inputs, w) ** 2
+    predict_pairs = lambda w, _: as_pairs(predict(w, None))
+    loss = SquaredError(mask=mask)
+    found = jax.value_and_grad(lambda w: loss(predict(w, None), batch))(w)
+    wanted = jax.value_and_grad(lambda w: 2 * loss(predict_pairs(w, None), pairs))(w)
+    close(found, wanted)
+    matrix = lambda *of: jax.vmap(ggn_matvec(*of))(jnp.eye(3))
+    wanted = 2 * matrix(predict_pairs, loss, w, pairs)
+    close(matrix(predict, loss, w, batch), wanted)
+    twice_differentiated = lambda z, b: loss(z, b)
+    close(matrix(predict, twice_differentiated, w, batch), wanted)
+
+
+def test_complex_numbers_where_they_have_no_meaning_are_an_error():
+    z = jnp.zeros((2, 3), complex)
+    with pytest.raises(TypeError, match=r"of real outputs must be real, got complex128 .* complex outputs"):
+        SquaredError()(z.real, {"label": z})
+    labels, targets = {"label": jnp.zeros(2, int)}, {"label": z.real}
+    for loss, batch in ((SoftmaxCrossEntropy(), labels), (SigmoidCrossEntropy(), targets)):
+        for method in (loss, loss.curvature):
+            with pytest.raises(TypeError, match=r"logits must be real, got complex128 of shape \(2, 3\)"):
+                method(z, batch)
+    with pytest.raises(TypeError, match="log-probabilities must be real"):
+        NegativeLogLikelihood()(z, None)
 
 
 # Errors.

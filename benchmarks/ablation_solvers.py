@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mlhf_optax import MetaParams, Settings, mlhf, pcg
+from mlhf_optax import MetaParams, Model, Settings, mlhf, pcg
 from mlhf_optax.controllers.coordinate_lstm import coordinate_lstm
 from mlhf_optax.controllers.lstm_settings import Divide
-from mlhf_optax.damped_step import damped_ggn, linearize
+from mlhf_optax.damped_step import linearize
 from mlhf_optax.experiments.meta_train import draw_batches
 from mlhf_optax.meta_training.unrolled.mlhf_losses import preconditioner_loss
+from mlhf_optax.solvers import damped_ggn
 from mlhf_optax.tasks import Task
 
 
@@ -52,7 +53,7 @@ def compare_solvers(
       By configuration and for ``DAMPING_ALONE``, the mean over the steps of l_p over that of 20 steps
       without LSTM_p (above one is better), and of the norm of the residual over that of the gradient.
     """
-    optimizer = mlhf(1.0, meta_params, task.predict_fn, task.loss_fn)
+    optimizer = mlhf(meta_params, task.predict_fn, task.loss_fn)
     examples = jax.tree.map(jnp.asarray, task.data.meta_train)
 
     @jax.jit
@@ -75,7 +76,7 @@ def compare_solvers(
 def solve_in_every_way(task: Task, meta_params: MetaParams, params, batch, gradient, state):
     """Returns, by configuration, l_p relative to the first one and the residual relative to the gradient."""
     controller = coordinate_lstm(meta_params)
-    view = linearize(controller, state, (task.predict_fn, task.loss_fn), params, gradient, batch)
+    view = linearize(controller, state, Model(task.predict_fn, task.loss_fn), params, gradient, batch)
     signal = controller.control(view, state.controller).signal
     # Without its own output LSTM_p is as it starts: the same P for all coordinates.
     silent = signal._replace(preconditioner=jax.tree.map(jnp.zeros_like, signal.preconditioner))

@@ -180,7 +180,7 @@ def name_and_label(name: str) -> tuple[str, str]:
 def untrained_contender(task: Task) -> Contender:
     """Returns MLHF before meta-training, which is a constant with a unit of damping for every tensor."""
     meta_params = init_tensor_lstm(jax.random.key(0))
-    optimizer = mlhf(1.0, meta_params, task.predict_fn, task.loss_fn, **STEP_OPTIONS)
+    optimizer = mlhf(meta_params, task.predict_fn, task.loss_fn, **STEP_OPTIONS)
     return Contender("untrained", ("untrained",), (STEP_OPTIONS,), lambda: optimizer)
 
 

@@ -116,7 +116,7 @@ def optimizers(cg_steps: int) -> dict[str, Any]:
     coordinate = init_meta_params(jax.random.key(0), layer_types=["dense_kernel", "dense_bias"])
     return {
         "general": load_pretrained().optimizer(_predict, _LOSS),
-        "mlhf, LSTM per coordinate": mlhf(1.0, coordinate, _predict, _LOSS, num_cg_steps=cg_steps),
+        "mlhf, LSTM per coordinate": mlhf(coordinate, _predict, _LOSS, num_cg_steps=cg_steps),
         "gauss_newton": gauss_newton(1.0, _predict, _LOSS, num_cg_steps=cg_steps),
         "adam": optax.with_extra_args_support(optax.adam(1e-3)),
     }

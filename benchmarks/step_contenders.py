@@ -22,7 +22,7 @@ from mlhf_optax import (
 from mlhf_optax.controllers.coordinate_lstm import run_network
 from mlhf_optax.controllers.lstm import init_carry
 from mlhf_optax.controllers.lstm_settings import Inputs
-from mlhf_optax.curvature import CurvatureBatch, curvature_subset
+from mlhf_optax.curvature_batch import CurvatureBatch, curvature_subset
 from mlhf_optax.tasks import MLP, ConvNet, Dataset, Task, image_task, mini_resnet
 
 NUM_CG_STEPS = 4
@@ -129,8 +129,8 @@ def step_contenders(task: Task, params: Any) -> dict[str, Contender]:
         "muon": optax.contrib.muon(1e-3),
         "general": general.optimizer(*model),
         "gauss-newton-diagonal": gauss_newton(1.0, *model, metric="diagonal", **cheap),
-        "mlhf": mlhf(1.0, meta_params, *model, **per_coordinate),
-        "mlhf-quarter": mlhf(1.0, meta_params, *model, curvature_batch_size=0.25, **per_coordinate),
+        "mlhf": mlhf(meta_params, *model, **per_coordinate),
+        "mlhf-quarter": mlhf(meta_params, *model, curvature_batch_size=0.25, **per_coordinate),
         # Unrolled as MLHF is, and all 20 steps whatever the tolerance.
         "hessian-free-20": hessian_free(0.1, *model, damping=1.0, tolerance=0.0, early_exit=False),
     }

@@ -11,7 +11,6 @@ from mlhf_optax.controllers.lstm_settings import PAPER_SETTINGS as PAPER_SETTING
 from mlhf_optax.controllers.lstm_settings import Settings as Settings
 from mlhf_optax.curvature import ggn_matvec as ggn_matvec
 from mlhf_optax.damped_step import DampedStepState as DampedStepState
-from mlhf_optax.damped_step import StepInfo as StepInfo
 from mlhf_optax.damped_step import scale_by_damped_step as scale_by_damped_step
 from mlhf_optax.gauss_newton import gauss_newton as gauss_newton
 from mlhf_optax.hessian_free import hessian_free as hessian_free
@@ -25,12 +24,14 @@ from mlhf_optax.losses import SquaredError as SquaredError
 from mlhf_optax.micro_batches import over_micro_batches as over_micro_batches
 from mlhf_optax.mlhf import mlhf as mlhf
 from mlhf_optax.mlhf import scale_by_mlhf as scale_by_mlhf
+from mlhf_optax.model import Model as Model
 from mlhf_optax.pcg import pcg as pcg
 from mlhf_optax.pretrained import list_pretrained as list_pretrained
 from mlhf_optax.pretrained import load_pretrained as load_pretrained
 from mlhf_optax.pretrained.files import Pretrained as Pretrained
 from mlhf_optax.pretrained.files import load_meta_params as load_meta_params
 from mlhf_optax.pretrained.files import save_meta_params as save_meta_params
+from mlhf_optax.step_info import StepInfo as StepInfo
 from mlhf_optax.support.layer_types import layer_types as layer_types
 from mlhf_optax.transforms import limit_growth as limit_growth
 from mlhf_optax.transforms import limit_update_ratio as limit_update_ratio

@@ -1,13 +1,15 @@
 """Gauss-Newton damped by one constant: the control for everything learned, and good by itself."""
 
-from typing import Any
-
+import jax
 import optax
 
 from mlhf_optax.controllers.constant import constant
 from mlhf_optax.controllers.metrics import Metric
-from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn
-from mlhf_optax.damped_step import Solver, scale_by_damped_step
+from mlhf_optax.curvature import LossFn, PredictFn
+from mlhf_optax.curvature_batch import CurvatureBatch, PerExample
+from mlhf_optax.damped_step import scale_by_damped_step
+from mlhf_optax.model import Model
+from mlhf_optax.solvers import PCG
 from mlhf_optax.support.placement import AxisName
 from mlhf_optax.transforms import after_solve
 
@@ -17,11 +19,10 @@ def gauss_newton(
     predict_fn: PredictFn,
     loss_fn: LossFn,
     *,
-    damping: float | Any = 3.0,
+    damping: float | jax.Array = 3.0,
     metric: str | Metric = "identity",
     gradient_decay: float | None = None,
     unit_decay: float | None = None,
-    per_tensor: bool = False,
     num_cg_steps: int = 4,
     curvature_batch_size: CurvatureBatch = None,
     per_example: PerExample = None,
@@ -42,8 +43,9 @@ def gauss_newton(
 
     Args:
       learning_rate: a number or an optax schedule; 1 for the whole direction, less for small mini-batches.
-      predict_fn: ``predict_fn(params, batch) -> outputs``, any pytree of arrays.
-      loss_fn: ``loss_fn(outputs, batch) -> scalar``, convex in the outputs.
+      predict_fn: the model, with ``loss_fn``, ``curvature_batch_size``, ``per_example`` and ``axis_name``
+        those of :class:`mlhf_optax.Model`.
+      loss_fn: the loss.
       damping: the constant x, > 0. From 1 to 3 suits the first hundred steps, 3 to 10 later ones. For
         mini-batches and long trainings the metric ``"kronecker"`` with ``damping=10``,
         ``gradient_decay=0.86``, ``unit_decay=0.98``, ``num_cg_steps=2`` and ``max_growth=1`` was best.
@@ -53,18 +55,14 @@ def gauss_newton(
       gradient_decay: solve for the running mean of gradients with this decay, against the noise of
         mini-batches (:func:`mlhf_optax.controllers.constant`); None for the gradient of the step.
       unit_decay: keep the unit from following single small gradients; None for none.
-      per_tensor: every tensor has a unit of its own, for networks whose layers are in other units.
       num_cg_steps: CG steps K; the step costs K + 1 GGN products.
-      curvature_batch_size: take GGN products on part of the batch
-        (:func:`mlhf_optax.curvature.curvature_subset`).
-      per_example: with a number or a fraction of examples, names in the batch below which every array has
-        one entry per example; None if that is so for all of the batch.
-      axis_name: axis of ``jax.shard_map`` or ``jax.pmap`` along which batches differ
-        (:func:`mlhf_optax.scale_by_damped_step`); None for ``jax.jit``.
-      max_growth: bound on the norm of a direction, as a multiple of what it has typically been lately
-        (:func:`mlhf_optax.limit_growth`); None for none, and no state. 1 prevents spikes late in a training.
-      max_update_ratio: bound on the norm of the update as a share of that of the parameters; None for none.
-      momentum: decay of a running average over updates; None for none.
+      curvature_batch_size: part of the batch for GGN products.
+      per_example: what of the batch has one entry per example.
+      axis_name: axis along which batches differ.
+      max_growth: bound on the direction, with ``max_update_ratio``, ``momentum`` and ``weight_decay`` those
+        of :func:`mlhf_optax.transforms.after_solve`.
+      max_update_ratio: bound on the update.
+      momentum: decay of a running average over updates.
       weight_decay: decoupled weight decay.
       unroll: unroll the CG loop (:func:`mlhf_optax.pcg.pcg`).
 
@@ -74,7 +72,7 @@ def gauss_newton(
       of the metric.
 
     Raises:
-      TypeError: from ``update`` if ``batch`` is missing.
+      TypeError: for arguments of a wrong type, and from ``update`` if ``batch`` is missing.
       ValueError: for arguments out of range.
 
     Example:
@@ -91,16 +89,10 @@ def gauss_newton(
       True
     """
     direction = scale_by_damped_step(
-        constant(
-            damping, metric, gradient_decay=gradient_decay, unit_decay=unit_decay, per_tensor=per_tensor
-        ),
-        predict_fn,
-        loss_fn,
+        constant(damping, metric, gradient_decay=gradient_decay, unit_decay=unit_decay),
+        Model(predict_fn, loss_fn, curvature_batch_size, per_example, axis_name),
         name="gauss_newton",
-        solver=Solver(num_cg_steps, unroll=unroll),
-        curvature_batch_size=curvature_batch_size,
-        per_example=per_example,
-        axis_name=axis_name,
+        solver=PCG(num_cg_steps, unroll),
     )
     after = after_solve(
         learning_rate,

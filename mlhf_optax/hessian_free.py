@@ -12,24 +12,23 @@ import optax
 from mlhf_optax.controllers.constant import scheduled
 from mlhf_optax.controllers.levenberg_marquardt import LevenbergMarquardt, levenberg_marquardt
 from mlhf_optax.controllers.protocol import Controller
-from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn
-from mlhf_optax.damped_step import Solver, scale_by_damped_step
+from mlhf_optax.curvature import LossFn, PredictFn
+from mlhf_optax.curvature_batch import CurvatureBatch, PerExample
+from mlhf_optax.damped_step import scale_by_damped_step
+from mlhf_optax.model import Model
+from mlhf_optax.solvers import TolerancePCG
 from mlhf_optax.support.placement import AxisName
 
 Damping = optax.ScalarOrSchedule | LevenbergMarquardt
 
 
 def scale_by_hessian_free(
-    predict_fn: PredictFn,
-    loss_fn: LossFn,
+    model: Model,
     *,
     damping: Damping = 0.1,
     step_size: optax.ScalarOrSchedule = 1.0,
     num_cg_steps: int = 20,
     tolerance: float | jax.Array = 1e-5,
-    curvature_batch_size: CurvatureBatch = None,
-    per_example: PerExample = None,
-    axis_name: AxisName = None,
     early_exit: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the gradient g by the Hessian-free direction d, in the sign of the gradient.
@@ -42,23 +41,13 @@ def scale_by_hessian_free(
     a step to a loss that is not finite gives a zero update, too, and the damping grows.
 
     Args:
-      predict_fn: ``predict_fn(params, batch) -> outputs``, any pytree of arrays.
-      loss_fn: ``loss_fn(outputs, batch) -> scalar``, convex in the outputs; the gradients given to
-        ``update`` are those of ``loss_fn(predict_fn(params, batch), batch)``.
+      model: what is predicted, the loss, and where curvature is taken.
       damping: a number >= 0, an optax schedule of the step, or a :class:`LevenbergMarquardt` rule.
       step_size: the factor, a number or schedule, that later transformations put on the direction;
         only used to measure the reduction ratio at the step that is taken.
       num_cg_steps: largest number of CG steps; each costs a GGN product.
       tolerance: absolute norm of the residual at which CG stops.
-      curvature_batch_size: take GGN products on part of the batch: a number of examples, a
-        fraction or a function of the batch (:func:`mlhf_optax.curvature.curvature_subset`).
-      per_example: with a number or a fraction, names in the batch below which every array has one entry per
-        example, such as ``("image", "label")``; None if that is so for all of the batch.
-      axis_name: axis of ``jax.shard_map`` or ``jax.pmap`` along which batches differ
-        (:func:`mlhf_optax.scale_by_damped_step`); None for ``jax.jit``.
-      early_exit: leave the CG loop at the tolerance. Without it the loop is unrolled and idles to
-        its end, which can be differentiated in reverse mode, takes longer to compile, and is
-        faster for convolutional networks on CPUs (:func:`mlhf_optax.pcg.pcg`).
+      early_exit: leave the CG loop at the tolerance (:class:`mlhf_optax.solvers.TolerancePCG`).
 
     Returns:
       A transformation whose ``update(grads, state, params, *, batch)`` needs the batch; its state is a
@@ -70,12 +59,12 @@ def scale_by_hessian_free(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from mlhf_optax import SquaredError
-      >>> predict_fn = lambda w, batch: batch["x"] @ w
+      >>> from mlhf_optax import Model, SquaredError
+      >>> model = Model(lambda w, batch: batch["x"] @ w, SquaredError())
       >>> batch = {"x": jnp.array([[2.0, 0.0], [0.0, 1.0]]), "label": jnp.ones(2)}
-      >>> tx = scale_by_hessian_free(predict_fn, SquaredError(), damping=0.0)
+      >>> tx = scale_by_hessian_free(model, damping=0.0)
       >>> params = jnp.zeros(2)
-      >>> grads = jax.grad(lambda w: SquaredError()(predict_fn(w, batch), batch))(params)
+      >>> grads = jax.grad(model.loss)(params, batch)
       >>> direction, state = jax.jit(tx.update)(grads, tx.init(params), params, batch=batch)
       >>> direction.round(3)  # minus the way to the minimum of this quadratic
       Array([-0.5, -1. ], dtype=float32)
@@ -86,13 +75,9 @@ def scale_by_hessian_free(
     """
     return scale_by_damped_step(
         _controller(damping, step_size),
-        predict_fn,
-        loss_fn,
+        model,
         name="hessian_free",
-        solver=Solver(num_cg_steps, tolerance, early_exit),
-        curvature_batch_size=curvature_batch_size,
-        per_example=per_example,
-        axis_name=axis_name,
+        solver=TolerancePCG(num_cg_steps, tolerance, early_exit),
     )
 
 
@@ -117,15 +102,15 @@ def hessian_free(
     Args:
       learning_rate: a number or an optax schedule (paper: 1, 0.1, 0.01 or 0.001). The reduction
         ratio of adapted damping is measured for the step of this length.
-      predict_fn: the model, see :func:`scale_by_hessian_free` as for all arguments below.
+      predict_fn: the model, with ``loss_fn``, ``curvature_batch_size``, ``per_example`` and ``axis_name``
+        those of :class:`mlhf_optax.Model`.
       loss_fn: the loss.
       damping: a number, a schedule or a :class:`LevenbergMarquardt` rule.
       num_cg_steps: largest number of CG steps.
       tolerance: norm of the residual at which CG stops.
       curvature_batch_size: part of the batch for GGN products.
       per_example: what of the batch has one entry per example.
-      axis_name: axis of ``jax.shard_map`` or ``jax.pmap`` along which batches differ
-        (:func:`mlhf_optax.scale_by_damped_step`); None for ``jax.jit``.
+      axis_name: axis along which batches differ.
       early_exit: leave the CG loop at the tolerance.
 
     Returns:
@@ -148,15 +133,11 @@ def hessian_free(
       Array(0.06666667, dtype=float32)
     """
     direction = scale_by_hessian_free(
-        predict_fn,
-        loss_fn,
+        Model(predict_fn, loss_fn, curvature_batch_size, per_example, axis_name),
         damping=damping,
         step_size=learning_rate,
         num_cg_steps=num_cg_steps,
         tolerance=tolerance,
-        curvature_batch_size=curvature_batch_size,
-        per_example=per_example,
-        axis_name=axis_name,
         early_exit=early_exit,
     )
     return optax.chain(direction, optax.scale_by_learning_rate(learning_rate))

@@ -30,7 +30,7 @@ class TrainState(train_state.TrainState):
       >>> predict_fn = lambda params, batch: model.apply({"params": params}, batch["image"])
       >>> batch = {"image": jnp.ones((4, 2)), "label": jnp.array([0, 1, 2, 2])}
       >>> params = model.init(jax.random.key(0), batch["image"])["params"]
-      >>> tx = mlhf(1.0, init_meta_params(jax.random.key(1)), predict_fn, loss_fn, num_cg_steps=2)
+      >>> tx = mlhf(init_meta_params(jax.random.key(1)), predict_fn, loss_fn, num_cg_steps=2)
       >>> state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
       >>> loss = lambda params: loss_fn(predict_fn(params, batch), batch)
       >>> step = jax.jit(lambda state, grads: state.apply_gradients(grads=grads, batch=batch))

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from mlhf_optax import SoftmaxCrossEntropy, gauss_newton, hessian_free, init_meta_params, lodo, mlhf
 from mlhf_optax.controllers import kronecker_factors
 from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
-from mlhf_optax.curvature import curvature_subset
+from mlhf_optax.curvature_batch import curvature_subset
 from mlhf_optax.experiments.meta_train_long import meta_train_on_tiny_tasks
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.meta_training import (
@@ -65,11 +65,11 @@ def examples(size=32):
 
 def coordinate(**kwargs):
     meta_params = init_meta_params(jax.random.key(0), layer_types=["dense_kernel", "dense_bias"])
-    return mlhf(1.0, meta_params, predict, LOSS, num_cg_steps=STEPS, momentum=0.5, **kwargs)
+    return mlhf(meta_params, predict, LOSS, num_cg_steps=STEPS, momentum=0.5, **kwargs)
 
 
 def tensor(**kwargs):
-    return mlhf(1.0, init_tensor_lstm(jax.random.key(0)), predict, LOSS, num_cg_steps=STEPS, **kwargs)
+    return mlhf(init_tensor_lstm(jax.random.key(0)), predict, LOSS, num_cg_steps=STEPS, **kwargs)
 
 
 def diagonal(**kwargs):

@@ -11,7 +11,7 @@ from blobs import TASK
 from jax.flatten_util import ravel_pytree
 from references import naive_pcg
 
-from mlhf_optax import Settings, init_meta_params, mlhf
+from mlhf_optax import Model, Settings, init_meta_params, mlhf
 from mlhf_optax.controllers.coordinate_lstm import coordinate_lstm
 from mlhf_optax.damped_step import linearize
 
@@ -30,7 +30,7 @@ def _system():
     meta_params = treedef.unflatten([noise(*pair) for pair in zip(leaves, keys, strict=True)])
     batch = jax.tree.map(jnp.asarray, TASK.data.train)
     params = jax.tree.map(lambda x: x.astype(jnp.float64), TASK.init_fn(jax.random.key(2)))
-    optimizer = mlhf(1.0, meta_params, TASK.predict_fn, TASK.loss_fn)
+    optimizer = mlhf(meta_params, TASK.predict_fn, TASK.loss_fn)
     loss = lambda p: TASK.loss_fn(TASK.predict_fn(p, batch), batch)
     state = optimizer.init(params)
     for _ in range(2):
@@ -47,7 +47,7 @@ def test_every_solver_finds_what_its_dense_twin_finds(system):
     g, d0 = flat_of(gradient), flat_of(state.direction)
     hessian = np.asarray(jax.hessian(lambda x: loss(unravel(x)))(flat))
     controller = coordinate_lstm(meta_params)
-    view = linearize(controller, state, (TASK.predict_fn, TASK.loss_fn), params, gradient, batch)
+    view = linearize(controller, state, Model(TASK.predict_fn, TASK.loss_fn), params, gradient, batch)
     signal = controller.control(view, state.controller).signal
     silence = signal._replace(preconditioner=jax.tree.map(jnp.zeros_like, gradient))
     operators = [controller.operators(view, outputs) for outputs in (signal, silence)]

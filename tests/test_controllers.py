@@ -7,7 +7,7 @@ import optax
 import problems
 import pytest
 
-from mlhf_optax import scale_by_damped_step
+from mlhf_optax import Model, scale_by_damped_step
 from mlhf_optax.controllers import Quotient, Scale, constant, metrics, scheduled
 from mlhf_optax.controllers.units import unit, without_jump
 
@@ -30,7 +30,7 @@ def test_scale_and_quotient_are_inverse_diagonal_operators_that_keep_dtypes(dtyp
 def test_a_schedule_counts_skipped_steps_as_the_rest_of_a_chain_does():
     params, batch = problems.linear_params(dtype=jnp.float32), problems.batch()
     schedule = optax.piecewise_constant_schedule(0.5, {1: 0.1, 2: 0.1})
-    tx = scale_by_damped_step(scheduled(schedule), problems.linear, problems.LOSS)
+    tx = scale_by_damped_step(scheduled(schedule), Model(problems.linear, problems.LOSS))
     grads, state, update = jax.grad(problems.linear_loss)(params, batch), tx.init(params), jax.jit(tx.update)
     bad = jax.tree.map(lambda g: g.at[0, 0].set(jnp.nan), grads)
     for number, (gradient, skipped) in enumerate([(grads, 0), (bad, 1), (grads, 1)]):

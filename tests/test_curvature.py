@@ -13,7 +13,8 @@ import references
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from mlhf_optax.curvature import check_curvature_batch, curvature_subset, ggn_matvec, output_curvature
+from mlhf_optax.curvature import ggn_matvec, output_curvature
+from mlhf_optax.curvature_batch import check_curvature_batch, curvature_subset
 from mlhf_optax.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError
 
 pytestmark = pytest.mark.usefixtures("x64", "strict_ranks")

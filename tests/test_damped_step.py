@@ -12,6 +12,7 @@ import references
 
 from mlhf_optax import (
     LevenbergMarquardt,
+    Model,
     SquaredError,
     gauss_newton,
     hessian_free,
@@ -20,7 +21,7 @@ from mlhf_optax import (
     scale_by_damped_step,
 )
 from mlhf_optax.controllers import Control, Controller, Operators, Quotient, Scale
-from mlhf_optax.damped_step import Solver
+from mlhf_optax.solvers import PCG
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -36,7 +37,7 @@ def make(name, rate=1.0, scale=1.0, loss_fn=problems.LOSS, predict_fn=problems.l
         return hessian_free(rate, damping=damping, early_exit=False, **arguments)
     if name == "mlhf":
         meta_params = jax.tree.map(lambda x: scale * x, META_PARAMS)
-        return mlhf(rate, meta_params, unroll=1, **arguments)
+        return mlhf(meta_params, learning_rate=rate, unroll=1, **arguments)
     return gauss_newton(rate, damping=2.0 * scale, metric=name, unroll=1, **arguments)
 
 
@@ -317,7 +318,9 @@ def gradient_sized(scale):
 
 def test_a_controller_of_a_users_own_takes_the_steps_it_asks_for(x64):
     params, batches = problems.mlp_params(), problems.batches(2)
-    tx = scale_by_damped_step(gradient_sized(5.0), problems.mlp, problems.LOSS, solver=Solver(40, unroll=1))
+    tx = scale_by_damped_step(
+        gradient_sized(5.0), Model(problems.mlp, problems.LOSS), solver=PCG(40, unroll=1)
+    )
     model, state, update = references.Model(), tx.init(params), jax.jit(tx.update)
     for number, batch in enumerate(batches, 1):
         w = problems.flat(params)
@@ -339,7 +342,7 @@ def test_a_controller_of_a_users_own_takes_the_steps_it_asks_for(x64):
 
 def test_a_controller_that_keeps_what_a_solve_does_not_tell_is_an_error():
     controller = gradient_sized(5.0)._replace(is_warm_started=True, keeps_damped=True)
-    tx = scale_by_damped_step(controller, problems.linear, problems.LOSS)
+    tx = scale_by_damped_step(controller, Model(problems.linear, problems.LOSS))
     params, batch = problems.linear_params(dtype=jnp.float32), problems.batch()
     with pytest.raises(ValueError, match=r"keeps_damped=True.*without `damping_after_preconditioner`"):
         tx.update(gradient(params, batch), tx.init(params), params, batch=batch)
@@ -364,7 +367,7 @@ def test_a_controller_is_handed_what_it_keeps_of_the_step_before(x64):
 
     controller = Controller(lambda params: (), control, operators, keeps_residual=True, keeps_damped=True)
     params, batches = problems.mlp_params(), problems.batches(3)
-    tx = scale_by_damped_step(controller, problems.mlp, problems.LOSS, solver=Solver(2))
+    tx = scale_by_damped_step(controller, Model(problems.mlp, problems.LOSS), solver=PCG(2))
     model, state, update = references.Model(), tx.init(params), jax.jit(tx.update)
     for batch in batches:
         grads = jax.jit(jax.grad(problems.mlp_loss))(params, batch)

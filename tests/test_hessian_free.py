@@ -8,7 +8,7 @@ import problems
 import pytest
 import references
 
-from mlhf_optax import LevenbergMarquardt, SquaredError, hessian_free, scale_by_hessian_free
+from mlhf_optax import LevenbergMarquardt, Model, SquaredError, hessian_free, scale_by_hessian_free
 from mlhf_optax.controllers import Outcome, View
 from mlhf_optax.controllers.levenberg_marquardt import reduction_ratio
 
@@ -25,7 +25,11 @@ def direction_of(tx, params, batch):
 def test_the_direction_solves_the_damped_system(early_exit):
     params, batch = problems.mlp_params(), problems.batch()
     tx = scale_by_hessian_free(
-        problems.mlp, problems.LOSS, damping=0.25, num_cg_steps=60, tolerance=1e-10, early_exit=early_exit
+        Model(problems.mlp, problems.LOSS),
+        damping=0.25,
+        num_cg_steps=60,
+        tolerance=1e-10,
+        early_exit=early_exit,
     )
     direction, state, gradient = direction_of(tx, params, batch)
     model, w = references.Model(), problems.flat(params)
@@ -56,7 +60,7 @@ def test_the_defaults_are_those_of_the_paper():
 def test_curvature_may_be_taken_on_part_of_the_batch():
     params, batch = problems.mlp_params(), problems.batch(size=8)
     kwargs = {"damping": 0.25, "num_cg_steps": 60, "tolerance": 1e-10}
-    tx = scale_by_hessian_free(problems.mlp, problems.LOSS, curvature_batch_size=0.25, **kwargs)
+    tx = scale_by_hessian_free(Model(problems.mlp, problems.LOSS, curvature_batch_size=0.25), **kwargs)
     direction, _, gradient = direction_of(tx, params, batch)
     part = jax.tree.map(lambda x: np.asarray(x)[::4], batch)
     matrix = references.Model().ggn(problems.flat(params), part) + 0.25 * np.eye(gradient.size)

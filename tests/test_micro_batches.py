@@ -38,7 +38,7 @@ def quick(predict_fn, loss_fn, **kwargs):
 
 def general(predict_fn, loss_fn):
     meta_params = init_tensor_lstm(jax.random.key(0))
-    return mlhf(1.0, meta_params, predict_fn, loss_fn, num_cg_steps=2)
+    return mlhf(meta_params, predict_fn, loss_fn, num_cg_steps=2)
 
 
 def gradient_of(model, params, batch):

@@ -12,6 +12,7 @@ import references
 
 from mlhf_optax import (
     PAPER_SETTINGS,
+    Model,
     Settings,
     SquaredError,
     init_meta_params,
@@ -63,7 +64,6 @@ def test_ten_steps_agree_with_algorithm_1_in_numpy(x64, name):
         max_update_ratio=max_update_ratio,
     )
     tx = mlhf(
-        0.7,
         meta_params,
         problems.mlp,
         problems.LOSS,
@@ -97,7 +97,7 @@ META_PARAMS = problems.random_meta_params(units=(2,))
 
 
 def make(learning_rate=1.0, **kwargs):
-    return mlhf(learning_rate, META_PARAMS, problems.linear, problems.LOSS, unroll=1, **kwargs)
+    return mlhf(META_PARAMS, problems.linear, problems.LOSS, learning_rate=learning_rate, unroll=1, **kwargs)
 
 
 def run(tx, num_steps=6, batch=None):
@@ -137,7 +137,7 @@ def test_a_training_on_one_stiff_batch_is_not_stuck_after_a_skipped_step():
     batch = {"x": jnp.asarray(features), "label": jnp.asarray(features @ rng.normal(size=(20, 1)))}
     predict_fn, loss_fn = lambda p, b: b["x"] @ p["kernel"], SquaredError()
     meta_params = problems.random_meta_params(seed=1)
-    tx = mlhf(1.0, meta_params, predict_fn, loss_fn, max_update_ratio=None, unroll=1)
+    tx = mlhf(meta_params, predict_fn, loss_fn, max_update_ratio=None, unroll=1)
 
     def step(carry, _):
         params, state = carry
@@ -162,10 +162,10 @@ def test_the_layer_types_may_be_given():
     predict_fn = lambda p, batch: batch["image"] @ p["table"]
     batch = problems.batch()
     with pytest.raises(ValueError, match=r"parameter 'table' of shape \(3, 2\).*`layer_types_fn="):
-        scale_by_mlhf(META_PARAMS, predict_fn, problems.LOSS).init(params)
+        scale_by_mlhf(META_PARAMS, Model(predict_fn, problems.LOSS)).init(params)
     rules = functools.partial(layer_types, rules={"table": "dense_kernel"})
-    tx = scale_by_mlhf(META_PARAMS, predict_fn, problems.LOSS, layer_types_fn=rules, unroll=1)
-    named = scale_by_mlhf(META_PARAMS, problems.linear, problems.LOSS, unroll=1)
+    tx = scale_by_mlhf(META_PARAMS, Model(predict_fn, problems.LOSS), layer_types_fn=rules, unroll=1)
+    named = scale_by_mlhf(META_PARAMS, Model(problems.linear, problems.LOSS), unroll=1)
     update = lambda tx, params: jax.jit(tx.update)(params, tx.init(params), params, batch=batch)
     direction, _ = update(tx, params)
     want, _ = update(named, {"kernel": params["table"]})
@@ -176,7 +176,7 @@ def test_damping_of_the_dimension_of_curvature_does_not_depend_on_the_scale_of_t
     # Untrained LSTMs see nothing, so all that is left is the unit of s and P.
     settings = Settings(unit=Unit(parameter_power=1.0), initial_damping=4.0)
     meta_params = init_meta_params(jax.random.key(0), settings, layer_types=["dense_kernel"], units=(2,))
-    build = lambda predict_fn: scale_by_mlhf(meta_params, predict_fn, problems.LOSS, unroll=1)
+    build = lambda predict_fn: scale_by_mlhf(meta_params, Model(predict_fn, problems.LOSS), unroll=1)
     one, tenth = (problems.rescaled_direction(build, scale) for scale in (1.0, 0.1))
     np.testing.assert_allclose(tenth, one, rtol=1e-9)
 
@@ -188,13 +188,13 @@ def test_meta_parameters_that_do_not_know_a_layer_type_are_an_error():
     meta_params = init_meta_params(jax.random.key(0), layer_types=["dense_kernel", "conv_kernel"])
     message = r"layer types \['dense_bias'\].*trained for \['conv_kernel', 'dense_kernel'\].*`layer_types_fn="
     with pytest.raises(ValueError, match=message):
-        scale_by_mlhf(meta_params, problems.mlp, problems.LOSS).init(problems.mlp_params())
+        scale_by_mlhf(meta_params, Model(problems.mlp, problems.LOSS)).init(problems.mlp_params())
 
 
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"meta_params": {}}, TypeError, r"`meta_params` must be a MetaParams, got dict.*load_pretrained"),
+        ({"meta_params": {}}, TypeError, r"`meta_params` must be what `load_pretrained.*, got dict"),
         ({"predict_fn": "mlp"}, TypeError, "`predict_fn` must be a function, got str"),
         ({"loss_fn": None}, TypeError, "`loss_fn` must be a function, got NoneType"),
         ({"num_cg_steps": 4.0}, TypeError, "`num_cg_steps` must be a Python int"),
@@ -207,4 +207,4 @@ def test_meta_parameters_that_do_not_know_a_layer_type_are_an_error():
 def test_an_argument_of_a_wrong_type_or_range_is_an_error_that_names_it(wrong, error, message):
     arguments = {"meta_params": META_PARAMS, "predict_fn": problems.mlp, "loss_fn": problems.LOSS}
     with pytest.raises(error, match=message):
-        mlhf(1.0, **arguments | wrong)
+        mlhf(**arguments | wrong)

@@ -174,10 +174,14 @@ def test_the_optimizer_is_the_recorded_one_unless_changed(tmp_path):
         return step(first, state, params, batch=batch)[0]["kernel"]  # the second shows the momentum
 
     recommended = update(loaded.optimizer(*functions))
-    np.testing.assert_array_equal(recommended, update(mlhf_optax.mlhf(0.5, fresh, *functions, **settings)))
+    np.testing.assert_array_equal(
+        recommended, update(mlhf_optax.mlhf(fresh, *functions, learning_rate=0.5, **settings))
+    )
     changes = {"learning_rate": lambda count: 0.25, "max_update_ratio": None, "weight_decay": 0.1}
     changes |= {"momentum": 0.0, "curvature_batch_size": None}
-    other = mlhf_optax.mlhf(0.25, fresh, *functions, num_cg_steps=2, max_update_ratio=None, weight_decay=0.1)
+    other = mlhf_optax.mlhf(
+        fresh, *functions, learning_rate=0.25, num_cg_steps=2, max_update_ratio=None, weight_decay=0.1
+    )
     changed = update(loaded.optimizer(*functions, **changes))
     np.testing.assert_array_equal(changed, update(other))
     assert not np.allclose(changed, recommended)

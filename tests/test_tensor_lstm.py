@@ -65,7 +65,7 @@ def train(tx, params, batches, loss_fn=SquaredError(), predict_fn=predict):
 def test_steps_agree_with_numpy_float64():
     params, batches = linear_problem()
     meta_params = learned()
-    tx = mlhf(1.0, meta_params, predict, SquaredError(), num_cg_steps=2)
+    tx = mlhf(meta_params, predict, SquaredError(), num_cg_steps=2)
     (w, state), losses = train(tx, params, batches)
     reference = Reference(meta_params, params)
     expected = [reference.step(x, y) for x, y in zip(batches["x"], batches["label"], strict=True)]
@@ -87,7 +87,7 @@ def test_the_unit_of_the_loss_changes_nothing(scale):
     results = []
     for factor in (1.0, scale):
         loss_fn = lambda z, b, factor=factor: factor * SquaredError()(z, b)
-        tx = mlhf(1.0, learned(), predict, loss_fn, num_cg_steps=2)
+        tx = mlhf(learned(), predict, loss_fn, num_cg_steps=2)
         results.append(train(tx, params, batches, loss_fn)[0][0])
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
@@ -98,7 +98,7 @@ def test_the_unit_of_the_parameters_changes_nothing():
     results = []
     for unit in (1.0, 8.0):
         scaled = lambda p, b, unit=unit: predict([unit * leaf for leaf in p], b)
-        tx = mlhf(1.0, learned(), scaled, SquaredError(), num_cg_steps=2)
+        tx = mlhf(learned(), scaled, SquaredError(), num_cg_steps=2)
         w = train(tx, [p / unit for p in params], batches, predict_fn=scaled)[0][0]
         results.append([unit * leaf for leaf in w])
     for one, other in zip(*results, strict=True):
@@ -107,7 +107,7 @@ def test_the_unit_of_the_parameters_changes_nothing():
 
 def test_untrained_it_says_the_constants_whatever_it_sees():
     params, batches = linear_problem()
-    tx = mlhf(1.0, init_tensor_lstm(jax.random.key(0)), predict, SquaredError(), num_cg_steps=2)
+    tx = mlhf(init_tensor_lstm(jax.random.key(0)), predict, SquaredError(), num_cg_steps=2)
     (_, state), losses = train(tx, params, batches)
     assert state[0].controller.rate == pytest.approx(1.0)
     np.testing.assert_allclose(state[0].controller.power, 0.7, rtol=1e-5)
@@ -171,7 +171,7 @@ def test_a_tensor_without_gradient_has_damping_above_zero():
 def test_layers_in_other_units_train_about_as_well():
     """With one unit of damping for all tensors the last of these ends with 25 times the loss."""
     build = lambda predict_fn: mlhf(
-        1.0, init_tensor_lstm(jax.random.key(0)), predict_fn, SquaredError(), num_cg_steps=2
+        init_tensor_lstm(jax.random.key(0)), predict_fn, SquaredError(), num_cg_steps=2
     )
     usual, others = problems.losses_in_units(build)
     assert np.all(others < 8 * usual)
@@ -206,7 +206,7 @@ def test_it_trains_tensors_of_every_rank_under_vmap_as_alone():
     _, batches = linear_problem(steps=12)
     batches["label"] = jnp.argmax(batches["label"], -1)
     loss_fn = SoftmaxCrossEntropy()
-    tx = mlhf(1.0, learned(), any_network, loss_fn, num_cg_steps=2, curvature_batch_size=0.5)
+    tx = mlhf(learned(), any_network, loss_fn, num_cg_steps=2, curvature_batch_size=0.5)
     run = lambda key: train(tx, any_params(key), batches, loss_fn, any_network)
     keys = jax.random.split(jax.random.key(3), 2)
     (w, state), losses = jax.vmap(run)(keys)
@@ -219,7 +219,7 @@ def test_it_trains_tensors_of_every_rank_under_vmap_as_alone():
 @pytest.mark.parametrize(
     "build",
     [
-        lambda predict_fn: mlhf(1.0, learned(), predict_fn, SquaredError(), num_cg_steps=2),
+        lambda predict_fn: mlhf(learned(), predict_fn, SquaredError(), num_cg_steps=2),
         lambda predict_fn: gauss_newton(1.0, predict_fn, SquaredError(), metric="kronecker"),
     ],
 )
@@ -236,7 +236,7 @@ def test_bfloat16_parameters_have_statistics_in_float32():
     state = tensor_lstm(learned()).init(params)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
     _, batches = linear_problem(steps=3)
-    tx = mlhf(1.0, learned(), any_network, SquaredError(), num_cg_steps=2)
+    tx = mlhf(learned(), any_network, SquaredError(), num_cg_steps=2)
     (w, _), losses = train(tx, params, batches, predict_fn=any_network)
     assert {leaf.dtype for leaf in jax.tree.leaves(w)} == {jnp.dtype("bfloat16")}
     assert np.all(np.isfinite(losses))
@@ -244,7 +244,7 @@ def test_bfloat16_parameters_have_statistics_in_float32():
 
 def test_a_bad_gradient_is_skipped_and_leaves_the_state():
     params, batches = linear_problem()
-    tx = mlhf(1.0, learned(), predict, SquaredError(), num_cg_steps=2)
+    tx = mlhf(learned(), predict, SquaredError(), num_cg_steps=2)
     (w, state), _ = train(tx, params, batches)
     batch = jax.tree.map(lambda leaf: leaf[0], batches)
     bad = [jnp.full_like(p, jnp.nan) for p in w]
@@ -260,7 +260,7 @@ def test_a_network_that_is_not_finite_moves_nothing_and_leaves_the_state(field):
     meta_params = learned()
     meta_params = meta_params._replace(**{field: getattr(meta_params, field).at[0].set(jnp.nan)})
     params, batches = linear_problem(steps=1)
-    tx = mlhf(1.0, meta_params, predict, SquaredError(), num_cg_steps=2)
+    tx = mlhf(meta_params, predict, SquaredError(), num_cg_steps=2)
     end, (state, *_) = train(tx, params, batches)[0]
     assert int(state.info.skipped_steps) == 1
     before = tx.init(params)[0].controller
@@ -269,7 +269,7 @@ def test_a_network_that_is_not_finite_moves_nothing_and_leaves_the_state(field):
 
 def test_a_schedule_bounds_the_learned_rate():
     params, batches = linear_problem()
-    make = lambda learning_rate: mlhf(learning_rate, learned(), predict, SquaredError(), num_cg_steps=2)
+    make = lambda rate: mlhf(learned(), predict, SquaredError(), learning_rate=rate, num_cg_steps=2)
     # All ones is no bound, as the number is.
     for one, other in zip(
         *(train(make(rate), params, batches)[0][0] for rate in (1.0, lambda t: 1.0)), strict=True

@@ -1,7 +1,21 @@
 """What a controller is: from what a step sees to damping, preconditioner and its own next state.
 
-The damped step (:mod:`mlhf_optax.damped_step`) is the same for every optimizer of the library; they
-differ in their controller.
+The damped step (:mod:`mlhf_optax.damped_step`) is the same for every optimizer of the library. An optimizer is
+a controller, a solver (:mod:`mlhf_optax.solvers`) and what follows the solve (:mod:`mlhf_optax.transforms`):
+
+==========================  =========================  =================  ==================================
+optimizer                   controller                 solver             after the solve
+==========================  =========================  =================  ==================================
+``load_pretrained()``       ``tensor_lstm``            ``PCG(2)``         growth, learning rate, update bound
+``load_pretrained(name)``   ``coordinate_lstm``        ``PCG(4)``         learning rate, update bound
+``gauss_newton``            ``constant``               ``PCG(4)``         the same, growth on request
+``hessian_free``            ``scheduled``              ``TolerancePCG``   learning rate
+``hessian_free``, adapted   ``levenberg_marquardt``    ``TolerancePCG``   learning rate
+==========================  =========================  =================  ==================================
+
+A step calls ``control`` (what damping and preconditioner are made of), ``operators`` (S and P for the solver)
+and ``observe`` (what came of it), in this order. :func:`mlhf_optax.controllers.scheduled` is the shortest
+example.
 """
 
 from collections.abc import Callable

@@ -6,18 +6,16 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
-import optax
 
 from mlhf_optax.controllers.coordinate_lstm import MetaParams, extend_meta_params, init_meta_params
 from mlhf_optax.controllers.lstm_settings import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, Unit
-from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn, check_curvature_batch
+from mlhf_optax.curvature_batch import check_curvature_batch
 from mlhf_optax.learned.family import LearnedFamily, number_problem
 from mlhf_optax.meta_training.interface import LearnedOptimizer
 from mlhf_optax.meta_training.unrolled.mlhf_gradient import mlhf_optimizer
 from mlhf_optax.meta_training.unrolled.mlhf_unroll import UnrollOptions
 from mlhf_optax.mlhf import mlhf
-from mlhf_optax.support.layer_types import LayerTypesFn, distinct_layer_types
-from mlhf_optax.support.placement import AxisName
+from mlhf_optax.support.layer_types import distinct_layer_types
 
 SettingsName = Literal["default", "relative", "paper", "authors"]
 
@@ -145,42 +143,6 @@ def _resolve(options: MLHFOptions, start: Any) -> MLHFOptions:
     return dataclasses.replace(options, settings=_settings(options, start)[0])
 
 
-def _optimizer(
-    meta_params: MetaParams,
-    predict_fn: PredictFn,
-    loss_fn: LossFn,
-    *,
-    learning_rate: optax.ScalarOrSchedule = 1.0,
-    num_cg_steps: int = 4,
-    curvature_batch_size: CurvatureBatch = None,
-    per_example: PerExample = None,
-    axis_name: AxisName = None,
-    max_update_ratio: float | None = 0.25,
-    momentum: float | None = None,
-    weight_decay: float = 0.0,
-    layer_types_fn: LayerTypesFn | None = None,
-    carry_dtype: Any = "float32",
-    unroll: bool | int = True,
-) -> optax.GradientTransformationExtraArgs:
-    """Returns :func:`mlhf_optax.mlhf`, whose arguments these are."""
-    return mlhf(
-        learning_rate,
-        meta_params,
-        predict_fn,
-        loss_fn,
-        num_cg_steps=num_cg_steps,
-        curvature_batch_size=curvature_batch_size,
-        per_example=per_example,
-        axis_name=axis_name,
-        max_update_ratio=max_update_ratio,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        layer_types_fn=layer_types_fn,
-        carry_dtype=carry_dtype,
-        unroll=unroll,
-    )
-
-
 def _record(options: MLHFOptions) -> dict[str, Any]:
     return {
         "learning_rate": options.learning_rate,
@@ -238,7 +200,7 @@ MLHF = LearnedFamily(
     description="two LSTMs on every coordinate choose damping and preconditioner of a Gauss-Newton step",
     options=MLHFOptions,
     learned=_learned,
-    optimizer=_optimizer,
+    optimizer=mlhf,
     arguments=("learning_rate", "num_cg_steps", "max_update_ratio", "curvature_batch_size", "momentum"),
     record=_record,
     structure=_structure,

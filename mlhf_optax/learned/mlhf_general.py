@@ -5,16 +5,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import optax
 
 from mlhf_optax.controllers.tensor_lstm import TensorLSTM, init_tensor_lstm
-from mlhf_optax.curvature import CurvatureBatch, LossFn, PerExample, PredictFn, check_curvature_batch
+from mlhf_optax.curvature_batch import check_curvature_batch
 from mlhf_optax.learned.family import LearnedFamily, number_problem
 from mlhf_optax.meta_training.interface import META_LOSSES, LearnedOptimizer, unrolled_optimizer
 from mlhf_optax.mlhf import mlhf
-from mlhf_optax.support.placement import AxisName
 
 _MAX_UNITS = 4096
+_MAX_GROWTH = 1.0  # in meta-training, and so in the record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +44,12 @@ def _learned(options: MLHFGeneralOptions, start: Any = None) -> LearnedOptimizer
 
     def build(meta_params, task):
         own = getattr(task, "curvature_batch_size", None)
-        return _optimizer(
+        return mlhf(
             meta_params,
             task.predict_fn,
             task.loss_fn,
             num_cg_steps=options.num_cg_steps,
+            max_growth=_MAX_GROWTH,
             curvature_batch_size=options.curvature_batch_size if own is None else own,
             per_example=getattr(task, "per_example", None),
         )
@@ -63,50 +63,17 @@ def _resolve(options: MLHFGeneralOptions, start: Any) -> MLHFGeneralOptions:
     return dataclasses.replace(options, units=units)
 
 
-def _optimizer(
-    meta_params: TensorLSTM,
-    predict_fn: PredictFn,
-    loss_fn: LossFn,
-    *,
-    learning_rate: optax.ScalarOrSchedule = 1.0,
-    num_cg_steps: int = 2,
-    curvature_batch_size: CurvatureBatch = None,
-    per_example: PerExample = None,
-    axis_name: AxisName = None,
-    max_growth: float | None = 1.0,
-    max_update_ratio: float | None = 0.25,
-    momentum: float | None = None,
-    weight_decay: float = 0.0,
-    unroll: bool | int = True,
-) -> optax.GradientTransformationExtraArgs:
-    """Returns :func:`mlhf_optax.mlhf`, whose arguments these are."""
-    return mlhf(
-        learning_rate,
-        meta_params,
-        predict_fn,
-        loss_fn,
-        num_cg_steps=num_cg_steps,
-        curvature_batch_size=curvature_batch_size,
-        per_example=per_example,
-        axis_name=axis_name,
-        max_growth=max_growth,
-        max_update_ratio=max_update_ratio,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        unroll=unroll,
-    )
-
-
 def _record(options: MLHFGeneralOptions) -> dict[str, Any]:
     return {
         "learning_rate": 1.0,
         "num_cg_steps": options.num_cg_steps,
+        "max_growth": _MAX_GROWTH,
         "curvature_batch_size": options.curvature_batch_size,
     }
 
 
 def _check_record(record: Mapping[str, Any]) -> str | None:
-    for name, kind in (("learning_rate", float), ("num_cg_steps", int)):
+    for name, kind in (("learning_rate", float), ("num_cg_steps", int), ("max_growth", float)):
         if problem := number_problem(name, record.get(name, 1), kind):
             return problem
     try:
@@ -135,8 +102,8 @@ MLHF_GENERAL = LearnedFamily(
     description="one small LSTM for every tensor of any network chooses damping, metric and rate",
     options=MLHFGeneralOptions,
     learned=_learned,
-    optimizer=_optimizer,
-    arguments=("learning_rate", "num_cg_steps", "curvature_batch_size"),
+    optimizer=mlhf,
+    arguments=("learning_rate", "num_cg_steps", "max_growth", "curvature_batch_size"),
     record=_record,
     structure=_structure,
     resolve=_resolve,

@@ -62,10 +62,10 @@ def mlhf_optimizer(learning_rate: float = 1.0, **options: Any) -> LearnedOptimiz
 
     def build(meta_params: MetaParams, task) -> optax.GradientTransformationExtraArgs:
         return mlhf(
-            learning_rate,
             meta_params,
             task.predict_fn,
             task.loss_fn,
+            learning_rate=learning_rate,
             num_cg_steps=chosen.num_cg_steps,
             curvature_batch_size=chosen.curvature_batch_size,
             per_example=chosen.per_example,

@@ -12,10 +12,12 @@ import optax
 from mlhf_optax.controllers.coordinate_lstm import Outputs
 from mlhf_optax.controllers.lstm_settings import Inputs
 from mlhf_optax.controllers.protocol import Controller
-from mlhf_optax.curvature import CurvatureBatch, PerExample
-from mlhf_optax.damped_step import DampedStepState, Solver, damped_step, linearize
+from mlhf_optax.curvature_batch import CurvatureBatch, PerExample
+from mlhf_optax.damped_step import DampedStepState, damped_step, linearize
 from mlhf_optax.meta_training.interface import task_loss
 from mlhf_optax.meta_training.unrolled.mlhf_losses import StepLoss, StepLosses, preconditioner_loss, step_gain
+from mlhf_optax.model import Model
+from mlhf_optax.solvers import PCG
 from mlhf_optax.support import trees
 from mlhf_optax.support.layer_types import LayerTypesFn
 from mlhf_optax.transforms import after_solve
@@ -134,24 +136,22 @@ def inner_step(
       Where the training is after the step, and what the second pass needs.
     """
     batch, next_batch, key = inputs
-    model = (task.predict_fn, task.loss_fn)
-    part = (options.curvature_batch_size, options.per_example)
-    view = linearize(controller, inner.state, model, inner.params, inner.gradient, batch, *part)
+    model = Model(task.predict_fn, task.loss_fn, options.curvature_batch_size, options.per_example)
+    view = linearize(controller, inner.state, model, inner.params, inner.gradient, batch)
     noise = _update_noise(options, inner.params, key)
 
     def around_solve(solve, signal: Outputs):
         def outcome(signal: Outputs):
-            solution = solve(signal)
-            update, after_state = options.after_solve.update(
-                solution.direction, inner.after_state, inner.params
-            )
-            l_p = preconditioner_loss(solution.direction, solution.residual, view.gradient)
-            return (l_p, noise(update)), (solution, after_state)
+            solved = solve(signal)
+            direction, residual = solved.solution.direction, solved.solution.residual
+            update, after_state = options.after_solve.update(direction, inner.after_state, inner.params)
+            l_p = preconditioner_loss(direction, residual, view.gradient)
+            return (l_p, noise(update)), (solved, after_state)
 
-        (l_p, update), pull_back, (solution, after_state) = jax.vjp(outcome, signal, has_aux=True)
-        return solution, (l_p, update, pull_back, after_state)
+        (l_p, update), pull_back, (solved, after_state) = jax.vjp(outcome, signal, has_aux=True)
+        return solved, (l_p, update, pull_back, after_state)
 
-    solver = Solver(options.num_cg_steps, unroll=options.unroll)
+    solver = PCG(options.num_cg_steps, options.unroll)
     step = damped_step(controller, solver, view, inner.state, around_solve)
     l_p, update, pull_back, after_state = step.extra
     moves = step.is_taken & trees.is_any_nonzero(step.direction)

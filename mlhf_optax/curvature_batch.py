@@ -1,0 +1,254 @@
+"""The part of a batch on which curvature is taken, and the checks that it can be cut."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Hashable, Sequence, Set
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlhf_optax.curvature import Batch, LossFn, Outputs, PredictFn
+from mlhf_optax.support import placement
+from mlhf_optax.support.layer_types import path_text
+
+CurvatureBatch = int | float | Callable[[Batch], Batch] | None
+PerExample = Sequence[Hashable] | None
+
+
+def curvature_subset(
+    predict_fn: PredictFn,
+    params: chex.ArrayTree,
+    batch: Batch,
+    part: CurvatureBatch,
+    per_example: PerExample = None,
+    *,
+    loss_fn: LossFn | None = None,
+) -> Batch:
+    """Returns the part of ``batch`` on which curvature is taken.
+
+    A number of examples takes the first ones; a fraction takes examples at even distances, the first of
+    every four for 0.25. Of a batch sharded over devices that is the same share on each, and no example
+    moves. Mini-batches are drawn at random, so either is a random sample. Which arrays have one
+    entry per example is not guessed from their lengths: it is every array of the batch, or those that
+    ``per_example`` names. The claim is tested, with shapes alone, whenever this is traced: with more
+    entries in all per-example arrays, the model and the loss must still work and give as many more
+    outputs. Without ``per_example``, no array may take more entries by itself: an array that does, such
+    as a table of class weights as long as the batch, may be cut without any error.
+
+    Args:
+      predict_fn: ``predict_fn(params, batch) -> outputs``.
+      params: parameters for ``predict_fn``.
+      batch: pytree of arrays.
+      part: ``None`` (whole batch), a number of examples (``int`` >= 1), a fraction (``float`` in
+        (0, 1], rounded to at least one example, and to as many on every shard where the sharding is known:
+        outside ``jit`` and on meshes with explicit axes) or a function ``batch -> smaller batch``.
+      per_example: names at the top level of the batch (keys of a dict, fields of a dataclass or
+        NamedTuple, positions of a tuple) below which every array has one entry per example along its
+        first axis; all else, such as model state and keys, is kept whole. ``None``: every array of the
+        batch has.
+      loss_fn: ``loss_fn(outputs, batch) -> scalar``; with it, what only the loss reads is tested too.
+
+    Returns:
+      The smaller batch.
+
+    Raises:
+      TypeError: if ``part`` or ``per_example`` is of another type.
+      ValueError: if ``part`` is out of range, or the batch is not as ``per_example`` says; the message
+        names the array and the remedy.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> predict = lambda w, batch: (batch["x"] - batch["mean"]) @ w
+      >>> batch = {"x": jnp.ones((8, 2)), "mean": jnp.ones(2)}
+      >>> small = curvature_subset(predict, jnp.ones(2), batch, 0.25, per_example=("x",))
+      >>> small["x"].shape, small["mean"].shape
+      ((2, 2), (2,))
+    """
+    check_curvature_batch(part, per_example)
+    if part is None or (part == 1.0 and isinstance(part, float)):
+        return batch
+    if callable(part):
+        return part(batch)
+
+    def run(some: Batch) -> tuple[Outputs, Any]:
+        outputs = predict_fn(params, some)
+        return outputs, None if loss_fn is None else loss_fn(outputs, some)
+
+    is_cut = _is_per_example(batch, per_example)
+    shapes = _output_shapes(run, batch, jax.tree.map(lambda _: 1, batch))
+    size = _num_examples(batch, is_cut, shapes if per_example is None else None)
+    count = part if isinstance(part, int) else max(1, round(part * size))
+    if count > size:
+        raise ValueError(
+            f"`curvature_batch_size`={part} is larger than the batch of {size} examples; use a "
+            "smaller number, a fraction such as 0.25, or None for the whole batch"
+        )
+    if isinstance(part, float):
+        _check_even_share(part, count, size, batch, is_cut)
+    if count == size:
+        return batch
+    # A multiple, as a model may work on groups of examples or shards of a mesh; no length of another axis.
+    taken = {
+        length for tree in (params, batch) for leaf in jax.tree.leaves(tree) for length in np.shape(leaf)
+    }
+    times = next(times for times in itertools.count(2) if times * size not in taken)
+    _check_longer_batch(run, batch, is_cut, shapes, times)
+    if per_example is None:
+        _check_every_length_counts(run, batch, shapes, times)
+    # The first of each of so many groups; one group takes the first examples of all.
+    groups = 1 if isinstance(part, int) else math.gcd(count, size)
+    take = lambda leaf: _first_of_each(leaf, groups, count // groups)
+    return jax.tree.map(lambda leaf, cut: take(leaf) if cut else leaf, batch, is_cut)
+
+
+def _first_of_each(leaf: Any, groups: int, count: int) -> Any:
+    """Returns the first examples of each group, group by group."""
+    if groups == 1:
+        return leaf[:count]
+    # The compiler leaves groups where they are, if every device has whole ones; a slice with a stride moves.
+    rest = leaf.shape[1:]
+    return leaf.reshape(groups, leaf.shape[0] // groups, *rest)[:, :count].reshape(groups * count, *rest)
+
+
+def _check_even_share(part: float, count: int, size: int, batch: Batch, is_cut: Any) -> None:
+    """Checks that a fraction of the batch is as many examples on every shard, where shards are known."""
+    leaves = zip(jax.tree.leaves(batch), jax.tree.leaves(is_cut), strict=True)
+    shards = max((placement.num_shards(leaf) for leaf, cut in leaves if cut), default=1)
+    if count % shards:
+        each = size // shards
+        nearest = min(range(1, each + 1), key=lambda n: abs(n / each - part))
+        raise ValueError(
+            f"`curvature_batch_size`={part} of {size} examples on {shards} shards is {count} examples, which "
+            f"is not as many on each; {nearest / each:g} fits, {nearest} of the {each} on every shard"
+        )
+
+
+def check_curvature_batch(part: CurvatureBatch, per_example: Sequence[Hashable] | None = None) -> None:
+    """Raises an error that says what is wanted if the arguments cannot name a part of a batch.
+
+    Args:
+      part: the argument ``curvature_batch_size`` of an optimizer.
+      per_example: its argument ``per_example``; see :func:`curvature_subset` for both.
+
+    Raises:
+      TypeError: for values of another type.
+      ValueError: for values out of range, or names beside a function, which cuts the batch itself.
+    """
+    if per_example is not None:
+        if isinstance(per_example, str) or not isinstance(per_example, Sequence | Set):
+            raise TypeError(f"`per_example` must be names such as `{_NAMES}`, got {per_example!r}")
+        if not per_example:
+            raise ValueError(f"`per_example` names nothing; pass names such as `{_NAMES}`, or None for all")
+        if callable(part):
+            raise ValueError(
+                "`per_example` has no effect if `curvature_batch_size` is a function, which cuts the batch "
+                "itself; pass one of them"
+            )
+    if part is None or callable(part):
+        return
+    if isinstance(part, bool) or not isinstance(part, int | float):
+        raise TypeError(
+            "`curvature_batch_size` must be None, an int (examples), a float (fraction) or a function "
+            f"`batch -> smaller batch`, got {type(part).__name__}"
+        )
+    if isinstance(part, int) and part < 1:
+        raise ValueError(f"`curvature_batch_size` must be at least 1 example, got {part}")
+    if isinstance(part, float) and not 0.0 < part <= 1.0:
+        raise ValueError(
+            f"`curvature_batch_size` as a fraction must lie in (0, 1], got {part}; a number of examples is "
+            "an int"
+        )
+
+
+_NAMES = '("image", "label")'
+_REMEDY = (
+    f"name what has one entry per example, as in `per_example={_NAMES}`, or pass a function "
+    "`batch -> smaller batch` as `curvature_batch_size`"
+)
+_Run = Callable[[Batch], tuple[Outputs, Any]]  # the outputs, and the loss if it is known
+
+
+def _is_per_example(batch: Batch, per_example: Sequence[Hashable] | None) -> Any:
+    """Returns a tree of booleans shaped like the batch: which leaves are said to be per example."""
+    with_none = jax.tree_util.tree_leaves_with_path(batch, is_leaf=lambda leaf: leaf is None)
+    has = {path_text(path[:1]) for path, _ in with_none}
+    names = has if per_example is None else set(map(str, per_example))
+    if not names <= has:
+        unknown = ", ".join(sorted(names - has))
+        raise ValueError(f"`per_example` names {unknown}, but the batch has {', '.join(sorted(has))}")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_text(path[:1]) in names, batch)
+
+
+def _num_examples(batch: Batch, is_cut: Any, output_shapes: list[tuple[int, ...]] | None) -> int:
+    """Returns the length that all per-example leaves share, and the outputs where they are given."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    cut = [leaf for leaf, is_one in zip(leaves, jax.tree.leaves(is_cut), strict=True) if is_one]
+    source, shapes = "other per-example arrays", [np.shape(leaf) for _, leaf in cut]
+    size = max((shape[0] for shape in shapes if shape), default=0)
+    if output_shapes is not None:
+        source, size = "the outputs", output_shapes[0][0] if output_shapes and output_shapes[0] else 0
+        if size == 0 or {shape[:1] for shape in output_shapes} != {(size,)}:
+            raise ValueError(
+                "`curvature_batch_size` needs outputs that share one leading batch dimension, got shapes "
+                f"{output_shapes}; {_REMEDY}"
+            )
+    for (path, _), shape in zip(cut, shapes, strict=True):
+        if shape[:1] != (size,):
+            raise ValueError(
+                f"`curvature_batch_size` cuts per-example arrays, but '{path_text(path)}' of shape {shape} "
+                f"does not begin with the {size} examples of {source}; {_REMEDY}"
+            )
+    return size
+
+
+def _output_shapes(run: _Run, batch: Batch, repeats: Any) -> list[tuple[int, ...]]:
+    """Returns the shapes of the outputs on a batch of repeated leaves."""
+    repeat = lambda leaf, times: leaf if times == 1 else jnp.concatenate([leaf] * times)
+    outputs, _ = jax.eval_shape(lambda: run(jax.tree.map(repeat, batch, repeats)))
+    return [leaf.shape for leaf in jax.tree.leaves(outputs)]
+
+
+def _check_longer_batch(
+    run: _Run, batch: Batch, is_cut: Any, shapes: list[tuple[int, ...]], times: int
+) -> None:
+    """Checks that a batch with more examples, all else unchanged, gives as many more outputs."""
+    message = (
+        f"`curvature_batch_size` cuts per-example arrays, but with {times} times as many entries in them the "
+        "model or the loss does not work, or gives other than as many more outputs: some array is no "
+        "per-example one, but model state that happens to be as long as the batch, or a per-example array "
+        f"is not named; {_REMEDY}"
+    )
+    try:
+        longer = _output_shapes(run, batch, jax.tree.map(lambda cut: times if cut else 1, is_cut))
+    except Exception as error:  # whatever the model raises
+        raise ValueError(message) from error
+    if longer != [tuple(times * n if axis == 0 else n for axis, n in enumerate(shape)) for shape in shapes]:
+        raise ValueError(message)
+
+
+def _check_every_length_counts(run: _Run, batch: Batch, shapes: list[tuple[int, ...]], times: int) -> None:
+    """Checks that no leaf can be longer by itself, as a table of class weights or a pool of vectors can."""
+    leaves, treedef = jax.tree.flatten(batch)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(batch)]
+    for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        alone = treedef.unflatten([times if j == i else 1 for j in range(len(leaves))])
+        unread = treedef.unflatten([object() if j == i else other for j, other in enumerate(leaves)])
+        is_free = _attempt(_output_shapes, run, batch, alone) == shapes
+        if is_free and _attempt(jax.eval_shape, functools.partial(run, unread)) is None:
+            raise ValueError(
+                f"'{path_text(path)}' of shape {np.shape(leaf)} is as long as the batch, but model and loss "
+                "do not need it to be: it may be no per-example array, and `curvature_batch_size` would cut "
+                f"it unnoticed; {_REMEDY}"
+            )
+
+
+def _attempt(function: Callable, *args: Any) -> Any:
+    """Returns what the function returns, None if it fails."""
+    try:
+        return function(*args)
+    except Exception:  # whatever the model raises
+        return None

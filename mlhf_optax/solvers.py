@@ -1,0 +1,149 @@
+"""Solvers of the damped system ``(G + S) d = b``, as objects: an optimizer is given one.
+
+A solver is anything with ``solve(system) -> Solution``. All of them take S and P from the controller.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from mlhf_optax.controllers.protocol import Operators
+from mlhf_optax.curvature import Matvec
+from mlhf_optax.pcg import check_num_steps, pcg
+
+
+class System(NamedTuple):
+    """The system of one step.
+
+    Attributes:
+      ggn: product with G.
+      operators: damping S and preconditioner P.
+      right_hand_side: b, shaped like the parameters; the gradient for most controllers.
+      start: where an iterative solver starts; None is zero.
+    """
+
+    ggn: Matvec
+    operators: Operators
+    right_hand_side: chex.ArrayTree
+    start: chex.ArrayTree | None = None
+
+
+class Solution(NamedTuple):
+    """What a solver found.
+
+    Attributes:
+      direction: d, shaped like the parameters.
+      residual: r = b - (G + S) d, shaped like the parameters.
+      num_steps: steps that changed the direction, shape ().
+      residual_norm: norm of r, shape ().
+      damped: S d if the operators have ``damping_after_preconditioner``; else empty.
+    """
+
+    direction: chex.ArrayTree
+    residual: chex.ArrayTree
+    num_steps: jax.Array
+    residual_norm: jax.Array
+    damped: Any = ()
+
+
+class Solver(Protocol):
+    """From a system to its solution."""
+
+    def solve(self, system: System, /) -> Solution:
+        """Returns the solution, or the best that was found."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PCG:
+    """So many steps of preconditioned conjugate gradient, differentiable in reverse mode.
+
+    Args:
+      num_steps: CG steps K >= 1, a Python int. A warm start costs one GGN product more.
+      unroll: as in :func:`mlhf_optax.pcg.pcg`.
+
+    Raises:
+      TypeError: if ``num_steps`` is not an int.
+      ValueError: if it is below 1.
+
+    Example:
+      >>> PCG(num_steps=2)
+      PCG(num_steps=2, unroll=True)
+    """
+
+    num_steps: int = 4
+    unroll: bool | int = True
+
+    def __post_init__(self):
+        _check_some_steps(self.num_steps)
+
+    def solve(self, system: System, /) -> Solution:
+        """Returns the direction after ``num_steps`` steps."""
+        return _pcg_solution(system, num_steps=self.num_steps, unroll=self.unroll)
+
+
+@dataclasses.dataclass(frozen=True)
+class TolerancePCG:
+    """Preconditioned conjugate gradient until the residual is small.
+
+    Args:
+      num_steps: largest number of CG steps, a Python int >= 1.
+      tolerance: absolute norm of the residual at which CG stops, >= 0.
+      early_exit: leave the loop there. It then has no reverse-mode derivative. Otherwise the loop is unrolled
+        and idles to its end, which can be differentiated, takes longer to compile, and is faster for
+        convolutional networks on CPUs.
+
+    Raises:
+      TypeError: if ``num_steps`` is not an int.
+      ValueError: for values out of range.
+
+    Example:
+      >>> TolerancePCG(num_steps=20, tolerance=1e-5).early_exit
+      True
+    """
+
+    num_steps: int = 20
+    tolerance: chex.Numeric = 1e-5
+    early_exit: bool = True
+
+    def __post_init__(self):
+        _check_some_steps(self.num_steps)
+        if isinstance(self.tolerance, int | float) and not self.tolerance >= 0:
+            raise ValueError(f"`tolerance` must be a number >= 0, got {self.tolerance}")
+
+    def solve(self, system: System, /) -> Solution:
+        """Returns the direction where the residual is as small as asked for, or after ``num_steps`` steps."""
+        return _pcg_solution(
+            system, num_steps=self.num_steps, tolerance=self.tolerance, early_exit=self.early_exit
+        )
+
+
+def damped_ggn(ggn: Matvec, damping: Matvec) -> Matvec:
+    """Returns ``v -> G v + S v``."""
+    return lambda vector: jax.tree.map(jnp.add, ggn(vector), damping(vector))
+
+
+def _pcg_solution(system: System, **options: Any) -> Solution:
+    operators, after = system.operators, system.operators.damping_after_preconditioner
+    # Where S P^-1 is cheap, CG keeps S d beside d, and no step needs a product with S.
+    keeps_damped = after is not None
+    direction, residual, info = pcg(
+        system.ggn if keeps_damped else damped_ggn(system.ggn, operators.damping),
+        system.right_hand_side,
+        system.start,
+        shift=operators.damping if keeps_damped else None,
+        shift_after_preconditioner=after,
+        shifted_x0=operators.damped_start,
+        preconditioner=operators.preconditioner,
+        **options,
+    )
+    return Solution(direction, residual, info.steps, info.residual_norm, info.shifted)
+
+
+def _check_some_steps(num_steps: Any) -> None:
+    check_num_steps(num_steps, "num_cg_steps")
+    if num_steps < 1:
+        raise ValueError("`num_cg_steps` must be at least 1: without a step there is no direction")

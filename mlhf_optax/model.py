@@ -48,7 +48,7 @@ class Model:
       >>> model = Model(lambda w, batch: batch["x"] @ w, SquaredError(), curvature_batch_size=0.5)
       >>> batch = {"x": jnp.eye(4), "label": jnp.ones(4)}
       >>> model.loss(jnp.zeros(4), batch), model.curvature_batch(jnp.zeros(4), batch)["x"].shape
-      (Array(1., dtype=float32), (2, 4))
+      (Array(0.5, dtype=float32), (2, 4))
     """
 
     predict_fn: PredictFn

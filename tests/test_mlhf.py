@@ -67,6 +67,7 @@ def test_ten_steps_agree_with_algorithm_1_in_numpy(x64, name):
         meta_params,
         problems.mlp,
         problems.LOSS,
+        learning_rate=0.7,
         max_update_ratio=max_update_ratio,
         carry_dtype=jnp.float64,
         unroll=1,

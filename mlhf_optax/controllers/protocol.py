@@ -1,7 +1,8 @@
 """What a controller is: from what a step sees to damping, preconditioner and its own next state.
 
-The damped step (:mod:`mlhf_optax.damped_step`) is the same for every optimizer of the library. An optimizer is
-a controller, a solver (:mod:`mlhf_optax.solvers`) and what follows the solve (:mod:`mlhf_optax.transforms`):
+The damped step (:mod:`mlhf_optax.damped_step`) is the same for every optimizer of the library. An optimizer
+is a controller, a solver (:mod:`mlhf_optax.solvers`) and what follows the solve
+(:mod:`mlhf_optax.transforms`):
 
 ==========================  =========================  =================  ==================================
 optimizer                   controller                 solver             after the solve

@@ -1,5 +1,6 @@
 """Meta-Learning with Hessian-Free (MLHF) as an optax gradient transformation."""
 
+import importlib
 from typing import TYPE_CHECKING
 
 from mlhf_optax.controllers.coordinate_lstm import MetaParams as MetaParams
@@ -15,8 +16,6 @@ from mlhf_optax.damped_step import scale_by_damped_step as scale_by_damped_step
 from mlhf_optax.gauss_newton import gauss_newton as gauss_newton
 from mlhf_optax.hessian_free import hessian_free as hessian_free
 from mlhf_optax.hessian_free import scale_by_hessian_free as scale_by_hessian_free
-from mlhf_optax.learned.literature.lodo import LODOState as LODOState
-from mlhf_optax.learned.literature.lodo import lodo as lodo
 from mlhf_optax.losses import NegativeLogLikelihood as NegativeLogLikelihood
 from mlhf_optax.losses import SigmoidCrossEntropy as SigmoidCrossEntropy
 from mlhf_optax.losses import SoftmaxCrossEntropy as SoftmaxCrossEntropy
@@ -39,13 +38,24 @@ from mlhf_optax.transforms import limit_update_ratio as limit_update_ratio
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mlhf_optax.learned.literature.lodo import LODOState as LODOState
+    from mlhf_optax.learned.literature.lodo import lodo as lodo
     from mlhf_optax.train_state import TrainState as TrainState
+
+# Loaded when asked for: one needs Flax, which is slow to import, the others are for comparisons.
+_LAZY = {
+    "LODOState": "mlhf_optax.learned.literature.lodo",
+    "TrainState": "mlhf_optax.train_state",
+    "lodo": "mlhf_optax.learned.literature.lodo",
+}
 
 
 def __getattr__(name: str):
-    # Flax (and what it imports in turn) is loaded only by those who use it: all else runs on plain functions.
-    if name == "TrainState":
-        from mlhf_optax.train_state import TrainState
-
-        return TrainState
+    if name in _LAZY:
+        value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *_LAZY})

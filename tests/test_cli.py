@@ -81,7 +81,7 @@ def unframed(text):
 def meta_trained(one_compilation, tmp_path_factory):
     """The folder of a small meta-training from the command line."""
     output = tmp_path_factory.mktemp("meta-trained")
-    assert run("meta-train", *SMALL, "--initial-rate", "0.03", "--output", str(output)) == 0
+    assert run("meta-train", *SMALL, "--learning-rate", "0.03", "--output", str(output)) == 0
     return output
 
 
@@ -90,7 +90,7 @@ def test_any_learned_optimizer_is_meta_trained_and_compared_in_table_file_and_fi
 ):
     file = str(meta_trained / "meta_params.safetensors")
     found = load_pretrained(file).record
-    assert (found["optimizer"], found["meta_training"]["initial_rate"]) == ("adam_rates", 0.03)
+    assert (found["optimizer"], found["meta_training"]["learning_rate"]) == ("adam_rates", 0.03)
     options = ("--optimizers", "sgd, adam_rates", "--meta-params", file, "--activation", "tanh")
     assert run("train", *TINY, *options, "--json", "out.json") == 0
     out = capsys.readouterr().out
@@ -348,7 +348,7 @@ def test_meta_train_says_in_one_line_what_is_wrong(arguments, message, capsys, f
 
 def test_what_lies_in_the_folder_of_a_meta_training_is_not_lost(meta_trained, capsys, folder):
     shutil.copytree(meta_trained, "out")
-    again = ("meta-train", *SMALL, "--initial-rate", "0.03", "--output", "out")
+    again = ("meta-train", *SMALL, "--learning-rate", "0.03", "--output", "out")
     assert "already has checkpoints; set `resume` (--resume)" in refused(capsys, *again)
     assert "other settings (seed: 0 there, 4 now)" in refused(capsys, *again, "--resume", "--seed", "4")
     with locked_folder(folder / "out"):

@@ -88,14 +88,14 @@ def test_learned_rates_of_adam_are_adam_where_they_are_equal():
 
 def test_meta_training_improves_learned_rates_that_are_far_too_small():
     family = LEARNED["adam_rates"]
-    learned = family.learned(family.options(initial_rate=1e-4))
+    learned = family.learned(family.options(learning_rate=1e-4))
     init, meta_step = make_meta_step(TASK, learned, MetaTrainingConfig(num_tasks=2, meta_learning_rate=0.3))
     state = init(jax.random.key(0), learned.init(jax.random.key(1), TASK))
     data = jax.tree.map(lambda x: jnp.broadcast_to(x, (2, 11, *x.shape)), batch())
     rates = []
     for _ in range(20):
         state, _ = meta_step(state, data)
-        rates.append(float(jnp.exp(state.meta_params.log_rate[2])))
+        rates.append(1e-4 * float(jnp.exp(state.meta_params.log_rate[2])))
     assert rates[-1] > 10 * 1e-4
 
 
@@ -118,8 +118,6 @@ def test_wrong_options_of_mlhf_are_refused(wrong, match):
 
 
 def test_mlhf_goes_on_from_others_with_untrained_lstms_for_new_layer_types_and_refuses_contradictions():
-    from mlhf_optax import load_pretrained
-
     family, start = LEARNED["mlhf"], load_pretrained("digits")
     conv = SimpleNamespace(init_fn=lambda key: {"kernel": jnp.ones((3, 3, 1, 2)), "bias": jnp.ones(2)})
     extended = family.learned(MLHFOptions(), start).init(jax.random.key(0), conv)
@@ -134,8 +132,6 @@ def test_mlhf_goes_on_from_others_with_untrained_lstms_for_new_layer_types_and_r
 
 
 def test_a_shipped_optimizer_works_under_inject_hyperparams_with_an_injected_momentum_of_zero():
-    from mlhf_optax import load_pretrained
-
     learned, params, data = load_pretrained("digits"), linear_params(dtype=jnp.float32), batch()
     static = ("predict_fn", "loss_fn", "num_cg_steps")
     make = optax.inject_hyperparams(learned.optimizer, static_args=static)

@@ -1,28 +1,53 @@
 """Learned optimizers by name. Each is one file and one line here; everything else reads this registry."""
 
-from mlhf_optax.learned.adam_rates import ADAM_RATES
-from mlhf_optax.learned.family import LearnedFamily as LearnedFamily
-from mlhf_optax.learned.literature.hierarchical import HIERARCHICAL
-from mlhf_optax.learned.literature.hyperadam import HYPERADAM
-from mlhf_optax.learned.literature.l2l import L2L_FAMILY
-from mlhf_optax.learned.literature.rnnprop import RNNPROP
-from mlhf_optax.learned.literature.variational_hyperadam import VARIATIONAL_HYPERADAM
-from mlhf_optax.learned.mlhf import MLHF
-from mlhf_optax.learned.mlhf_general import MLHF_GENERAL
+import importlib
+from collections.abc import Iterator, MutableMapping
 
-LEARNED: dict[str, LearnedFamily] = {
-    family.name: family
-    for family in (
-        MLHF,
-        MLHF_GENERAL,
-        ADAM_RATES,
-        RNNPROP,
-        L2L_FAMILY,
-        HYPERADAM,
-        VARIATIONAL_HYPERADAM,
-        HIERARCHICAL,
-    )
-}
+from mlhf_optax.learned.family import LearnedFamily as LearnedFamily
+
+
+class _Registry(MutableMapping[str, LearnedFamily]):
+    """Records by name, imported when they are read: most users need one of them, or none."""
+
+    def __init__(self, places: dict[str, str]):
+        self._entries: dict[str, str | LearnedFamily] = dict(places)
+
+    def __getitem__(self, name: str) -> LearnedFamily:
+        entry = self._entries[name]
+        if isinstance(entry, str):
+            module, _, constant = entry.partition(":")
+            entry = self._entries[name] = getattr(importlib.import_module(module), constant)
+        return entry
+
+    def __setitem__(self, name: str, family: LearnedFamily) -> None:
+        self._entries[name] = family
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+LEARNED: MutableMapping[str, LearnedFamily] = _Registry(
+    {
+        "mlhf": "mlhf_optax.learned.mlhf:MLHF",
+        "mlhf_general": "mlhf_optax.learned.mlhf_general:MLHF_GENERAL",
+        "adam_rates": "mlhf_optax.learned.adam_rates:ADAM_RATES",
+        "rnnprop": "mlhf_optax.learned.literature.rnnprop:RNNPROP",
+        "l2l": "mlhf_optax.learned.literature.l2l:L2L_FAMILY",
+        "hyperadam": "mlhf_optax.learned.literature.hyperadam:HYPERADAM",
+        "variational_hyperadam": "mlhf_optax.learned.literature.variational_hyperadam:VARIATIONAL_HYPERADAM",
+        "hierarchical": "mlhf_optax.learned.literature.hierarchical:HIERARCHICAL",
+    }
+)
+"""The learned optimizers there are; ``LEARNED["mine"] = family`` adds one for the running process."""
 
 
 def get_learned(name: str) -> LearnedFamily:

@@ -1,16 +1,18 @@
-"""What learned optimizers that are meta-trained by back-propagation share: options and the record."""
+"""What learned optimizers share that need gradients only and are meta-trained by back-propagation."""
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import optax
 
 from mlhf_optax.learned.family import LearnedFamily, number_problem
-from mlhf_optax.meta_training.interface import META_LOSSES, LearnedOptimizer, unrolled_optimizer
+from mlhf_optax.support.checks import POSITIVE, check_choice, check_fields
+
+if TYPE_CHECKING:
+    from mlhf_optax.meta_training.interface import LearnedOptimizer
 
 MetaLossName = Literal["last", "mean", "mean_after", "sum", "log"]
 InnerGradients = Literal["constant", "differentiated"]
@@ -30,55 +32,58 @@ class BackpropagationOptions:
     """What an unroll minimises: its last loss, the mean or the sum of its losses, the mean of the losses on
     every mini-batch after the step on it, or the mean of their logarithms."""
     inner_gradients: InnerGradients = "constant"
-    """Whether the meta-gradient takes the gradients that the optimizer is given for constants, or goes
+    """Whether the meta-gradient treats the gradients that the optimizer sees as constants, or also goes
     through them, by second derivatives of the network ("differentiated")."""
     remat: bool = False
-    """Compute steps anew in the backward pass: less memory, a third more time."""
+    """Compute each step again in the backward pass: less memory, a third more time."""
 
     def __post_init__(self):
-        if self.meta_loss not in META_LOSSES:
-            known = ", ".join(map(repr, META_LOSSES))
-            raise ValueError(f"`meta_loss` must be one of {known}, got {self.meta_loss!r}")
-        if self.inner_gradients not in ("constant", "differentiated"):
-            raise ValueError(
-                f"`inner_gradients` must be 'constant' or 'differentiated', got {self.inner_gradients!r}"
-            )
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"`learning_rate` must be a positive number, got {self.learning_rate}")
+        check_choice("meta_loss", self.meta_loss, get_args(MetaLossName))
+        check_choice("inner_gradients", self.inner_gradients, get_args(InnerGradients))
+        check_fields(self, POSITIVE, "learning_rate")
 
 
 def backpropagated(
     name: str,
-    label: str,
-    description: str,
-    options: type[BackpropagationOptions],
     init: Callable[[jax.Array], Any],
-    transformation: Callable[..., optax.GradientTransformation],
+    build: Callable[..., optax.GradientTransformation],
+    *,
+    label: str = "",
+    description: str = "",
+    options: type[BackpropagationOptions] = BackpropagationOptions,
     penalty: Callable[[Any], jax.Array] | None = None,
 ) -> LearnedFamily:
     """Returns the record of a learned optimizer that needs gradients only and fits any network.
 
     Args:
       name: in the registry.
-      label: in tables.
+      init: ``init(key) -> meta_params``, untrained ones, always of the same shapes.
+      build: ``build(meta_params, *, learning_rate=..., ...) -> optax.GradientTransformation``. Its keyword
+        arguments are those of the optimizer, and its docstring explains them.
+      label: in tables; the name by default.
       description: one line.
       options: its dataclass of options.
-      init: ``init(key) -> meta_params``, always of the same shapes.
-      transformation: ``transformation(meta_params, learning_rate=) -> optax.GradientTransformation``, whose
-        keyword arguments are those of the optimizer.
       penalty: see :func:`mlhf_optax.meta_training.unrolled_optimizer`.
 
     Returns:
       The record.
+
+    Example:
+      See :mod:`mlhf_optax.learned.adam_rates`.
     """
 
-    def learned(options: BackpropagationOptions, start: Any = None) -> LearnedOptimizer:
-        def build(meta_params, task):
-            del task
-            return optimizer(meta_params, None, None, learning_rate=options.learning_rate)
+    def optimizer(
+        meta_params: Any, predict_fn: Any = None, loss_fn: Any = None, **arguments: Any
+    ) -> optax.GradientTransformationExtraArgs:
+        del predict_fn, loss_fn
+        return optax.with_extra_args_support(build(meta_params, **arguments))
+
+    def learned(options: BackpropagationOptions, start: Any = None) -> "LearnedOptimizer":
+        # Here, since whoever only uses the optimizer needs no meta-training.
+        from mlhf_optax.meta_training.interface import META_LOSSES, unrolled_optimizer
 
         return unrolled_optimizer(
-            build,
+            lambda meta_params, task: optimizer(meta_params, learning_rate=options.learning_rate),
             META_LOSSES[options.meta_loss],
             init=lambda key, task: init(key) if start is None else start.meta_params,
             second_derivatives=options.inner_gradients == "differentiated",
@@ -86,39 +91,28 @@ def backpropagated(
             penalty=penalty,
         )
 
-    def optimizer(
-        meta_params: Any, predict_fn: Any, loss_fn: Any, **arguments: Any
-    ) -> optax.GradientTransformationExtraArgs:
-        """Returns the transformation; the model is not needed."""
-        del predict_fn, loss_fn
-        return optax.with_extra_args_support(transformation(meta_params, **arguments))
-
-    _show_arguments(optimizer, transformation)
-
-    def template(structure: Mapping[str, Any]) -> Any:
-        del structure
-        return jax.eval_shape(lambda: init(jax.random.key(0)))
-
+    _show_arguments(optimizer, build)
     return LearnedFamily(
         name=name,
+        learned=learned,
+        optimizer=optimizer,
         label=label,
         description=description,
         options=options,
-        learned=learned,
-        optimizer=optimizer,
-        arguments=("learning_rate",),
         record=lambda options: {"learning_rate": options.learning_rate},
-        template=template,
+        arguments=("learning_rate",),
         check_record=_check_record,
+        template=lambda structure: jax.eval_shape(lambda: init(jax.random.key(0))),
         fits_any=True,
     )
 
 
-def _show_arguments(optimizer: Any, transformation: Callable[..., Any]) -> None:
-    """Has help and signature of the optimizer name the keyword arguments of the transformation."""
+def _show_arguments(optimizer: Any, build: Callable[..., Any]) -> None:
+    """Gives ``optimizer`` the docstring of ``build``, and its keyword arguments as a signature."""
     of_model = list(inspect.signature(optimizer).parameters.values())[:3]
-    keywords = list(inspect.signature(transformation).parameters.values())[1:]
+    keywords = list(inspect.signature(build).parameters.values())[1:]
     optimizer.__signature__ = inspect.Signature([*of_model, *keywords])
+    optimizer.__doc__ = build.__doc__
 
 
 def _check_record(record: Mapping[str, Any]) -> str | None:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
@@ -11,11 +11,11 @@ from mlhf_optax.controllers.coordinate_lstm import MetaParams, extend_meta_param
 from mlhf_optax.controllers.lstm_settings import AUTHORS_SETTINGS, PAPER_SETTINGS, Settings, Unit
 from mlhf_optax.curvature_batch import check_curvature_batch
 from mlhf_optax.learned.family import LearnedFamily, number_problem
-from mlhf_optax.meta_training.interface import LearnedOptimizer
-from mlhf_optax.meta_training.unrolled.mlhf_gradient import mlhf_optimizer
-from mlhf_optax.meta_training.unrolled.mlhf_unroll import UnrollOptions
 from mlhf_optax.mlhf import mlhf
 from mlhf_optax.support.layer_types import distinct_layer_types
+
+if TYPE_CHECKING:
+    from mlhf_optax.meta_training.interface import LearnedOptimizer
 
 SettingsName = Literal["default", "relative", "paper", "authors"]
 
@@ -88,17 +88,22 @@ class MLHFOptions:
     @property
     def max_update_ratio(self) -> float | None:
         """Bound on the update, in meta-training and in the record."""
+        from mlhf_optax.meta_training.unrolled.mlhf_unroll import UnrollOptions
+
         return _FAITHFUL.get(self.settings or "default", {}).get(
             "max_update_ratio", UnrollOptions.max_update_ratio
         )
 
 
-def _learned(options: MLHFOptions, start: Any = None) -> LearnedOptimizer:
+def _learned(options: MLHFOptions, start: Any = None) -> "LearnedOptimizer":
     """Returns MLHF for meta-training.
 
     Raises:
       ValueError: for settings that contradict those of ``start``, or a start whose record names unknown ones.
     """
+    # Here, since whoever only uses the optimizer needs no meta-training.
+    from mlhf_optax.meta_training.unrolled.mlhf_gradient import mlhf_optimizer
+
     name, settings = _settings(options, start)
     learned = mlhf_optimizer(
         options.learning_rate,

@@ -2,15 +2,17 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from mlhf_optax.controllers.tensor_lstm import TensorLSTM, init_tensor_lstm
 from mlhf_optax.curvature_batch import check_curvature_batch
 from mlhf_optax.learned.family import LearnedFamily, number_problem
-from mlhf_optax.meta_training.interface import META_LOSSES, LearnedOptimizer, unrolled_optimizer
 from mlhf_optax.mlhf import mlhf
+
+if TYPE_CHECKING:
+    from mlhf_optax.meta_training.interface import LearnedOptimizer
 
 _MAX_UNITS = 4096
 _MAX_GROWTH = 1.0  # in meta-training, and so in the record
@@ -37,7 +39,10 @@ class MLHFGeneralOptions:
         check_curvature_batch(self.curvature_batch_size)
 
 
-def _learned(options: MLHFGeneralOptions, start: Any = None) -> LearnedOptimizer:
+def _learned(options: MLHFGeneralOptions, start: Any = None) -> "LearnedOptimizer":
+    # Here, since whoever only uses the optimizer needs no meta-training.
+    from mlhf_optax.meta_training.interface import META_LOSSES, unrolled_optimizer
+
     def init(key, task) -> TensorLSTM:
         del task
         return init_tensor_lstm(key, options.units) if start is None else start.meta_params

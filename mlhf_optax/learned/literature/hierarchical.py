@@ -257,9 +257,9 @@ class HierarchicalOptions(BackpropagationOptions):
 
 HIERARCHICAL = backpropagated(
     "hierarchical",
-    "Hierarchical RNN",
-    "small GRUs for every coordinate, tensor and network (Wichrowska et al. 2017)",
-    HierarchicalOptions,
     init_hierarchical,
     hierarchical,
+    label="Hierarchical RNN",
+    description="small GRUs for every coordinate, tensor and network (Wichrowska et al. 2017)",
+    options=HierarchicalOptions,
 )

@@ -215,9 +215,9 @@ class HyperAdamOptions(BackpropagationOptions):
 
 HYPERADAM = backpropagated(
     "hyperadam",
-    "HyperAdam",
-    "twenty Adams with learned decays and weights for every coordinate (Wang et al. 2019)",
-    HyperAdamOptions,
     init_hyperadam,
     hyperadam,
+    label="HyperAdam",
+    description="twenty Adams with learned decays and weights for every coordinate (Wang et al. 2019)",
+    options=HyperAdamOptions,
 )

@@ -137,9 +137,9 @@ class L2LOptions(BackpropagationOptions):
 
 L2L_FAMILY = backpropagated(
     "l2l",
-    "L2L",
-    "an LSTM on every coordinate writes the update (Andrychowicz et al. 2016)",
-    L2LOptions,
     init_l2l,
     l2l,
+    label="L2L",
+    description="an LSTM on every coordinate writes the update (Andrychowicz et al. 2016)",
+    options=L2LOptions,
 )

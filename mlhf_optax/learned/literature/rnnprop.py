@@ -154,9 +154,9 @@ class RNNPropOptions(BackpropagationOptions):
 
 RNNPROP = backpropagated(
     "rnnprop",
-    "RNNprop",
-    "an LSTM on every coordinate sees the gradient and its mean in units of Adam (Lv et al. 2017)",
-    RNNPropOptions,
     init_rnnprop,
     rnnprop,
+    label="RNNprop",
+    description="an LSTM on every coordinate sees gradient and mean in units of Adam (Lv et al. 2017)",
+    options=RNNPropOptions,
 )

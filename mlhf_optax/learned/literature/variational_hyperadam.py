@@ -177,11 +177,11 @@ class VariationalHyperAdamOptions(BackpropagationOptions):
 
 VARIATIONAL_HYPERADAM = backpropagated(
     "variational_hyperadam",
-    "Variational HyperAdam",
-    "HyperAdam whose update is sampled with a learned variance (Wang et al. 2022)",
-    VariationalHyperAdamOptions,
     init_variational_hyperadam,
     variational_hyperadam,
+    label="Variational HyperAdam",
+    description="HyperAdam whose update is sampled with a learned variance (Wang et al. 2022)",
+    options=VariationalHyperAdamOptions,
     # The weight of the divergence is the authors', for its sum over coordinates.
     penalty=lambda state: _KL_WEIGHT * state[0].kl,
 )

@@ -25,6 +25,7 @@ from mlhf_optax.mlhf import mlhf as mlhf
 from mlhf_optax.mlhf import scale_by_mlhf as scale_by_mlhf
 from mlhf_optax.model import Model as Model
 from mlhf_optax.pcg import pcg as pcg
+from mlhf_optax.plots import plot_info as plot_info
 from mlhf_optax.pretrained import list_pretrained as list_pretrained
 from mlhf_optax.pretrained import load_pretrained as load_pretrained
 from mlhf_optax.pretrained.files import Pretrained as Pretrained

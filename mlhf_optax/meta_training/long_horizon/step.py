@@ -69,7 +69,7 @@ class LongHorizonConfig:
       average_decay: what is validated and kept is a running mean of the meta-parameters with this decay (less
         at the start); 0 for the last ones.
       task_axis: how the pairs of a task run, ``"vmap"``, ``"sequential"`` or ``"auto"``
-        (:func:`mlhf_optax.meta_training.map_trainings`).
+        (:func:`mlhf_optax.meta_training.interface.map_trainings`).
 
     Raises:
       ValueError: for a value out of range, naming it.

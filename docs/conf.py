@@ -1,0 +1,49 @@
+"""How the pages are built: `sphinx-build -W -n docs docs/_build`. Warnings are errors, and nothing is fetched."""
+
+import pkgutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import cards
+
+import mlhf_optax
+
+project = "mlhf-optax"
+author = copyright = "The mlhf-optax authors"
+release = version = mlhf_optax.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+exclude_patterns = ["_build", "_generated"]
+html_theme = "furo"
+html_title = "mlhf-optax"
+html_copy_source = False
+
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+
+# Docstrings say what arguments are, with shapes and units; annotations written out would bury them.
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+napoleon_use_ivar = True  # a NamedTuple's fields are not documented a second time as properties
+napoleon_custom_sections = [("Source", "References")]
+
+# Names of the project have to lead somewhere; those of other libraries are not looked up, as that needs a network.
+nitpick_ignore_regex = [("py:.*", r"(?!mlhf_optax).*")]
+
+
+def _name_in_code(app, env, node, contnode):
+    """Shows a name of the project that has no entry in the reference as code, if there is such a thing."""
+    module, _, name = node["reftarget"].rpartition(".")
+    try:
+        pkgutil.resolve_name(f"{module}:{name}" if module else name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    return contnode
+
+
+def setup(app):
+    """Writes what is generated before the pages are read."""
+    app.connect("builder-inited", lambda app: cards.write(Path(app.srcdir) / "_generated"))
+    app.connect("missing-reference", _name_in_code)

@@ -1,0 +1,67 @@
+"""Examples in Markdown: every fenced Python block of README.md, benchmarks/README.md and docs/ runs as printed.
+
+A comment in the line before a block says how:
+
+    <!-- goes on -->         the block uses the names of the one before it; else it stands alone
+    <!-- needs: diffrax -->  it is skipped, with this reason, where the library is missing
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import pytest
+
+_BLOCKS = re.compile(
+    r"^#+ (?P<heading>[^\n]+)$|(?P<notes>(?:^<!--[^\n]*-->\n)*)^```python\n(?P<code>.*?)^```$", re.M | re.S
+)
+
+
+class Example(NamedTuple):
+    """One program: a block, and those that go on from it."""
+
+    page: Path
+    heading: str
+    code: str
+    needs: tuple[str, ...]
+
+    def run(self, capsys) -> list[float]:
+        """Runs it, and returns the losses that it prints."""
+        for library in self.needs:
+            if importlib.util.find_spec(library) is None:
+                pytest.skip(f"{library} is not installed")
+        precision = jax.config.jax_enable_x64
+        try:
+            exec(compile(self.code, str(self.page), "exec"), {"__name__": "__main__"})
+        finally:
+            jax.config.update("jax_enable_x64", precision)  # some of them ask for doubles
+        return [float(number) for number in re.findall(r"loss (\S+)", capsys.readouterr().out)]
+
+    def parameter(self):
+        """Returns it as a parameter of a test."""
+        return pytest.param(self, id=f"{self.page.stem}-{self.heading}".replace(" ", "-"))
+
+
+def find_examples(page: Path) -> list[Example]:
+    """Returns the examples of a page."""
+    found: list[Example] = []
+    heading = "start"
+    for match in _BLOCKS.finditer(page.read_text(encoding="utf-8")):
+        if match["heading"]:
+            heading = match["heading"]
+            continue
+        needs = tuple(re.findall(r"needs: ([\w.]+)", match["notes"]))
+        if "goes on" in match["notes"]:
+            before = found.pop()
+            found.append(before._replace(code=before.code + match["code"], needs=before.needs + needs))
+        else:
+            found.append(Example(page, heading, match["code"], needs))
+    return found
+
+
+def find_links(page: Path) -> list[str]:
+    """Returns the relative links of a page, without anchors."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.findall(r"\]\((?!https?://|#)([^)\s#]+)(?:#[^)\s]*)?\)", text)

@@ -1,0 +1,50 @@
+"""The pages: every example runs and trains, every public name has an entry, no card is missing."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from examples import find_examples
+
+import mlhf_optax
+from mlhf_optax import learned, list_pretrained
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = sorted(DOCS.glob("**/[!_]*.md"))
+EXAMPLES = [example for page in PAGES for example in find_examples(page)]
+
+
+@pytest.mark.parametrize("example", [example.parameter() for example in EXAMPLES])
+def test_example_runs_and_its_loss_falls(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    # One of them adds an optimizer; other tests look at those that are there.
+    monkeypatch.setattr(learned, "LEARNED", dict(learned.LEARNED))
+    losses = example.run(capsys)
+    if losses:
+        assert losses[-1] < 0.5 * losses[0]
+    else:
+        assert re.search(r"^assert ", example.code, re.M), "an example shows a loss that falls, or asserts"
+
+
+def test_every_guide_has_an_example():
+    with_example = {example.page for example in EXAMPLES}
+    guides = {page for page in PAGES if page.parent.name == "guides" and page.stem not in ("index", "rl")}
+    assert guides <= with_example
+
+
+def test_every_public_name_is_in_the_reference():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
+    listed = set(re.findall(r":: mlhf_optax\.(\w+)$", text, re.M))
+    public = {name for name in vars(mlhf_optax) if name[0] != "_" and callable(getattr(mlhf_optax, name))}
+    assert public | {"PAPER_SETTINGS", "AUTHORS_SETTINGS", "TrainState"} <= listed
+
+
+def test_there_is_a_card_for_each_set_of_meta_parameters(tmp_path):
+    runpy.run_path(str(DOCS / "cards.py"))["write"](tmp_path)
+    text = (tmp_path / "cards.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^## `(\w+)`$", text, re.M)) == set(list_pretrained())
+    for record in list_pretrained().values():
+        assert record["command"] in text and record["trained_on"] in text

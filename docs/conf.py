@@ -1,4 +1,4 @@
-"""How the pages are built: `sphinx-build -W -n docs docs/_build`. Warnings are errors, and nothing is fetched."""
+"""How the pages are built: `sphinx-build -W -n docs docs/_build`. Warnings are errors; nothing is fetched."""
 
 import pkgutil
 import sys
@@ -29,7 +29,7 @@ autodoc_member_order = "bysource"
 napoleon_use_ivar = True  # a NamedTuple's fields are not documented a second time as properties
 napoleon_custom_sections = [("Source", "References")]
 
-# Names of the project have to lead somewhere; those of other libraries are not looked up, as that needs a network.
+# Names of the project have to lead somewhere; those of other libraries are not looked up: no network.
 nitpick_ignore_regex = [("py:.*", r"(?!mlhf_optax).*")]
 
 

@@ -1,6 +1,6 @@
 """Draws the figures of `reading-info.md`: a good training and one that blows up, on digits.
 
-    python docs/plot_info.py             writes docs/figures/info-good.png and info-bad.png
+python docs/plot_info.py             writes docs/figures/info-good.png and info-bad.png
 """
 
 import argparse

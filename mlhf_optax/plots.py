@@ -61,7 +61,9 @@ def plot_info(history: Sequence[StepInfo] | StepInfo, *, title: str = "") -> "Fi
     loss.plot(steps, info.loss, color="0.6", linewidth=0.8, label="of the step")
     loss.plot(steps, info.smoothed_loss, color="C0", label="running mean")
     loss.legend()
-    damping.fill_between(steps, info.damping_min, info.damping_max, color="C1", alpha=0.25, label="all coordinates")
+    damping.fill_between(
+        steps, info.damping_min, info.damping_max, color="C1", alpha=0.25, label="all coordinates"
+    )
     damping.plot(steps, info.damping_mean, color="C1", label="mean")
     damping.legend()
     residual.plot(steps, info.cg_residual_norm, color="C2")

@@ -27,8 +27,8 @@ _SOURCES = {
 
 # What each learned optimizer is good for, and not.
 _LIMITS = {
-    "mlhf_general": "Any network, any layer. See [limits](limits.md): convex losses that are means, inputs of "
-    "about 1.",
+    "mlhf_general": "Any network, any layer. See [limits](limits.md): losses that are convex and means, inputs "
+    "of about 1.",
     "mlhf": "Networks whose layers are of the types it was trained on, data like its own, the first 30 to "
     "100 steps. On other networks it falls behind or goes to chance. Another layer type is an error.",
     "hierarchical": "For comparisons. It diverges on most held-out tasks after some hundred steps.",
@@ -88,8 +88,8 @@ def card(name: str) -> str:
         "limits": _LIMITS.get(family.name, _RIVAL),
         "licence": "Apache 2.0, as the code",
         "made by": f"`{record['command']}`",
-        "at": f"commit `{record['commit'][:12]}`, {record['date']}, {machine['cpu']}, cores: {machine['cores']}, "
-        f"{record['seconds'] / 60:.0f} minutes; jax {record['versions']['jax']}",
+        "at": f"commit `{record['commit'][:12]}`, {record['date']}, {machine['cpu']}, "
+        f"cores: {machine['cores']}, {record['seconds'] / 60:.0f} minutes; jax {record['versions']['jax']}",
         "kept": f"the parameters of meta-iteration {record['best_iteration']}",
         "after that": " ".join(
             record[key] for key in ("after_meta_training", "max_update_ratio_reason", "note") if key in record

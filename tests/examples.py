@@ -1,4 +1,4 @@
-"""Examples in Markdown: every fenced Python block of README.md, benchmarks/README.md and docs/ runs as printed.
+"""Examples in Markdown: every fenced Python block of the READMEs and of docs/ runs as printed.
 
 A comment in the line before a block says how:
 

@@ -27,8 +27,8 @@ _SOURCES = {
 
 # What each learned optimizer is good for, and not.
 _LIMITS = {
-    "mlhf_general": "Any network, any layer. See [limits](limits.md): losses that are convex and means, inputs "
-    "of about 1.",
+    "mlhf_general": "Any network, any layer. See [limits](limits.md): losses that are convex and "
+    "means, inputs of about 1.",
     "mlhf": "Networks whose layers are of the types it was trained on, data like its own, the first 30 to "
     "100 steps. On other networks it falls behind or goes to chance. Another layer type is an error.",
     "hierarchical": "For comparisons. It diverges on most held-out tasks after some hundred steps.",

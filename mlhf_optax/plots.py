@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from mlhf_optax.damped_step import StepInfo
@@ -83,12 +84,10 @@ def plot_info(history: Sequence[StepInfo] | StepInfo, *, title: str = "") -> "Fi
     return figure
 
 
-def _stacked(history: Any) -> StepInfo:
+def _stacked(history: Any) -> Any:
     """Returns one info whose fields are NumPy arrays of shape (steps,)."""
     if isinstance(history, StepInfo):
-        info = StepInfo(*map(np.asarray, history))
-        if info.loss.ndim == 0:
-            info = StepInfo(*(field[None] for field in info))
+        info = jax.tree.map(np.atleast_1d, history)
     else:
         history = list(history)
         wrong = [type(item).__name__ for item in history if not isinstance(item, StepInfo)]
@@ -97,7 +96,7 @@ def _stacked(history: Any) -> StepInfo:
                 f"`history` must hold a StepInfo of each step, got {wrong[0]}; append "
                 '`optax.tree.get(opt_state, "info")` after every update'
             )
-        info = StepInfo(*(np.asarray(field) for field in zip(*history, strict=True))) if history else None
+        info = jax.tree.map(lambda *fields: np.stack(fields), *history) if history else None
     if info is None or not info.loss.size:
         raise ValueError("`history` must hold the info of at least one step, got none")
     return info

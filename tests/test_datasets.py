@@ -78,7 +78,7 @@ def test_epochs_under_jit_and_vmap():
 
 def test_steps_may_be_none_but_not_fewer():
     assert epoch_indices(jax.random.key(0), 10, 3, 0).shape == (0, 3)
-    with pytest.raises(ValueError, match="`num_steps` must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="`num_steps` must be a number >= 0, got -1"):
         epoch_indices(jax.random.key(0), 10, 2, -1)
 
 
@@ -88,6 +88,13 @@ def test_sampled_batches_keep_images_and_labels_together():
     assert batches["image"].shape == (200, 3, 10)
     np.testing.assert_array_equal(batches["image"][..., 0], 10.0 * batches["label"])
     assert np.bincount(batches["label"].ravel()).min() > 80, "600 uniform draws of 5 examples"
+
+
+def test_a_batch_of_all_examples_holds_each_once():
+    data = {"image": np.arange(10.0).reshape(5, 2), "label": np.arange(5)}
+    batches = sample_batches(data, jax.random.key(0), (3, 5))
+    for name, part in data.items():
+        np.testing.assert_array_equal(batches[name], np.stack([part] * 3))
 
 
 @pytest.mark.parametrize("data", [{}, {"x": np.zeros(3), "y": np.zeros(4)}, {"x": np.float32(1)}])
@@ -101,7 +108,7 @@ def test_data_must_be_arrays_of_one_length(data):
 
 @pytest.mark.parametrize("batch_size", [0, 11, 10**11])
 def test_batches_must_fit_the_data(batch_size):
-    got = f"must lie between 1 and the number of examples, 10, got {batch_size}; take smaller"
+    got = f"must be between 1 and the number of examples, 10, got {batch_size}; take smaller"
     with pytest.raises(ValueError, match=f"`batch_size` {got}"):
         epoch_indices(jax.random.key(0), 10, batch_size, 1)
     with pytest.raises(ValueError, match=rf"`shape\[-1\]` {got}"):

@@ -85,7 +85,13 @@ def test_networks_see_standardised_images_once():
     assert network_input(seen) is seen
 
 
-@pytest.mark.parametrize(("shape", "pad"), [((2, 4, 4, 3), -1), ((4, 4), 1)])
-def test_arguments_are_checked(shape, pad):
-    with pytest.raises(ValueError, match="`pad` must be at least 0 and `images` of shape"):
+@pytest.mark.parametrize(
+    ("shape", "pad", "message"),
+    [
+        ((2, 4, 4, 3), -1, "`pad` must be a number >= 0, got -1"),
+        ((4, 4), 1, r"`images` must be of shape \(..., height, width, channels\), got \(4, 4\)"),
+    ],
+)
+def test_arguments_are_checked(shape, pad, message):
+    with pytest.raises(ValueError, match=message):
         augment_images(jax.random.key(0), jnp.zeros(shape), pad)

@@ -83,13 +83,13 @@ def test_convnet_has_layers_that_mlhf_knows():
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (MLP, {"hidden": (0,)}, r"`hidden`, `num_outputs` must be at least 1, got hidden=\(0,\)"),
-        (MLP, {"num_outputs": 0}, "must be at least 1, got .*num_outputs=0"),
-        (MLP, {"activation": "mish"}, r"must be one of \['relu', .*'gelu', 'elu'\], got 'mish'"),
-        (ConvNet, {"channels": (0,)}, r"`channels`, .* must be at least 1, got channels=\(0,\)"),
-        (ConvNet, {"hidden": (-1,)}, r"must be at least 1, got .*hidden=\(-1,\)"),
-        (ConvNet, {"num_outputs": 0}, "must be at least 1, got .*num_outputs=0"),
-        (ConvNet, {"kernel_size": 0}, "must be at least 1, got .*kernel_size=0"),
+        (MLP, {"hidden": (0,)}, r"`hidden` must be at least 1 throughout, got \(0,\)"),
+        (MLP, {"num_outputs": 0}, "`num_outputs` must be at least 1, got 0"),
+        (MLP, {"activation": "mish"}, "`activation` must be one of 'relu', .*'gelu', 'elu', got 'mish'"),
+        (ConvNet, {"channels": (0,)}, r"`channels` must be at least 1 throughout, got \(0,\)"),
+        (ConvNet, {"hidden": (-1,)}, r"`hidden` must be at least 1 throughout, got \(-1,\)"),
+        (ConvNet, {"num_outputs": 0}, "`num_outputs` must be at least 1, got 0"),
+        (ConvNet, {"kernel_size": 0}, "`kernel_size` must be at least 1, got 0"),
     ],
 )
 def test_settings_must_make_sense(model, options, message):
@@ -104,5 +104,5 @@ def test_max_pool_is_reduce_window(x64):
 
 
 def test_max_pool_needs_whole_windows():
-    with pytest.raises(ValueError, match="`window` must divide height and width, got 2 for images of 5x4"):
+    with pytest.raises(ValueError, match="`window` must be a divisor of height and width, 5x4, got 2"):
         max_pool(jnp.zeros((1, 5, 4, 1)))

@@ -14,17 +14,19 @@ from mlhf_optax.tasks import Dataset, tiny, tiny_tasks, tiny_validation_tasks
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
+HALF = 260
+
 
 @pytest.fixture
 def images(monkeypatch):
-    """Forty random images in the place of CIFAR-10."""
+    """Random images in the place of CIFAR-10, in each half as many as the largest batch takes and some more."""
     random = np.random.default_rng(0)
     part = {
-        "image": random.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8),
-        "label": random.integers(0, 10, 40).astype(np.int32),
+        "image": random.integers(0, 256, (2 * HALF, 32, 32, 3), dtype=np.uint8),
+        "label": random.integers(0, 10, 2 * HALF).astype(np.int32),
     }
     monkeypatch.setattr(tiny, "load_cifar10", lambda *folders: Dataset(part, {}, {}))
-    monkeypatch.setattr(tiny, "_HALF", 20)
+    monkeypatch.setattr(tiny, "_HALF", HALF)
     return part
 
 
@@ -48,13 +50,13 @@ def test_every_network_has_finite_losses_and_gradients_on_batches_of_its_size(im
 
 def test_training_and_validation_share_no_image_of_cifar10(images):
     by_name = {task.name: task for task in (*tiny_tasks(), *tiny_validation_tasks())}
-    means = images["image"].reshape(40, 8, 4, 8, 4, 3).mean((2, 4))
-    for name, rows in (("conv", slice(0, 20)), ("wide", slice(20, 40))):
+    means = images["image"].reshape(-1, 8, 4, 8, 4, 3).mean((2, 4))
+    for name, rows in (("conv", slice(0, HALF)), ("wide", slice(HALF, None))):
         part = means[rows]
         expected = (part - part.mean()) / part.std()
-        np.testing.assert_allclose(by_name[name].examples["image"], expected, rtol=1e-4, atol=1e-4)
-        np.testing.assert_array_equal(by_name[name].examples["label"], images["label"][rows])
-    assert np.mean(by_name["sparse"].examples["image"] == 0) > 0.5
+        np.testing.assert_allclose(by_name[name].data.meta_train["image"], expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(by_name[name].data.meta_train["label"], images["label"][rows])
+    assert np.mean(by_name["sparse"].data.meta_train["image"] == 0) > 0.5
 
 
 def test_training_and_validation_draw_different_digits_like_scanned_handwriting(images, monkeypatch):
@@ -76,8 +78,8 @@ def test_training_and_validation_draw_different_digits_like_scanned_handwriting(
         place = np.indices((28, 28)).reshape(2, -1) @ image.reshape(300, -1).T / image.sum((1, 2, 3)) - 13.5
         assert np.abs(place).max() < 6
         assert set(examples["label"]) == set(range(10))
-    assert by_name["ink-autoencoder-wide"].examples["image"].min() == 0  # targets are probabilities
-    ink = by_name["ink"].examples["image"]
+    assert by_name["ink-autoencoder-wide"].data.meta_train["image"].min() == 0  # targets are probabilities
+    ink = by_name["ink"].data.meta_train["image"]
     np.testing.assert_allclose(ink.mean((1, 2, 3)), 0, atol=1e-5)
     np.testing.assert_allclose(ink.std((1, 2, 3)), 1, rtol=1e-4)
 
@@ -94,7 +96,7 @@ def test_a_drawn_digit_without_a_turn_is_the_digit(monkeypatch):
 def test_a_batch_of_all_examples_holds_each_once():
     task = tiny._regression("regression")
     batch = task.draw(jax.random.key(0), (3,))
-    np.testing.assert_array_equal(batch["image"][2], task.examples["image"])
+    np.testing.assert_array_equal(batch["image"][2], task.data.meta_train["image"])
 
 
 def test_patches_are_convolutions():

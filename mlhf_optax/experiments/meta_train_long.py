@@ -15,7 +15,7 @@ from mlhf_optax.learned import LearnedFamily
 from mlhf_optax.meta_training.interface import task_loss
 from mlhf_optax.pretrained import save_meta_params
 from mlhf_optax.support.spread import make_spread
-from mlhf_optax.tasks.tiny import TinyTask
+from mlhf_optax.tasks import Task
 
 RECIPE = mt.LongHorizonConfig(
     num_pairs=4,
@@ -41,8 +41,8 @@ _WORST = 10.0  # a spike, which may have passed a step later, counts as so many 
 
 
 def meta_train_on_tiny_tasks(
-    tasks: Sequence[TinyTask],
-    validation_tasks: Sequence[TinyTask],
+    tasks: Sequence[Task],
+    validation_tasks: Sequence[Task],
     family: LearnedFamily,
     options: Any,
     output: Path,
@@ -142,7 +142,7 @@ class _Validator:
 
     def __init__(
         self,
-        tasks: Sequence[TinyTask],
+        tasks: Sequence[Task],
         learned: mt.LearnedOptimizer,
         untrained: Any,
         steps: tuple[int, ...],
@@ -151,7 +151,7 @@ class _Validator:
         self._untrained, self._reference = untrained, None
         self._runs, floors = [], []
         for task in tasks:
-            judged = jax.tree.map(lambda leaf: jnp.asarray(leaf[:_JUDGED]), task.examples)
+            judged = jax.tree.map(lambda leaf: jnp.asarray(leaf[:_JUDGED]), task.data.meta_train)
             losses = jax.jit(mt.training_losses(task, learned, steps))
             for start in range(_STARTS):
                 batches = task.draw(jax.random.key(2 * start + 1), (steps[-1],))

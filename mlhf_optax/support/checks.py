@@ -1,7 +1,7 @@
 """Checks of arguments: an error names the argument, what is wanted and what came."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 
@@ -26,8 +26,15 @@ POSITIVE_SHARE = Range("in (0, 1]", lambda x: 0 < x <= 1)
 SEED = Range("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)
 
 
-def require(is_met: Any, name: str, wanted: str, got: Any) -> None:
+def require(is_met: Any, name: str, wanted: str, got: Any, remedy: str = "") -> None:
     """Raises ValueError unless the condition is met.
+
+    Args:
+      is_met: the condition.
+      name: of the argument.
+      wanted: the words after "must be".
+      got: the value of the argument.
+      remedy: what to do about it, where that does not follow from what is wanted.
 
     Example:
       >>> require(False, "steps", "ascending numbers", (3, 2))
@@ -35,7 +42,7 @@ def require(is_met: Any, name: str, wanted: str, got: Any) -> None:
       ValueError: `steps` must be ascending numbers, got (3, 2)
     """
     if not is_met:
-        raise ValueError(f"`{name}` must be {wanted}, got {got!r}")
+        raise ValueError(f"`{name}` must be {wanted}, got {got!r}" + (f"; {remedy}" if remedy else ""))
 
 
 def check_number(name: str, value: Any, allowed: Range, *, or_none: bool = False) -> None:
@@ -59,6 +66,17 @@ def check_number(name: str, value: Any, allowed: Range, *, or_none: bool = False
         require(False, name, wanted, value)
     if isinstance(value, int | float):
         require(allowed.holds(value), name, wanted, value)
+
+
+def check_each(name: str, values: Iterable[Any], allowed: Range) -> None:
+    """Raises ValueError unless every one of several numbers is in range.
+
+    Example:
+      >>> check_each("hidden", (16, 0), FROM_ONE)
+      Traceback (most recent call last):
+      ValueError: `hidden` must be at least 1 throughout, got (16, 0)
+    """
+    require(all(map(allowed.holds, values)), name, f"{allowed.wanted} throughout", values)
 
 
 def check_fields(options: Any, allowed: Range, *names: str, or_none: bool = False) -> None:

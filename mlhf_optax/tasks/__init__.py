@@ -37,7 +37,6 @@ from mlhf_optax.tasks.task import Task as Task
 from mlhf_optax.tasks.task import check_batch_size as check_batch_size
 from mlhf_optax.tasks.task import image_task as image_task
 from mlhf_optax.tasks.task import no_augmentation as no_augmentation
-from mlhf_optax.tasks.tiny import TinyTask as TinyTask
 from mlhf_optax.tasks.tiny import tiny_tasks as tiny_tasks
 from mlhf_optax.tasks.tiny import tiny_validation_tasks as tiny_validation_tasks
 from mlhf_optax.tasks.tiny_imagenet import load_tiny_imagenet as load_tiny_imagenet

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mlhf_optax.support.checks import NOT_NEGATIVE, check_number, require
+
 
 def standardize(images: jax.Array) -> jax.Array:
     """Gives every image, shape (..., height, width, channels), mean 0 and standard deviation 1, as float32.
@@ -49,11 +51,8 @@ def augment_images(key: chex.PRNGKey, images: jax.Array, pad: int = 4, flip: boo
       >>> augment_images(jax.random.key(0), jnp.zeros((5, 2, 32, 32, 3), jnp.uint8)).shape
       (5, 2, 32, 32, 3)
     """
-    if pad < 0 or images.ndim < 3:
-        raise ValueError(
-            f"`pad` must be at least 0 and `images` of shape (..., height, width, channels), got {pad} and "
-            f"shape {images.shape}"
-        )
+    check_number("pad", pad, NOT_NEGATIVE)
+    require(images.ndim >= 3, "images", "of shape (..., height, width, channels)", images.shape)
     crop_key, flip_key = jax.random.split(key)
     flat = images.reshape(-1, *images.shape[-3:])
     if pad:

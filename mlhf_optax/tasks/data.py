@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlhf_optax.support.checks import NOT_NEGATIVE, check_number, require
+
 Examples = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Three disjoint parts of one dataset.
+    """Three disjoint parts of one dataset; empty where a task does without.
 
     Attributes:
       meta_train: what optimizers are meta-trained on.
@@ -27,8 +29,8 @@ class Dataset:
     """
 
     meta_train: Examples
-    train: Examples
-    test: Examples
+    train: Examples = dataclasses.field(default_factory=dict)
+    test: Examples = dataclasses.field(default_factory=dict)
 
 
 def num_examples(data: chex.ArrayTree) -> int:
@@ -60,15 +62,13 @@ def take(data: chex.ArrayTree, indices: jax.Array) -> chex.ArrayTree:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[indices], data)
 
 
-def require_batch_fits(
+def check_batch_fits(
     batch_size: int, available: int, argument: str = "batch_size", examples: str = "examples"
 ) -> None:
     """Raises a ValueError unless ``batch_size``, named ``argument``, lies in [1, available]."""
-    if not 1 <= batch_size <= available:
-        raise ValueError(
-            f"`{argument}` must lie between 1 and the number of {examples}, {available}, got {batch_size}; "
-            "take smaller batches or more data"
-        )
+    wanted = f"between 1 and the number of {examples}, {available}"
+    remedy = "take smaller batches or more data"
+    require(1 <= batch_size <= available, argument, wanted, batch_size, remedy)
 
 
 def epoch_indices(key: chex.PRNGKey, num_examples: int, batch_size: int, num_steps: int) -> jax.Array:
@@ -87,9 +87,8 @@ def epoch_indices(key: chex.PRNGKey, num_examples: int, batch_size: int, num_ste
       >>> epoch_indices(jax.random.key(0), num_examples=10, batch_size=4, num_steps=3).shape
       (3, 4)
     """
-    require_batch_fits(batch_size, num_examples)
-    if num_steps < 0:
-        raise ValueError(f"`num_steps` must be at least 0, got {num_steps}")
+    check_batch_fits(batch_size, num_examples)
+    check_number("num_steps", num_steps, NOT_NEGATIVE)
     steps_per_epoch = num_examples // batch_size
     num_epochs = -(-num_steps // steps_per_epoch)
     keys = jax.random.split(key, max(num_epochs, 1))
@@ -99,10 +98,10 @@ def epoch_indices(key: chex.PRNGKey, num_examples: int, batch_size: int, num_ste
 
 
 def sample_batches(data: chex.ArrayTree, key: chex.PRNGKey, shape: tuple[int, ...]) -> chex.ArrayTree:
-    """Draws examples uniformly, with replacement, into batches of any leading shape.
+    """Draws batches of any leading shape: examples at random, with replacement.
 
-    A batch larger than the data is refused all the same: it would only repeat examples, and the many
-    batches of a meta-iteration would fill the memory.
+    A batch as large as the data is no sample: it holds each example once, in their order. A larger one is
+    refused, as it would only repeat examples, and the many batches of a meta-iteration would fill the memory.
 
     Args:
       data: pytree of arrays with the examples first.
@@ -118,7 +117,9 @@ def sample_batches(data: chex.ArrayTree, key: chex.PRNGKey, shape: tuple[int, ..
       (3, 2)
     """
     available = num_examples(data)
-    require_batch_fits(shape[-1], available, "shape[-1]")
+    check_batch_fits(shape[-1], available, "shape[-1]")
+    if shape[-1] == available:
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape[:-1], *leaf.shape)), data)
     return take(data, jax.random.randint(key, shape, 0, available))
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 
+from mlhf_optax.support.checks import require
 from mlhf_optax.tasks.data import Dataset, Examples, freeze
 from mlhf_optax.tasks.models import MLP
 from mlhf_optax.tasks.prepared import cache_folder, data_folder, decode_parts, open_sources
@@ -20,10 +21,10 @@ SIZE = 28
 def load_mnist(
     data_dir: str | Path | None = None, cache_dir: str | Path | None = None, size: int = SIZE
 ) -> Dataset:
-    """Returns MNIST with the training set in both the part for meta-training and that for training.
+    """Returns MNIST, whose training set is both the part for meta-training and the part for training.
 
-    That is the protocol of the literature, and the exception here: meta-training elsewhere has a part of
-    its own. Decoded once, then kept in a file.
+    That is the protocol of the literature, and the exception here: elsewhere meta-training has a part of
+    its own. The images are decoded once, then kept in a file.
 
     Args:
       data_dir: folder of prepared datasets (:func:`mlhf_optax.tasks.prepared.data_folder`).
@@ -42,7 +43,7 @@ def load_mnist(
     Example:
       ``load_mnist("/data/tensorflow_datasets").train["image"].shape`` is ``(60000, 28, 28, 1)``.
     """
-    require_size(size)
+    _check_size(size)
     return _load(data_folder(data_dir), cache_folder(cache_dir), size)
 
 
@@ -107,7 +108,7 @@ def mnist_mlp(
 
     Source: Lv, Jiang, Li 2017, section 5.1.
     """
-    require_size(size)
+    _check_size(size)
     hidden = tuple(hidden)
     name = "mnist-mlp" if size == SIZE else f"mnist-mlp-{size}x{size}"
     if hidden != (20,):
@@ -134,7 +135,6 @@ def mnist_mlp(
     return dataclasses.replace(task, init_fn=init_fn)
 
 
-def require_size(size: int) -> None:
+def _check_size(size: int) -> None:
     """Raises ValueError unless images of 28 x 28 can be shrunk to this size."""
-    if size < 1 or SIZE % size:
-        raise ValueError(f"`size` must be a divisor of {SIZE}, such as 28, 14 or 7, got {size}")
+    require(size >= 1 and SIZE % size == 0, "size", f"a divisor of {SIZE}, such as 28, 14 or 7", size)

@@ -4,12 +4,12 @@ Residual networks are in :mod:`mlhf_optax.tasks.resnet`.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mlhf_optax.support.checks import FROM_ONE, check_choice, check_each, check_fields, require
 from mlhf_optax.tasks.convolution import convolve
 
 Convolution = Callable[..., jax.Array]  # called like jax.lax.conv_general_dilated
@@ -40,9 +40,9 @@ class MLP(nn.Module):
     activation: str = "relu"
 
     def __post_init__(self):
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"`activation` must be one of {list(ACTIVATIONS)}, got {self.activation!r}")
-        _require_positive(hidden=self.hidden, num_outputs=self.num_outputs)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_each("hidden", self.hidden, FROM_ONE)
+        check_fields(self, FROM_ONE, "num_outputs")
         super().__post_init__()
 
     @nn.compact
@@ -87,8 +87,9 @@ class ConvNet(nn.Module):
     kernel_size: int = 5
 
     def __post_init__(self):
-        sizes = {"num_outputs": self.num_outputs, "kernel_size": self.kernel_size}
-        _require_positive(channels=self.channels, hidden=self.hidden, **sizes)
+        check_each("channels", self.channels, FROM_ONE)
+        check_each("hidden", self.hidden, FROM_ONE)
+        check_fields(self, FROM_ONE, "num_outputs", "kernel_size")
         super().__post_init__()
 
     @nn.compact
@@ -107,19 +108,11 @@ class ConvNet(nn.Module):
 def max_pool(images: jax.Array, window: int = 2) -> jax.Array:
     """Takes the maximum over non-overlapping square windows of images of shape (B, height, width, C).
 
-    A reshape and a maximum over the window axes: the derivative of the usual ``reduce_window``
-    repeats the search for the maximum in every GGN product and made a whole step 2.5 times slower.
+    It is a reshape and a maximum over the window axes. The derivative of the usual ``reduce_window`` repeats
+    the search for the maximum in every GGN product, which made a whole step 2.5 times slower.
     """
     batch, height, width, channels = images.shape
-    if height % window or width % window:
-        raise ValueError(
-            f"`window` must divide height and width, got {window} for images of {height}x{width}"
-        )
+    fits = height % window == 0 == width % window
+    require(fits, "window", f"a divisor of height and width, {height}x{width}", window)
     windows = images.reshape(batch, height // window, window, width // window, window, channels)
     return jnp.max(windows, axis=(2, 4))
-
-
-def _require_positive(**sizes: Any) -> None:
-    if min(jax.tree.leaves(sizes)) < 1:
-        got = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ValueError(f"{', '.join(f'`{name}`' for name in sizes)} must be at least 1, got {got}")

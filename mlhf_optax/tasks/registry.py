@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 
+from mlhf_optax.support.checks import check_choice
 from mlhf_optax.tasks.cifar10 import cifar10_convnet, cifar10_resnet9
 from mlhf_optax.tasks.digits import digits_convnet, digits_mlp
 from mlhf_optax.tasks.mnist import mnist_mlp
@@ -32,8 +33,7 @@ def get_task(name: str, **options) -> Task:
       >>> get_task("digits-mlp", batch_size=32).batch_size
       32
     """
-    if name not in TASKS:
-        raise ValueError(f"`name` must be one of {', '.join(map(repr, TASKS))}, got {name!r}")
+    check_choice("name", name, TASKS)
     parameters = inspect.signature(TASKS[name]).parameters
     shared = FileOptions.__annotations__ if "options" in parameters else {}
     known = [*(parameter for parameter in parameters if parameter != "options"), *shared]

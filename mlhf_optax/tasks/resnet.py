@@ -1,18 +1,19 @@
 """Residual networks with pre-activation (v2) and batch normalisation.
 
-While training, outputs are normalised by the statistics of the mini-batch itself, so a network is a
-function of parameters and mini-batch, which is all that an optimizer sees. Statistics for evaluation are
-computed anew at the current parameters by :func:`batch_statistics`: an average over past steps belongs to
-parameters that are gone, and would be one more state to carry.
+In training, outputs are normalised by the statistics of the mini-batch itself. So a network is a function
+of parameters and mini-batch, which is all that an optimizer sees. For evaluation :func:`batch_statistics`
+computes statistics anew at the current parameters. An average over past steps would belong to parameters
+that are gone, and would be one more state to carry.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mlhf_optax.support.checks import FROM_ONE, check_choice, check_fields, check_number, require
 from mlhf_optax.tasks.convolution import convolve
 from mlhf_optax.tasks.models import Convolution
 
@@ -54,13 +55,10 @@ class ResNet(nn.Module):
     momentum: float = 0.9
 
     def __post_init__(self):
-        if self.stem not in ("small", "imagenet"):
-            raise ValueError(f"`stem` must be 'small' or 'imagenet', got {self.stem!r}")
-        if not self.stages or min(self.num_outputs, *(min(stage) for stage in self.stages)) < 1:
-            raise ValueError(
-                "`stages` must be pairs (blocks, channels) of numbers from 1 on and `num_outputs` at least "
-                f"1, got stages={self.stages}, num_outputs={self.num_outputs}"
-            )
+        check_choice("stem", self.stem, get_args(Stem))
+        is_fine = self.stages and all(min(stage) >= 1 for stage in self.stages)
+        require(is_fine, "stages", "pairs (blocks, channels) of numbers from 1 on", self.stages)
+        check_fields(self, FROM_ONE, "num_outputs")
         super().__post_init__()
 
     @nn.compact
@@ -147,11 +145,8 @@ def batch_statistics(model: ResNet, params: Any, images: jax.Array, batch_size: 
     Example:
       ``batch_statistics(model, params, images[:1024])``
     """
-    if batch_size < 1 or not len(images):
-        raise ValueError(
-            "`batch_size` must be at least 1 and `images` not empty, got "
-            f"{batch_size} and images of shape {images.shape}"
-        )
+    check_number("batch_size", batch_size, FROM_ONE)
+    require(len(images), "images", "at least one image", images.shape)
     size = min(batch_size, len(images))
     batches = images[: len(images) // size * size].reshape(-1, size, *images.shape[1:])
     exact = model.clone(momentum=0.0)  # what is collected are then the statistics of the batch alone
@@ -162,7 +157,7 @@ def batch_statistics(model: ResNet, params: Any, images: jax.Array, batch_size: 
 def overlapping_max_pool(images: jax.Array) -> jax.Array:
     """Takes the maximum over windows of 3x3 at stride 2, padded by one, as in the stem for ImageNet.
 
-    The maximum of nine strided copies: unlike that of ``reduce_window``, its derivative repeats no search.
+    It is the maximum of nine strided copies, whose derivative repeats no search, unlike ``reduce_window``'s.
     """
     height, width = images.shape[1:3]
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)

@@ -14,7 +14,7 @@ from flax import linen as nn
 from mlhf_optax.curvature import LossFn, PredictFn
 from mlhf_optax.losses import SoftmaxCrossEntropy
 from mlhf_optax.tasks.augmentation import augment_batch, network_input
-from mlhf_optax.tasks.data import Dataset, num_examples, require_batch_fits
+from mlhf_optax.tasks.data import Dataset, check_batch_fits, num_examples, sample_batches
 from mlhf_optax.tasks.resnet import ResNet, batch_statistics
 
 AugmentFn = Callable[[chex.PRNGKey, Any], Any]  # augment_fn(key, batch) -> batch
@@ -34,14 +34,17 @@ class Task:
 
     Attributes:
       name: short name, such as ``"digits-mlp"``.
-      description: one line for people.
       init_fn: ``init_fn(key) -> params``.
       predict_fn: ``predict_fn(params, batch) -> outputs``, logits of shape (B, num_classes) for classes.
       loss_fn: ``loss_fn(outputs, batch) -> scalar``, nats per example.
       load_data: returns the data; called when :attr:`data` is first looked at.
+      description: one line for people.
       num_classes: number of classes; None for what has no accuracy, such as regression.
       batch_size: examples per mini-batch when networks are trained.
-      meta_batch_size: the same when optimizers are meta-trained.
+      meta_batch_size: the same when optimizers are meta-trained; the number of all examples for a problem
+        without noise.
+      curvature_batch_size: share of a mini-batch for curvature in meta-training; None leaves it to the
+        optimizer.
       pretrained: name of the shipped meta-parameters recommended for this task.
       augment_fn: ``augment_fn(key, batch) -> batch``, applied to every mini-batch that is trained on, in
         comparisons as in meta-training, and never in evaluation. The batch has any leading axes, such as
@@ -53,14 +56,15 @@ class Task:
     """
 
     name: str
-    description: str
     init_fn: Callable[[chex.PRNGKey], chex.ArrayTree]
     predict_fn: PredictFn
     loss_fn: LossFn
     load_data: Callable[[], Dataset]
-    num_classes: int | None
+    description: str = ""
+    num_classes: int | None = None
     batch_size: int = 128
     meta_batch_size: int = 64
+    curvature_batch_size: float | None = None
     pretrained: str = "digits"
     augment_fn: AugmentFn = no_augmentation
     model_state_fn: Callable[[Any, Any], Any] | None = None
@@ -69,6 +73,10 @@ class Task:
     def data(self) -> Dataset:
         """The parts ``meta_train``, ``train`` and ``test``; loaded on first use, then kept."""
         return self.load_data()
+
+    def draw(self, key: chex.PRNGKey, shape: tuple[int, ...]) -> chex.ArrayTree:
+        """Returns mini-batches for meta-training, leaves (*shape, meta_batch_size, ...); not augmented."""
+        return sample_batches(self.data.meta_train, key, (*shape, self.meta_batch_size))
 
     @property
     def chance_loss(self) -> float:
@@ -85,11 +93,11 @@ def check_batch_size(task: Task, part: Literal["train", "meta_train"] = "train")
       >>> from mlhf_optax.tasks import get_task
       >>> check_batch_size(get_task("digits-mlp", batch_size=1000))
       Traceback (most recent call last):
-      ValueError: `batch_size` must lie between 1 and the number of training examples ... 719, got 1000; ...
+      ValueError: `batch_size` must be between 1 and the number of training examples ... 719, got 1000; ...
     """
     prefix, kind = {"train": ("", "training"), "meta_train": ("meta_", "meta-training")}[part]
     argument, available = f"{prefix}batch_size", num_examples(getattr(task.data, part))
-    require_batch_fits(getattr(task, argument), available, argument, f"{kind} examples of {task.name!r}")
+    check_batch_fits(getattr(task, argument), available, argument, f"{kind} examples of {task.name!r}")
 
 
 def image_task(

@@ -1,70 +1,34 @@
 """Tiny tasks of many kinds, on which optimizers for any network are meta-trained and validated.
 
-A step of each takes about a millisecond. Images come from scikit-learn's digits and, at 8x8 and 16x16
-pixels, from CIFAR-10, both from the parts for meta-training only: the first half of CIFAR-10's part is for
-training, the second half for validation. Digits are also drawn like scanned handwriting, on a larger sheet
-(:func:`draw_digits`).
+A step of each takes about a millisecond. Each has a part for meta-training alone. Images come from
+scikit-learn's digits and, at 8x8 and 16x16 pixels, from CIFAR-10, in both cases from the part for
+meta-training. Of CIFAR-10's the first half is for meta-training, the second half for validation. Digits are
+also drawn like scanned handwriting, on a larger sheet (:func:`draw_digits`).
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mlhf_optax.curvature import LossFn, PredictFn
 from mlhf_optax.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError
 from mlhf_optax.tasks.augmentation import standardize
 from mlhf_optax.tasks.cifar10 import load_cifar10
-from mlhf_optax.tasks.data import Examples, freeze, num_examples
+from mlhf_optax.tasks.data import Dataset, Examples, freeze
 from mlhf_optax.tasks.digits import load_digits
 from mlhf_optax.tasks.models import MLP
+from mlhf_optax.tasks.task import Task
 
 _HALF = 15_000  # examples of CIFAR-10 in each of the two parts
 
 
-@dataclasses.dataclass(frozen=True)
-class TinyTask:
-    """A small network, a loss and examples.
-
-    Attributes:
-      name: short name.
-      init_fn: ``init_fn(key) -> params``.
-      predict_fn: ``predict_fn(params, batch) -> outputs``.
-      loss_fn: ``loss_fn(outputs, batch) -> scalar``.
-      examples: arrays of N examples.
-      batch_size: examples per mini-batch; N for a deterministic problem.
-      curvature_batch_size: share of a mini-batch for curvature.
-    """
-
-    name: str
-    init_fn: Callable[[chex.PRNGKey], chex.ArrayTree]
-    predict_fn: PredictFn
-    loss_fn: LossFn
-    examples: Examples
-    batch_size: int
-    curvature_batch_size: float = 0.25
-
-    def draw(self, key: chex.PRNGKey, shape: tuple[int, ...]) -> Examples:
-        """Returns mini-batches of random examples, leaves of shape (*shape, batch_size, ...).
-
-        A batch of all examples holds each of them once.
-        """
-        size = num_examples(self.examples)
-        if self.batch_size == size:
-            return jax.tree.map(lambda x: jnp.broadcast_to(x, (*shape, *x.shape)), self.examples)
-        rows = jax.random.randint(key, (*shape, self.batch_size), 0, size)
-        return jax.tree.map(lambda x: jnp.asarray(x)[rows], self.examples)
-
-
-def tiny_tasks(data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> list[TinyTask]:
+def tiny_tasks(data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> list[Task]:
     """Returns the tasks on which optimizers for any network are meta-trained.
 
     Args:
@@ -105,7 +69,7 @@ def tiny_tasks(data_dir: str | Path | None = None, cache_dir: str | Path | None 
 
 def tiny_validation_tasks(
     data_dir: str | Path | None = None, cache_dir: str | Path | None = None
-) -> list[TinyTask]:
+) -> list[Task]:
     """Returns larger networks on other images, by which meta-parameters are chosen.
 
     Args:
@@ -129,22 +93,30 @@ def tiny_validation_tasks(
     ]
 
 
-def _classify(
-    name: str, model: nn.Module, examples: Examples, batch_size: int, share: float = 0.25
-) -> TinyTask:
+def _classify(name: str, model: nn.Module, examples: Examples, batch_size: int, share: float = 0.25) -> Task:
     shape = examples["image"].shape[1:]
     init = lambda key: model.init(key, jnp.zeros((1, *shape)))["params"]
     predict = lambda params, batch: model.apply({"params": params}, batch["image"])
-    return TinyTask(name, init, predict, SoftmaxCrossEntropy(), examples, batch_size, share)
+    return Task(
+        name,
+        init,
+        predict,
+        SoftmaxCrossEntropy(),
+        load_data=lambda: Dataset(examples),
+        batch_size=batch_size,
+        meta_batch_size=batch_size,
+        curvature_batch_size=share,
+        pretrained="general",
+    )
 
 
-def _autoencoder(name: str, model: nn.Module, examples: Examples, batch_size: int) -> TinyTask:
+def _autoencoder(name: str, model: nn.Module, examples: Examples, batch_size: int) -> Task:
     pixels = examples["image"].reshape(len(examples["image"]), -1)
     task = _classify(name, model, {"image": pixels}, batch_size)
     return dataclasses.replace(task, loss_fn=SigmoidCrossEntropy(targets="image"))
 
 
-def _regression(name: str) -> TinyTask:
+def _regression(name: str) -> Task:
     random = np.random.Generator(np.random.PCG64(3))
     inputs = random.standard_normal((256, 6), np.float32)
     weights = [random.standard_normal(shape, np.float32) for shape in ((6, 12), (12, 2))]

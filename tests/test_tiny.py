@@ -19,7 +19,7 @@ HALF = 260
 
 @pytest.fixture
 def images(monkeypatch):
-    """Random images in the place of CIFAR-10, in each half as many as the largest batch takes and some more."""
+    """Random images in the place of CIFAR-10; each half holds more than the largest batch."""
     random = np.random.default_rng(0)
     part = {
         "image": random.integers(0, 256, (2 * HALF, 32, 32, 3), dtype=np.uint8),

@@ -32,7 +32,7 @@ from experiment import command_line, finite_or_none, parse_options, require_at_l
 from held_out_tasks import LENGTHS, TASKS, check_tasks
 
 from mlhf_optax import load_pretrained, lodo, mlhf
-from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
+from mlhf_optax.controllers.tensor_network import init_tensor_lstm
 from mlhf_optax.experiments import (
     Comparison,
     Contender,

@@ -35,7 +35,7 @@ from jax.experimental import multihost_utils
 from step_contenders import draw_batch, make_task
 
 from mlhf_optax import init_meta_params
-from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
+from mlhf_optax.controllers.tensor_network import init_tensor_lstm
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.meta_training import (
     LongHorizonConfig,

@@ -9,9 +9,9 @@ Source: paper, section 4.2 and table 1, HF(Fixed) and HF(LM); Martens 2010.
 import jax
 import optax
 
-from mlhf_optax.controllers.constant import scheduled
 from mlhf_optax.controllers.levenberg_marquardt import LevenbergMarquardt, levenberg_marquardt
 from mlhf_optax.controllers.protocol import Controller
+from mlhf_optax.controllers.scheduled import scheduled
 from mlhf_optax.curvature import LossFn, PredictFn
 from mlhf_optax.curvature_batch import CurvatureBatch, PerExample
 from mlhf_optax.damped_step import scale_by_damped_step

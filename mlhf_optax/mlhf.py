@@ -6,7 +6,8 @@ import optax
 
 from mlhf_optax.controllers.coordinate_lstm import MetaParams, coordinate_lstm
 from mlhf_optax.controllers.protocol import Controller
-from mlhf_optax.controllers.tensor_lstm import TensorLSTM, tensor_lstm
+from mlhf_optax.controllers.tensor_lstm import tensor_lstm
+from mlhf_optax.controllers.tensor_network import TensorLSTM
 from mlhf_optax.curvature import LossFn, PredictFn
 from mlhf_optax.curvature_batch import CurvatureBatch, PerExample
 from mlhf_optax.damped_step import scale_by_damped_step

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from mlhf_optax import SoftmaxCrossEntropy, gauss_newton, hessian_free, init_meta_params, lodo, mlhf
 from mlhf_optax.controllers import kronecker_factors
-from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
+from mlhf_optax.controllers.tensor_network import init_tensor_lstm
 from mlhf_optax.curvature_batch import curvature_subset
 from mlhf_optax.experiments.meta_train_long import meta_train_on_tiny_tasks
 from mlhf_optax.learned import LEARNED

@@ -316,18 +316,16 @@ def naive_gauss_newton(
     damping,
     metric,
     num_cg_steps,
-    tensors=None,
-    unit_decay=0.0,
+    unit_decay=None,
     decay=0.98,
     floor=1e-3,
 ):
     """Yields w after each step and its direction; None for the number of CG steps solves exactly.
 
     The damping is `damping` rms(g) / rms(w0) times the metric, which is "identity" or "diagonal". With
-    `tensors`, the tensor that each coordinate belongs to, each has a unit of its own.
+    `unit_decay`, rms(g) is at least the root of its running mean square.
     """
-    w0, d, mean_square, running = w, np.zeros_like(w), np.zeros_like(w), np.zeros_like(w)
-    rms = lambda x: np.sqrt(np.mean(x**2))
+    w0, d, mean_square, running = w, np.zeros_like(w), np.zeros_like(w), 0.0
     for t, batch in enumerate(batches, 1):
         g = model.gradient(w, batch)
         mean_square = decay * mean_square + (1 - decay) * g**2
@@ -336,15 +334,10 @@ def naive_gauss_newton(
             root = np.sqrt(mean_square / (1 - decay**t))
             diagonal = root / root.mean() + floor
         unit = unit_of_damping(g, w0)
-        if tensors is not None:
-            running = unit_decay * running + (1 - unit_decay) * g**2
-            lately = np.sqrt(running / (1 - unit_decay**t))
-            size = max(rms(g), rms(lately))
-            unit = [
-                rms(lately[tensors == i]) / rms(lately) * size / max(rms(w0[tensors == i]), rms(w0))
-                for i in tensors
-            ]
-        s = damping * np.asarray(unit) * diagonal
+        if unit_decay is not None:
+            running = unit_decay * running + (1 - unit_decay) * np.mean(g**2)
+            unit *= max(1.0, np.sqrt(running / (1 - unit_decay**t) / np.mean(g**2)))
+        s = damping * unit * diagonal
         matrix = model.ggn(w, batch) + np.diag(s)
         if num_cg_steps is None:
             d = np.linalg.solve(matrix, g)

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.special import expit
 
-from mlhf_optax.controllers.tensor_lstm import CONSTANTS as C
+from mlhf_optax.controllers.tensor_network import CONSTANTS as C
 
 TINY = 1e-30
 
@@ -159,7 +159,7 @@ class Reference:
             "diagonal": share(out[:, 3], C.diagonal),
             "rate": 1.5 * share(mean[4], 1 / 1.5),
             "memory": max(C.memory * within(mean[5], 10), 1),
-            "warm": share(mean[6], C.warm),
+            "warm": share(mean[6], C.warm_start_share),
         }
 
     def features(self, g):

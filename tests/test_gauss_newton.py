@@ -8,7 +8,7 @@ import problems
 import pytest
 import references
 
-from mlhf_optax import SquaredError, gauss_newton
+from mlhf_optax import gauss_newton
 from mlhf_optax.controllers.metrics import diagonal
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -22,19 +22,11 @@ def make(metric="identity", damping=2.0, predict_fn=problems.linear, loss_fn=pro
     return gauss_newton(0.7, predict_fn, loss_fn, damping=damping, metric=metric, **arguments)
 
 
-TENSORS = np.repeat(np.arange(4), [4, 12, 2, 8])
-
-
 @pytest.mark.parametrize(
-    ("metric", "num_cg_steps", "tensors", "unit_decay"),
-    [
-        ("identity", 3, None, None),
-        ("diagonal", None, None, None),
-        ("identity", 3, TENSORS, None),
-        ("diagonal", None, TENSORS, 0.9),
-    ],
+    ("metric", "num_cg_steps", "unit_decay"),
+    [("identity", 3, None), ("diagonal", None, None), ("identity", 3, 0.5), ("diagonal", None, 0.9)],
 )
-def test_steps_agree_with_dense_matrices_in_numpy(x64, metric, num_cg_steps, tensors, unit_decay):
+def test_steps_agree_with_dense_matrices_in_numpy(x64, metric, num_cg_steps, unit_decay):
     params, batches = problems.mlp_params(), problems.batches(5)
     expected = references.naive_gauss_newton(
         references.Model(),
@@ -44,11 +36,9 @@ def test_steps_agree_with_dense_matrices_in_numpy(x64, metric, num_cg_steps, ten
         damping=0.5,
         metric=metric,
         num_cg_steps=num_cg_steps,
-        tensors=tensors,
-        unit_decay=unit_decay or 0.0,
+        unit_decay=unit_decay,
     )
-    units = {"unit_decay": unit_decay, "per_tensor": tensors is not None}
-    tx = make(metric, 0.5, problems.mlp, num_cg_steps=num_cg_steps or 50, **units)
+    tx = make(metric, 0.5, problems.mlp, num_cg_steps=num_cg_steps or 50, unit_decay=unit_decay)
     steps = problems.training_steps(tx, params, batches, problems.mlp_loss)
     for (params, state, _), (w, direction) in zip(steps, expected, strict=True):
         # Metric and unit have a part in float32.
@@ -73,14 +63,6 @@ def test_a_constant_factor_on_the_loss_changes_nothing(x64, metric):
     one = first_update(make(metric), problems.linear_loss, params, batch)
     other = first_update(make(metric, loss_fn=scaled), problems.linear_loss, params, batch, 1000.0)
     np.testing.assert_allclose(other, one, rtol=1e-5)
-
-
-def test_units_of_their_own_suit_layers_in_other_units():
-    def losses(per_tensor):
-        build = lambda predict_fn: gauss_newton(1.0, predict_fn, SquaredError(), per_tensor=per_tensor)
-        return problems.losses_in_units(build)[1]
-
-    assert np.all(losses(per_tensor=True) < 0.4 * losses(per_tensor=False))
 
 
 @both_metrics

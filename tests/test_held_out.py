@@ -13,7 +13,7 @@ import optax
 import pytest
 import ten_times_horizon
 
-from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
+from mlhf_optax.controllers.tensor_network import init_tensor_lstm
 from mlhf_optax.experiments import Contender, engine
 from mlhf_optax.experiments.results import Curve
 from mlhf_optax.pretrained import save_meta_params

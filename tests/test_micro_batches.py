@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from mlhf_optax import TrainState, gauss_newton, ggn_matvec, mlhf, over_micro_batches
-from mlhf_optax.controllers.tensor_lstm import init_tensor_lstm
+from mlhf_optax.controllers.tensor_network import init_tensor_lstm
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 

@@ -10,13 +10,13 @@ from tensor_lstm_reference import Reference
 
 from mlhf_optax import SoftmaxCrossEntropy, SquaredError, gauss_newton, mlhf
 from mlhf_optax.controllers.protocol import View
-from mlhf_optax.controllers.tensor_lstm import (
+from mlhf_optax.controllers.tensor_lstm import tensor_lstm
+from mlhf_optax.controllers.tensor_network import (
     CONSTANTS,
     OUTPUTS,
     TensorLSTM,
     bounded_controls,
     init_tensor_lstm,
-    tensor_lstm,
 )
 from mlhf_optax.support import trees
 

@@ -1,14 +1,17 @@
 """Kronecker factors of gradients: running means of ``g g^T`` and ``g^T g`` of a matrix, and their powers."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mlhf_optax.support import placement, trees
+from mlhf_optax.support.checks import DECAY, FROM_ONE, NOT_NEGATIVE, check_fields
 
 
 class Side(NamedTuple):
@@ -26,6 +29,96 @@ class Side(NamedTuple):
 
 
 Sides = tuple[Side, Side]
+
+
+@dataclasses.dataclass(frozen=True)
+class KroneckerRule:
+    """How factors are kept for all matrices among the parameters; vectors and scalars have none.
+
+    The factors of all tensors are one pair of sides, every field of which is a tree like the parameters, None
+    for vectors. A state may hold trees like the parameters and arrays, not a pair in the place of every
+    parameter: ``optax.tree.map_params`` and ``nnx.Optimizer`` know nothing else.
+
+    Args:
+      decay: weight of the past in the running means, in [0, 1).
+      floor: added to the eigenvalues of a factor, in units of their mean, >= 0.
+      block: longest side of a factor; a longer one is cut into blocks of rows of equal size.
+      refresh_every: steps between two eigendecompositions; the first ones are at steps 1, 2, 4 and 8.
+
+    Raises:
+      ValueError: for a number out of range.
+
+    Example:
+      >>> rule, params = KroneckerRule(), {"kernel": jnp.ones((300, 4)), "bias": jnp.ones(4)}
+      >>> factors = rule.update(rule.init(params), params, jnp.array(True), powers=[0.5, 0.5])
+      >>> [side.factor["kernel"].shape for side in factors], factors[0].factor["bias"]
+      ([(3, 100, 100), (1, 4, 4)], None)
+    """
+
+    decay: float = 0.95
+    floor: float = 5e-2
+    block: int = 128
+    refresh_every: int = 10
+
+    def __post_init__(self):
+        check_fields(self, DECAY, "decay")
+        check_fields(self, NOT_NEGATIVE, "floor")
+        check_fields(self, FROM_ONE, "block", "refresh_every")
+
+    def init(self, params: chex.ArrayTree) -> Sides:
+        """Returns means of zero and powers of one."""
+        leaves, treedef = jax.tree.flatten(params)
+        return _to_trees(treedef, [init_sides(leaf.shape, self.block) for leaf in leaves])
+
+    def is_refresh_due(self, count: jax.Array) -> jax.Array:
+        """Returns whether powers are taken anew: often at first, when means change fast, then rarely."""
+        is_early = (count < self.refresh_every) & (count & (count - 1) == 0)
+        return (count % self.refresh_every == 0) | is_early
+
+    def update(
+        self,
+        factors: Sides,
+        gradient: chex.ArrayTree,
+        is_due: jax.Array,
+        powers: Sequence[Any] | jax.Array,
+        axis_name: placement.AxisName = None,
+    ) -> Sides:
+        """Averages a gradient into the factors, and takes their powers anew if that is due.
+
+        Args:
+          factors: those before.
+          gradient: tree like the parameters.
+          is_due: whether powers are taken anew, shape ().
+          powers: exponent for every tensor; those of vectors are not looked at.
+          axis_name: as for :func:`refresh_sides`.
+
+        Returns:
+          The factors.
+        """
+        leaves, treedef = jax.tree.flatten(gradient)
+        entries = enumerate(zip(sides_of_tensors(factors, gradient), leaves, strict=True))
+        averaged = {i: average_sides(sides, g, self.decay) for i, (sides, g) in entries if sides is not None}
+        exponents = [powers[i] for i in averaged]
+        fresh = refresh_sides(is_due, list(averaged.values()), exponents, self.floor, axis_name)
+        by_tensor = dict(zip(averaged, fresh, strict=True))
+        return _to_trees(treedef, [by_tensor.get(i) for i in range(len(leaves))])
+
+
+def sides_of_tensors(factors: Sides, like: chex.ArrayTree) -> list[Sides | None]:
+    """Returns the sides of every tensor, of the factors of :class:`KroneckerRule`; None for vectors."""
+    treedef = jax.tree.structure(like)
+    columns = [[Side(*of) for of in zip(*map(treedef.flatten_up_to, side), strict=True)] for side in factors]
+    return [None if left.factor is None else (left, right) for left, right in zip(*columns, strict=True)]
+
+
+def _to_trees(treedef: Any, entries: Sequence[Sides | None]) -> Sides:
+    """Returns the sides of many tensors as one pair whose fields are trees."""
+
+    def side(index: int) -> Side:
+        field = lambda name: [None if entry is None else getattr(entry[index], name) for entry in entries]
+        return Side(*(treedef.unflatten(field(name)) for name in Side._fields))
+
+    return side(0), side(1)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -69,31 +162,6 @@ def init_sides(shape: tuple[int, ...], block: int) -> Sides | None:
     return side(split[0]), side(split[1])
 
 
-def to_trees(treedef: Any, entries: Sequence[Sides | None]) -> Sides:
-    """Returns the sides of many tensors as one pair whose fields are trees; None for vectors.
-
-    A state may hold trees like the parameters and arrays, not a pair in the place of every parameter:
-    ``optax.tree.map_params`` and ``nnx.Optimizer`` know nothing else.
-
-    Example:
-      >>> sides = to_trees(jax.tree.structure([0, 0]), [init_sides((3, 2), 128), None])
-      >>> [None if factor is None else factor.shape for factor in sides[0].factor]
-      [(1, 3, 3), None]
-    """
-
-    def side(index: int) -> Side:
-        field = lambda name: [None if entry is None else getattr(entry[index], name) for entry in entries]
-        return Side(*(treedef.unflatten(field(name)) for name in Side._fields))
-
-    return side(0), side(1)
-
-
-def from_trees(treedef: Any, sides: Sides) -> list[Sides | None]:
-    """Returns what :func:`to_trees` was given."""
-    columns = [[Side(*of) for of in zip(*map(treedef.flatten_up_to, side), strict=True)] for side in sides]
-    return [None if left.factor is None else (left, right) for left, right in zip(*columns, strict=True)]
-
-
 def average_sides(sides: Sides, gradient: jax.Array, decay: float) -> Sides:
     """Adds the outer products of a gradient to the running means."""
     matrix = gradient.astype(jnp.float32).reshape(matrix_shape(gradient.shape))
@@ -103,15 +171,9 @@ def average_sides(sides: Sides, gradient: jax.Array, decay: float) -> Sides:
     def averaged(side: Side, x: jax.Array) -> Side:
         rows = _blocked(x, side.factor)
         outer = jnp.einsum("bij,bkj->bik", rows, rows)
-        return side._replace(factor=decay * side.factor + (1 - decay) * outer)
+        return side._replace(factor=trees.running_mean(side.factor, outer, 1 - decay))
 
     return averaged(sides[0], matrix), averaged(sides[1], matrix.T)
-
-
-def is_refresh_due(count: jax.Array, refresh_every: int) -> jax.Array:
-    """Returns whether powers are taken anew: often at first, when means change fast, then rarely."""
-    is_early = (count < refresh_every) & (count & (count - 1) == 0)
-    return (count % refresh_every == 0) | is_early
 
 
 def refresh_sides(

@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from mlhf_optax.controllers import units
 from mlhf_optax.controllers.protocol import Quotient, Scale
 from mlhf_optax.support import trees
 
@@ -158,18 +159,12 @@ class Unit(_Checked):
 
     gradient_power: float = _at_least_zero(1.0)
     parameter_power: float = _at_least_zero(0.0)
-    gradient_floor: float = _positive(1e-5)
-    parameter_floor: float = _positive(1e-3)
+    gradient_floor: float = _positive(units.COORDINATE_NOISE_FLOOR)
+    parameter_floor: float = _positive(units.PARAMETER_FLOOR)
 
     def __call__(self, gradient: chex.ArrayTree, initial_rms: jax.Array) -> jax.Array:
         """Returns a positive scalar; 1 where both powers are 0."""
-        unit = jnp.ones(())
-        if self.gradient_power:
-            size = jnp.maximum(trees.root_mean_square(gradient), self.gradient_floor)
-            unit = size**self.gradient_power
-        if self.parameter_power:
-            unit = unit / jnp.maximum(initial_rms, self.parameter_floor) ** self.parameter_power
-        return unit
+        return units.unit(trees.root_mean_square(gradient), initial_rms, **dataclasses.asdict(self))
 
 
 # What P is, made of the values of LSTM_p and the damping.

@@ -13,15 +13,14 @@ import jax.numpy as jnp
 import optax
 
 from mlhf_optax.controllers.kronecker_factors import (
-    average_sides,
-    from_trees,
-    init_sides,
-    is_refresh_due,
-    refresh_sides,
+    KroneckerRule,
+    matrix_shape,
+    sides_of_tensors,
     times_sides,
-    to_trees,
 )
+from mlhf_optax.controllers.protocol import Operators, Product, Scale
 from mlhf_optax.support import placement, trees
+from mlhf_optax.support.checks import DECAY, NOT_NEGATIVE, POSITIVE_SHARE, check_number, require
 
 
 class Metric(NamedTuple):
@@ -40,6 +39,40 @@ class Metric(NamedTuple):
     update: Callable[..., Any]
     times: Callable[..., chex.ArrayTree]
     values: Callable[[Any, chex.ArrayTree], chex.ArrayTree]
+
+
+def metric_operators(
+    times: Callable[..., chex.ArrayTree],
+    scales: chex.ArrayTree,
+    values: Any = None,
+    trust: Any = None,
+) -> Operators:
+    """Returns the operators of a damping S that is, for every tensor, a scale times a metric M.
+
+    The preconditioner P is ``trust * S^-1``. So S P is no more than ``trust``, and a solve that is told so
+    needs no product with S in its steps.
+
+    Args:
+      times: ``times(vector, inverse=False)``, the product with M, or with its inverse.
+      scales: tree of scalars, one a tensor.
+      values: what the info shows of S, if M has more to show than the scales.
+      trust: tree of scalars; None is one for all.
+
+    Returns:
+      Damping, preconditioner, and the product of both.
+
+    Example:
+      >>> made = metric_operators(lambda v, inverse=False: v, [jnp.array(4.0)])
+      >>> made.damping([jnp.ones(1)]), made.preconditioner([jnp.ones(1)])
+      ([Array([4.], dtype=float32)], [Array([0.25], dtype=float32)])
+    """
+    trust = jax.tree.map(jnp.ones_like, scales) if trust is None else trust
+    inverse_scales = jax.tree.map(jnp.divide, trust, scales)
+    return Operators(
+        damping=Product(scales if values is None else values, lambda v: Scale(scales)(times(v))),
+        preconditioner=Product(inverse_scales, lambda v: Scale(inverse_scales)(times(v, inverse=True))),
+        damping_after_preconditioner=Scale(trust),
+    )
 
 
 def _ones(state: Any, like: chex.ArrayTree) -> chex.ArrayTree:
@@ -92,7 +125,8 @@ def diagonal(decay: float = 0.98, floor: float = 1e-3) -> Metric:
 
     Source: Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015, for the running mean.
     """
-    _check(decay, floor)
+    check_number("decay", decay, DECAY)
+    check_number("floor", floor, NOT_NEGATIVE)
 
     def init(params):
         zeros = jax.tree.map(lambda p: placement.zeros_like(p, trees.wide_dtype(p)), params)
@@ -101,12 +135,12 @@ def diagonal(decay: float = 0.98, floor: float = 1e-3) -> Metric:
     def update(gradient, state, axis_name=None):
         del axis_name
         count = jnp.asarray(optax.safe_increment(state.count))
-        mix = lambda v, g: _mix(decay, v, jnp.square(trees.at_least_f32(g)))
-        return DiagonalState(count, jax.tree.map(mix, state.mean_square, gradient))
+        squares = jax.tree.map(lambda g: jnp.square(trees.at_least_f32(g)), gradient)
+        return DiagonalState(count, trees.running_mean(state.mean_square, squares, 1 - decay))
 
     def values(state, like):
         del like
-        correction = 1 - decay ** jnp.maximum(state.count, 1)
+        correction = trees.sum_of_weights(decay, state.count)
         roots = jax.tree.map(lambda v: _root(v / correction), state.mean_square)
         mean = sum(jnp.sum(root) for root in jax.tree.leaves(roots)) / max(1, trees.size(roots))
         return jax.tree.map(lambda root: _relative(root, mean) + floor, roots)
@@ -172,58 +206,43 @@ def kronecker(
 
     Source: Gupta, Koren, Singer, `Shampoo <https://arxiv.org/abs/1802.09568>`_, 2018.
     """
-    _check(decay, floor)
-    if not 0 < power <= 1:
-        raise ValueError(f"`power` must be in (0, 1], got {power}")
-    for name, value in (("block", block), ("refresh_every", refresh_every)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}")
+    check_number("power", power, POSITIVE_SHARE)
+    rule = KroneckerRule(decay, floor, block, refresh_every)
 
     def init(params: chex.ArrayTree) -> KroneckerState:
-        leaves, treedef = jax.tree.flatten(params)
-        sides = [init_sides(leaf.shape, block) for leaf in leaves]
-        squares = [
-            placement.zeros_like(p, jnp.float32) if s is None else None
-            for p, s in zip(leaves, sides, strict=True)
-        ]
-        count = jnp.zeros((), jnp.int32)
-        return KroneckerState(count, to_trees(treedef, sides), treedef.unflatten(squares))
+        is_vector = lambda leaf: matrix_shape(leaf.shape) is None
+        zeros = lambda leaf: placement.zeros_like(leaf, jnp.float32) if is_vector(leaf) else None
+        return KroneckerState(jnp.zeros((), jnp.int32), rule.init(params), jax.tree.map(zeros, params))
 
     def update(
         gradient: chex.ArrayTree, state: KroneckerState, axis_name: placement.AxisName = None
     ) -> KroneckerState:
+        def averaged(g, mean):
+            if mean is None:
+                return None
+            return trees.running_mean(mean, jnp.square(g.astype(jnp.float32)), 1 - decay)
+
         count = jnp.asarray(optax.safe_increment(state.count))
-        leaves, treedef = jax.tree.flatten(gradient)
-        pairs = list(zip(leaves, from_trees(treedef, state.sides), strict=True))
-        averaged = [average_sides(sides, g, decay) for g, sides in pairs if sides is not None]
-        is_due = is_refresh_due(count, refresh_every)
-        fresh = iter(refresh_sides(is_due, averaged, [power] * len(averaged), floor, axis_name))
-        sides = [None if before is None else next(fresh) for _, before in pairs]
-        squares = [
-            None if mean is None else _mix(decay, mean, jnp.square(g.astype(jnp.float32)))
-            for mean, g in zip(treedef.flatten_up_to(state.squares), leaves, strict=True)
-        ]
-        return KroneckerState(count, to_trees(treedef, sides), treedef.unflatten(squares))
+        powers = [power] * len(jax.tree.leaves(gradient))
+        is_due = rule.is_refresh_due(count)
+        sides = rule.update(state.sides, gradient, is_due, powers, axis_name)
+        return KroneckerState(count, sides, jax.tree.map(averaged, gradient, state.squares))
 
     def times(state: KroneckerState, vector: chex.ArrayTree, inverse: bool = False) -> chex.ArrayTree:
-        leaves, treedef = jax.tree.flatten(vector)
-        correction = 1 - decay ** jnp.maximum(state.count, 1).astype(jnp.float32)
+        correction = trees.sum_of_weights(decay, state.count)
 
-        def one(sides, square, v):
+        def one(v, sides, square):
             if sides is not None:
                 return times_sides(sides, v, inverse)
             root = _root(square / correction)
             values = _relative(root, jnp.mean(root)) + floor
             return ((1.0 / values if inverse else values) * v).astype(v.dtype)
 
-        sides, squares = from_trees(treedef, state.sides), treedef.flatten_up_to(state.squares)
-        return treedef.unflatten(map(one, sides, squares, leaves))
+        leaves, treedef = jax.tree.flatten(vector)
+        each = sides_of_tensors(state.sides, vector), treedef.flatten_up_to(state.squares)
+        return treedef.unflatten(map(one, leaves, *each))
 
     return Metric(init, update, times, _ones)
-
-
-def _mix(decay: float, old: jax.Array, new: jax.Array) -> jax.Array:
-    return decay * old + (1 - decay) * new
 
 
 def _root(x: jax.Array) -> jax.Array:
@@ -234,13 +253,6 @@ def _root(x: jax.Array) -> jax.Array:
 def _relative(x: jax.Array, mean: Any) -> jax.Array:
     """Returns x over its mean, ones where the mean is zero."""
     return jnp.where(mean > 0, x / jnp.where(mean > 0, mean, 1.0), 1.0)
-
-
-def _check(decay: float, floor: float) -> None:
-    if not 0 <= decay < 1:
-        raise ValueError(f"`decay` must be in [0, 1), got {decay}")
-    if not floor >= 0:
-        raise ValueError(f"`floor` must be a number >= 0, got {floor}")
 
 
 METRICS: dict[str, Callable[[], Metric]] = {
@@ -262,7 +274,10 @@ def get_metric(metric: str | Metric) -> Metric:
     """
     if isinstance(metric, Metric):
         return metric
-    if metric not in METRICS:
-        known = ", ".join(map(repr, METRICS))
-        raise ValueError(f"`metric` must be one of {known} or a Metric, got {metric!r}")
+    require(
+        isinstance(metric, str) and metric in METRICS,
+        "metric",
+        f"one of {', '.join(map(repr, METRICS))} or a Metric",
+        metric,
+    )
     return METRICS[metric]()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from mlhf_optax.controllers.tensor_lstm import TensorLSTM, init_tensor_lstm
+from mlhf_optax.controllers.tensor_network import TensorLSTM, init_tensor_lstm
 from mlhf_optax.curvature_batch import check_curvature_batch
 from mlhf_optax.learned.family import LearnedFamily, number_problem
 from mlhf_optax.mlhf import mlhf

@@ -89,6 +89,42 @@ def zero_unless(condition: jax.Array, tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.where(condition, x, jnp.zeros_like(x)), tree)
 
 
+def running_mean(mean: Any, new: Any, share: Any) -> Any:
+    """Returns running means moved towards new numbers, in the dtypes of the means.
+
+    ``optax.tree.update_moment`` is the same for a fixed decay; here the share may be learned, and change from
+    step to step. Of gradients in low precision, a mean in float32 loses nothing.
+
+    Args:
+      mean: tree of arrays.
+      new: tree of the same structure; a leaf may be a Python number.
+      share: weight of the new numbers, in [0, 1]: 1 - decay.
+
+    Example:
+      >>> running_mean({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 2.0])}, 0.25)
+      {'w': Array([1.5, 2. ], dtype=float32)}
+    """
+
+    def one(old, leaf):
+        return ((1 - share) * old + share * jnp.asarray(leaf, jnp.result_type(old, leaf))).astype(old.dtype)
+
+    return jax.tree.map(one, mean, new)
+
+
+def sum_of_weights(decay: Any, count: jax.Array) -> jax.Array:
+    """Returns the sum of the weights in a running mean that began at zero; the mean over it has no bias.
+
+    Args:
+      decay: weight of the past, 1 - share.
+      count: numbers averaged so far; none counts as one, for a division by the result.
+
+    Example:
+      >>> sum_of_weights(0.5, jnp.array(2))
+      Array(0.75, dtype=float32)
+    """
+    return 1 - jnp.asarray(decay, jnp.float32) ** jnp.maximum(count, 1)
+
+
 def _sum_of_squares(tree: chex.ArrayTree) -> Any:
     return total([jnp.sum(jnp.square(at_least_f32(leaf))) for leaf in jax.tree.leaves(tree)])
 

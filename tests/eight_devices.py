@@ -24,11 +24,11 @@ from mlhf_optax.meta_training import (
     LongHorizonConfig,
     MetaTrainingConfig,
     Schedule,
-    long_horizon,
     make_long_horizon_step,
     make_meta_step,
     unrolled_optimizer,
 )
+from mlhf_optax.meta_training.long_horizon.step import _compile as compile_programs
 from mlhf_optax.pretrained import load_pretrained
 from mlhf_optax.support import placement
 from mlhf_optax.support.spread import make_spread
@@ -399,7 +399,7 @@ LEARNED_MOMENTUM = unrolled_optimizer(
     lambda trajectory: jnp.mean(trajectory.losses[1:]),
 )
 CENTRE = {"rate": jnp.array(-1.0), "sign": jnp.array(1.0)}
-LONG = LongHorizonConfig(num_pairs=16, truncation=3, horizons=(4, 9), sigma=0.1, weight_scale=2.0)
+LONG = LongHorizonConfig(num_pairs=16, truncation=3, horizons=(4, 9), sigma=0.1)
 
 
 def pairs_of_batches(config, number):
@@ -437,14 +437,14 @@ def test_long_horizon_meta_training_on_a_mesh_equals_one_device(changes, axes, a
     assert int(one.counts["fresh"]) > 0
     for name in ("fresh", "diverged", "dropped_gradients"):
         assert int(spread.counts[name]) == int(one.counts[name])
-    np.testing.assert_array_equal(spread.episodes[0].horizon, one.episodes[0].horizon)
+    np.testing.assert_array_equal(spread.pairs[0].horizon, one.pairs[0].horizon)
     np.testing.assert_array_equal(spread.key, one.key)
     assert_close(
-        (spread.meta_params, spread.episodes[0].params, seen),
-        (one.meta_params, one.episodes[0].params, seen_by_one),
+        (spread.meta_params, spread.pairs[0].params, seen),
+        (one.meta_params, one.pairs[0].params, seen_by_one),
     )
     own = config.num_pairs // (math.prod(axes) if axis_name != "pairs" else axes[0])
-    for leaf in jax.tree.leaves(spread.episodes):
+    for leaf in jax.tree.leaves(spread.pairs):
         assert {shard.data.shape for shard in leaf.addressable_shards} == {(own, *leaf.shape[1:])}
 
 
@@ -492,15 +492,15 @@ def sizes_of_collectives(compiled):
 
 def test_no_training_leaves_its_device():
     spread = make_spread(MESH, None, LONG.num_pairs, "num_pairs")
-    programs = long_horizon._programs(TASK, LEARNED_MOMENTUM, LONG, spread)
+    programs = compile_programs(TASK, LEARNED_MOMENTUM, LONG, spread)
     keys, over = jax.random.split(jax.random.key(0), LONG.num_pairs), np.arange(LONG.num_pairs) < 3
-    episodes = programs.start(keys, CENTRE)
+    pairs = programs.start(keys, CENTRE)
     batches = spread.put(pairs_of_batches(LONG, 0), spread.cut)
-    advance = programs.advance.lower(CENTRE, episodes, batches).compile()
+    advance = programs.advance.lower(CENTRE, pairs, batches).compile()
     assert set(collectives(advance)) == {"all-reduce"}
     # One array: the gradient of two meta-parameters, the meta-loss, the age, and two counts.
     assert sizes_of_collectives(advance) == [6]
-    assert not collectives(programs.replace.lower(episodes, episodes, over).compile())
+    assert not collectives(programs.replace.lower(pairs, pairs, over).compile())
     assert not collectives(programs.start.lower(keys, CENTRE).compile())
 
 

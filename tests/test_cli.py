@@ -279,7 +279,7 @@ def test_meta_train_has_defaults(calls, capsys):
     schedule, config = call["schedule"], call["config"]
     assert (schedule.iterations, schedule.checkpoint_every, schedule.validate_every) == (1000, 50, 100)
     assert (config.num_tasks, config.unroll_length, config.meta_learning_rate) == (8, 10, 0.01)
-    assert (config.decay_iterations, config.keep_probability, config.age_scale) == (1000, 0.95, None)
+    assert (config.decay_iterations, config.keep_probability) == (1000, 0.95)
     assert (call["validation_steps"], call["seed"], call["resume"]) == ((10, 30, 100, 300), 0, False)
     assert call["start"] is None
 
@@ -289,9 +289,9 @@ def test_meta_train_hands_on_its_arguments(calls):
         "meta-train digits-mlp --hidden 4,5 --output there --iterations 7 --num-tasks 3 --unroll-length 5 "
         "--batch-size 16 --meta-learning-rate 0.1 --learning-rate 0.5 --seed 4 --resume --checkpoint-every 2 "
         "--validate-every 3 --validation-steps 1,5 --settings authors --initial-damping 100 "
-        "--initial-preconditioner 0.5 --keep-probability 0.5 --age-scale 50 --replay-opt-state "
+        "--initial-preconditioner 0.5 --keep-probability 0.5 "
         "--same-batch-weight 0.25 --curvature-batch-size 8 --stop-after 6 --start digits "
-        "--fresh-probability 0.75 --horizons 100,200 --horizon-iterations 3 --random-scaling 3 "
+        "--fresh-probability 0.75 --max-age 200 --random-scaling 3 "
         "--companion-size 20"
     )
     assert run(*arguments.split()) == 130
@@ -309,9 +309,8 @@ def test_meta_train_hands_on_its_arguments(calls):
     assert call["schedule"].stop_after == 6
     config = call["config"]
     assert (config.num_tasks, config.unroll_length, config.meta_learning_rate) == (3, 5, 0.1)
-    assert (config.keep_probability, config.age_scale, config.replay_opt_state) == (0.5, 50.0, True)
-    assert (config.fresh_probability, config.horizons, config.horizon_iterations) == (0.75, (100, 200), 3)
-    assert (config.random_scaling, config.companion_size, config.max_age) == (3.0, 20, None)
+    assert (config.keep_probability, config.fresh_probability, config.max_age) == (0.5, 0.75, 200)
+    assert (config.random_scaling, config.companion_size) == (3.0, 20)
     rest = (call["output"], call["validation_steps"], call["seed"], call["resume"], call["start"])
     assert rest == (Path("there"), (1, 5), 4, True, "digits")
     assert call["command"] == f"mlhf-optax {arguments}"
@@ -387,7 +386,6 @@ def test_progress_of_a_meta_training_shows_the_losses_it_has(meta_trained, capsy
         ),
         *((["--learning-rate", text], "`learning_rate` must be a positive number") for text in ("0", "nan")),
         *((["--meta-learning-rate", text], "`meta_learning_rate` must be a pos") for text in ("-1", "inf")),
-        *((["--age-scale", text], "`age_scale` must be a positive number") for text in ("0", "nan", "inf")),
         (["--initial-damping", "-1"], "`initial_damping` must be a positive number, got -1"),
         (["--initial-preconditioner", "-1"], "`initial_preconditioner` must be a positive number, got -1"),
         *((["--seed", text], "`seed` must be from 0 to 2**32 - 1, got") for text in ("-1", "9" * 20)),

@@ -15,6 +15,7 @@ from mlhf_optax.meta_training.unrolled.inner_trainings import (
     examine,
     fresh_training,
     replace_ended,
+    without_opt_state,
 )
 from mlhf_optax.meta_training.unrolled.replay import init_replay
 
@@ -31,7 +32,6 @@ def unroll_result(losses, gradient_norm=1.0, params=0.0, opt_state=0.0):
         opt_state=jnp.asarray(opt_state),
         inner_losses=jnp.asarray(losses),
         gradient_norm=jnp.asarray(gradient_norm),
-        priority=jnp.zeros(()),
     )
 
 
@@ -116,17 +116,13 @@ def replace(health, running=None, replay=None, seed=0, **config):
     config = MetaTrainingConfig(num_tasks=COUNT, **{"replay_capacity": COUNT} | config)
     if replay is None:
         example = jax.tree.map(lambda x: x[0], running)
-        replay = init_replay(
-            example if config.replay_opt_state else example._replace(opt_state=()), config.replay_capacity
-        )
+        replay = init_replay(without_opt_state(example), config.replay_capacity)
     return replaced(config, running, health, replay, jax.random.key(seed))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def replaced(config, running, health, replay, key):
-    priority = jnp.linspace(0.0, 1.0, COUNT)
-    starters = (make_fresh, jnp.zeros_like)
-    return replace_ended(config, running, health, priority, replay, key, *starters, config.max_age)
+    return replace_ended(config, running, health, replay, key, make_fresh, jnp.zeros_like)
 
 
 FIRST_HALF = jnp.arange(COUNT) < COUNT // 2
@@ -143,7 +139,7 @@ def test_dead_trainings_are_counted_always_replaced_and_never_stored(flag):
     instead = np.asarray(after.params[FIRST_HALF])
     assert ((instead == FRESH) | (instead > COUNT // 2)).all()
     assert int(counts["fresh"]) == np.sum(instead == FRESH)
-    stored = np.sort(np.asarray(replay.entries.params)[np.isfinite(replay.priority)])
+    stored = np.sort(np.asarray(replay.entries.params)[replay.is_filled])
     np.testing.assert_array_equal(stored, trainings().params[~FIRST_HALF])
 
 
@@ -176,56 +172,21 @@ def test_without_anything_stored_fresh_starts_come_instead():
     assert (int(counts["fresh"]), int(counts["replayed"]), int(replay.stored)) == (COUNT, 0, 0)
 
 
-@pytest.mark.parametrize("keeps_state", [False, True])
-def test_a_replayed_training_goes_on_at_its_age_with_a_new_optimizer_state_unless_asked(keeps_state):
+def test_a_replayed_training_goes_on_at_its_age_with_a_new_optimizer_state():
     after, _, counts = replace(
-        all_healthy(),
-        keep_probability=0.0,
-        fresh_probability=0.0,
-        store_probability=1.0,
-        replay_opt_state=keeps_state,
+        all_healthy(), keep_probability=0.0, fresh_probability=0.0, store_probability=1.0
     )
     assert int(counts["replayed"]) == COUNT
     np.testing.assert_array_equal(after.age, 10)
     np.testing.assert_array_equal(after.first_loss, 2 * after.params)
-    np.testing.assert_array_equal(after.opt_state, 7.0 if keeps_state else 0.0)
+    np.testing.assert_array_equal(after.opt_state, 0.0)
     assert len(np.unique(after.params)) > COUNT / 2
-
-
-def test_rank_based_replay_prefers_what_has_a_high_meta_loss():
-    drawn = {}
-    for sampling in ("uniform", "rank"):
-        after, _, _ = replace(
-            all_healthy(),
-            keep_probability=0.0,
-            fresh_probability=0.0,
-            store_probability=1.0,
-            replay_sampling=sampling,
-        )
-        drawn[sampling] = float(jnp.mean(after.params > 0.99 * COUNT))
-    assert drawn["uniform"] < 0.05 < 0.3 < drawn["rank"]
 
 
 def test_old_trainings_are_replaced_although_healthy():
     running = trainings(age=30)._replace(age=jnp.where(FIRST_HALF, 30, 20))
     after, _, _ = replace(all_healthy(), running, keep_probability=1.0, max_age=30, fresh_probability=1.0)
     np.testing.assert_array_equal(after.params == FRESH, FIRST_HALF)
-
-
-def test_with_an_age_scale_ages_spread_over_orders_of_magnitude():
-    """Trainings that start together: those left at age a are (T + a0) / (a + T + a0) of them."""
-    scale, unroll = 20.0, 10
-    running, left = trainings(age=0), {}
-    alive = np.ones(COUNT, bool)
-    for number in range(1, 41):
-        running = running._replace(age=jnp.full(COUNT, unroll * number))
-        settings = {"age_scale": scale, "fresh_probability": 1.0, "keep_probability": 0.0}
-        after, _, _ = replace(all_healthy(), running, seed=number, **settings)
-        alive &= np.asarray(after.age > 0)
-        left[unroll * number] = alive.mean()
-    for age in (10, 50, 100, 400):
-        expected = (scale + unroll) / (age + scale + unroll)
-        assert left[age] == pytest.approx(expected, abs=4 * np.sqrt(expected / COUNT))
 
 
 # The settings of a meta-training.
@@ -237,19 +198,17 @@ def test_with_an_age_scale_ages_spread_over_orders_of_magnitude():
         ("num_tasks", 0, "`num_tasks` must be at least 1, got 0"),
         ("unroll_length", 0, "`unroll_length` must be at least 1"),
         ("stuck_patience", -1, "`stuck_patience` must be at least 1"),
-        ("age_scale", 0.0, "`age_scale` must be positive or None, got 0.0"),
         ("keep_probability", 1.1, r"`keep_probability` must be in \[0, 1\], got 1.1"),
         ("fresh_probability", -0.1, "`fresh_probability` must be in"),
         ("store_probability", 2.0, "`store_probability` must be in"),
         ("final_rate_share", -1.0, "`final_rate_share` must be in"),
-        ("meta_learning_rate", 0.0, "`meta_learning_rate` must be positive"),
-        ("divergence_ratio", 0.0, "`divergence_ratio` must be positive"),
-        ("meta_gradient_clip", 0.0, "`meta_gradient_clip` must be positive or None"),
-        ("decay_iterations", 0, "`decay_iterations` must be positive or None"),
-        ("max_age", -5, "`max_age` must be positive or None"),
-        ("task_axis", "pmap", "`task_axis` must be auto, vmap or sequential, got 'pmap'"),
-        ("replay_sampling", "best", "`replay_sampling` must be uniform or rank, got 'best'"),
-        ("replay_capacity", 7, "`replay_capacity` must be at least num_tasks, got 7"),
+        ("meta_learning_rate", 0.0, "`meta_learning_rate` must be a positive number"),
+        ("divergence_ratio", 0.0, "`divergence_ratio` must be a positive number"),
+        ("meta_gradient_clip", 0.0, "`meta_gradient_clip` must be a positive number, or None"),
+        ("decay_iterations", 0, "`decay_iterations` must be a positive number, or None"),
+        ("max_age", -5, "`max_age` must be a positive number, or None"),
+        ("task_axis", "pmap", "`task_axis` must be one of 'auto', 'vmap', 'sequential', got 'pmap'"),
+        ("replay_capacity", 7, "`replay_capacity` must be at least `num_tasks`=8, got 7"),
     ],
 )
 def test_a_setting_out_of_range_is_an_error_that_names_it(name, value, message):

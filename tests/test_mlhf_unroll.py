@@ -110,7 +110,7 @@ def test_a_step_that_is_not_finite_is_skipped_as_in_use_and_spoils_no_gradient(s
     assert_same_training(result, small.used(batches, small.opt_state))
     own = result.opt_state[0]
     assert (int(own.count), int(own.info.skipped_steps)) == (2, 1)
-    assert_finite((result.gradient, result.meta_losses, result.params, result.opt_state, result.priority))
+    assert_finite((result.gradient, result.meta_losses, result.params, result.opt_state))
     np.testing.assert_array_equal(np.isfinite(result.inner_losses), [True, False, True, True])
     assert largest(result.gradient.damping) > 0 < largest(result.gradient.preconditioner)
 

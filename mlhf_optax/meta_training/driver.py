@@ -19,7 +19,7 @@ import numpy as np
 
 from mlhf_optax.meta_training import processes
 from mlhf_optax.meta_training.checkpoints import list_checkpoints, load_last_checkpoint, save_checkpoint
-from mlhf_optax.meta_training.interface import LearnedOptimizer, Task
+from mlhf_optax.meta_training.interface import LearnedOptimizer, TaskLike
 from mlhf_optax.meta_training.json_log import append_json_line, rewind_json_lines
 from mlhf_optax.meta_training.unrolled.config import MetaTrainingConfig
 from mlhf_optax.meta_training.unrolled.step import make_meta_step
@@ -89,7 +89,7 @@ class Progressed(NamedTuple):
 
 
 def meta_train(
-    task: Task | None,
+    task: TaskLike | None,
     learned: LearnedOptimizer | None,
     meta_params: Any,
     sample_fn: SampleFn,

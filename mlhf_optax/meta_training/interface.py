@@ -14,7 +14,7 @@ import optax
 from jax import lax
 
 
-class Task(Protocol):
+class TaskLike(Protocol):
     """A network and a loss. Anything with these three attributes is a task.
 
     Two more are optional, for optimizers that use curvature: ``curvature_batch_size``, the part of a batch
@@ -47,7 +47,6 @@ class MetaGradient(NamedTuple):
       opt_state: optimizer state after T steps.
       inner_losses: shape (T + 1,), the loss on mini-batch t before step t, for t = 1..T+1.
       gradient_norm: norm of the gradient after T steps.
-      priority: importance for rank-based replay, scalar.
     """
 
     gradient: chex.ArrayTree
@@ -56,7 +55,6 @@ class MetaGradient(NamedTuple):
     opt_state: Any
     inner_losses: jax.Array
     gradient_norm: jax.Array
-    priority: jax.Array
 
 
 class LearnedOptimizer(NamedTuple):
@@ -72,9 +70,9 @@ class LearnedOptimizer(NamedTuple):
         there are. None if those who meta-train bring their own.
     """
 
-    build: Callable[[Any, Task], optax.GradientTransformationExtraArgs]
+    build: Callable[[Any, TaskLike], optax.GradientTransformationExtraArgs]
     meta_gradient: Callable[..., MetaGradient]
-    init: Callable[[chex.PRNGKey, Task], Any] | None = None
+    init: Callable[[chex.PRNGKey, TaskLike], Any] | None = None
 
 
 class Trajectory(NamedTuple):
@@ -105,12 +103,12 @@ source: nothing learned changes it. Sources: ``last`` Lv et al. 2017, ``mean`` W
 """
 
 
-def task_loss(task: Task, params: Any, batch: Any) -> jax.Array:
+def task_loss(task: TaskLike, params: Any, batch: Any) -> jax.Array:
     """Returns ``loss_fn(predict_fn(params, batch), batch)``."""
     return task.loss_fn(task.predict_fn(params, batch), batch)
 
 
-def runs_in_sequence(task: Task) -> bool:
+def runs_in_sequence(task: TaskLike) -> bool:
     """Tells whether several trainings of a task are faster one after the other than under ``vmap``.
 
     So are those of convolutions on a CPU: each training fills the processor alone, and ``vmap`` makes
@@ -131,7 +129,7 @@ def runs_in_sequence(task: Task) -> bool:
     return jax.default_backend() == "cpu" and any(leaf.ndim >= 4 for leaf in jax.tree.leaves(params))
 
 
-def map_trainings(task: Task, function: Callable[[Any], Any], inputs: Any, axis: str = "auto") -> Any:
+def map_trainings(task: TaskLike, function: Callable[[Any], Any], inputs: Any, axis: str = "auto") -> Any:
     """Calls a function for each of several trainings of a task.
 
     Args:
@@ -149,10 +147,10 @@ def map_trainings(task: Task, function: Callable[[Any], Any], inputs: Any, axis:
 
 
 def unrolled_optimizer(
-    build: Callable[[Any, Task], optax.GradientTransformationExtraArgs],
+    build: Callable[[Any, TaskLike], optax.GradientTransformationExtraArgs],
     meta_loss: Callable[[Trajectory], jax.Array],
     *,
-    init: Callable[[chex.PRNGKey, Task], Any] | None = None,
+    init: Callable[[chex.PRNGKey, TaskLike], Any] | None = None,
     second_derivatives: bool = False,
     remat: bool = False,
     penalty: Callable[[Any], jax.Array] | None = None,
@@ -209,6 +207,6 @@ def unrolled_optimizer(
             return value, (trajectory.losses, w, state, optax.tree.norm(gradient))
 
         (value, (losses, w, state, norm)), gradient = jax.value_and_grad(unroll, has_aux=True)(meta_params)
-        return MetaGradient(gradient, {"meta_loss": value}, w, state, losses, norm, value)
+        return MetaGradient(gradient, {"meta_loss": value}, w, state, losses, norm)
 
     return LearnedOptimizer(build, meta_gradient, init)

@@ -16,7 +16,7 @@ from jax import lax
 
 from mlhf_optax.meta_training.interface import (
     LearnedOptimizer,
-    Task,
+    TaskLike,
     map_trainings,
     task_loss,
 )
@@ -45,7 +45,7 @@ ValidateFn = Callable[[Any, Any, Any, chex.PRNGKey], Validation]
 
 
 def make_validation(
-    task: Task, learned: LearnedOptimizer, steps: Sequence[int] = (10, 30, 100, 300), num_starts: int = 3
+    task: TaskLike, learned: LearnedOptimizer, steps: Sequence[int] = (10, 30, 100, 300), num_starts: int = 3
 ) -> ValidateFn:
     """Returns a jitted function that validates meta-parameters on one task.
 
@@ -90,7 +90,7 @@ def make_validation(
     return validate
 
 
-def training_losses(task: Task, learned: LearnedOptimizer, steps: Sequence[int]) -> LossesFn:
+def training_losses(task: TaskLike, learned: LearnedOptimizer, steps: Sequence[int]) -> LossesFn:
     """Returns a function that trains from a fresh start and returns the loss after some steps.
 
     Args:

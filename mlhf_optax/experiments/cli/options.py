@@ -159,19 +159,10 @@ class MetaTrain(TaskOptions):
     """Meta-parameters to go on from, which may bring settings of their own."""
     keep_probability: float = 0.95
     """Chance that a healthy inner training goes on after an unroll."""
-    age_scale: float | None = None
-    """Instead, let it go on with chance (age + X) / (age + X + T), T the unroll length. The optimizer then
-    sees ages of all orders of magnitude, and trainings of thousands of steps."""
-    replay_opt_state: bool = False
-    """Replay a training together with its optimizer state."""
     fresh_probability: float = 0.5
     """Chance that a training which does not go on is replaced by a fresh network, not by a replayed one."""
     max_age: int | None = None
     """Steps after which an inner training ends; by default it goes on until chance ends it."""
-    horizons: Numbers = ()
-    """A curriculum of such lengths, like 100,200,500."""
-    horizon_iterations: int = 1000
-    """Meta-iterations of every length of the curriculum."""
     random_scaling: float = 0.0
     """Multiply every parameter by a random factor between exp(-X) and exp(X), another for every training: the
     optimizer must then not depend on the scale of parameters and gradients. 3 in the literature."""
@@ -182,7 +173,7 @@ class MetaTrain(TaskOptions):
 
     def __post_init__(self):
         _require_ascending(self.validation_steps)
-        _require_positive(self, "meta_learning_rate", "age_scale")
+        _require_positive(self, "meta_learning_rate")
         _require_seed(self.seed)
 
 

@@ -1,10 +1,9 @@
 """Settings of a meta-training, checked when they are made."""
 
 import dataclasses
-import math
 from typing import Literal
 
-from mlhf_optax.meta_training.unrolled.replay import Sampling
+from mlhf_optax.support import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,24 +21,14 @@ class MetaTrainingConfig:
         meta-iterations; None keeps it constant (paper).
       final_rate_share: share of the peak rate that is left at the end.
       meta_gradient_clip: bound on the global norm of the meta-gradient; None for none (paper).
-      meta_weight_decay: L2 on all meta-parameters (authors' code: 2e-7, paper: 0).
       keep_probability: chance that a healthy inner training goes on after an unroll (authors: 0.3
-        for the convnet, 0.5 for the ResNet). Not used where ``age_scale`` is given.
-      age_scale: steps a0; a healthy training of age a then goes on with chance ``(a + a0) / (a + a0 + T)``,
-        so few end late and ages spread evenly in ``log(a + a0)``, as far as ``max_age``. A constant
-        chance knows one order of magnitude of ages only: at 0.5 and T = 10 one training in a thousand
-        gets older than 100 steps.
+        for the convnet, 0.5 for the ResNet).
       fresh_probability: chance that one which does not go on is replaced by a fresh network rather
         than by a replayed state.
       store_probability: chance that a healthy state is stored for replay after an unroll; one that has
         not got anywhere yet never is.
       replay_capacity: states kept for replay (authors: 200).
-      replay_sampling: ``"uniform"``, or ``"rank"`` by the priority ``l_s`` of the last unroll.
-      replay_opt_state: replay optimizer states too, instead of starting them anew (paper: anew).
       max_age: steps after which an inner training is replaced; None for never.
-      horizons: a curriculum of ``max_age``, each for ``horizon_iterations`` meta-iterations and the last for
-        all that follow; none by default.
-      horizon_iterations: meta-iterations of every horizon.
       random_scaling: random factors of all parameters, between ``exp(-r)`` and ``exp(r)``; see
         :func:`mlhf_optax.meta_training.with_tricks`.
       companion_size: coordinates of a convex function that is trained beside every network; see there.
@@ -64,17 +53,11 @@ class MetaTrainingConfig:
     decay_iterations: int | None = None
     final_rate_share: float = 0.01
     meta_gradient_clip: float | None = 1.0
-    meta_weight_decay: float = 0.0
     keep_probability: float = 0.9
-    age_scale: float | None = None
     fresh_probability: float = 0.5
     store_probability: float = 0.3
     replay_capacity: int = 200
-    replay_sampling: Sampling = "uniform"
-    replay_opt_state: bool = False
     max_age: int | None = None
-    horizons: tuple[int, ...] = ()
-    horizon_iterations: int = 1000
     random_scaling: float = 0.0
     companion_size: int = 0
     divergence_ratio: float = 3.0
@@ -83,26 +66,23 @@ class MetaTrainingConfig:
     vanishing_ratio: float = 1e-5
 
     def __post_init__(self):
-        for name in ("num_tasks", "unroll_length", "replay_capacity", "stuck_patience", "horizon_iterations"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("keep_probability", "fresh_probability", "store_probability", "final_rate_share"):
-            self._require(name, 0.0 <= getattr(self, name) <= 1.0, "in [0, 1]")
-        for name in ("meta_learning_rate", "divergence_ratio", "stuck_ratio"):
-            self._require(name, getattr(self, name) > 0.0, "positive")
-        for name in ("meta_gradient_clip", "decay_iterations", "max_age", "age_scale"):
-            value = getattr(self, name)
-            self._require(name, value is None or value > 0, "positive or None")
-        for name in ("random_scaling", "companion_size"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "a number >= 0")
-        is_rising = self.horizons == tuple(sorted({h for h in self.horizons if h >= 1}))
-        self._require("horizons", is_rising, "ascending numbers of steps")
-        self._require("max_age", self.max_age is None or not self.horizons, "None beside `horizons`")
-        self._require(
-            "task_axis", self.task_axis in ("auto", "vmap", "sequential"), "auto, vmap or sequential"
+        checks.check_fields(
+            self, checks.FROM_ONE, "num_tasks", "unroll_length", "replay_capacity", "stuck_patience"
         )
-        self._require("replay_sampling", self.replay_sampling in ("uniform", "rank"), "uniform or rank")
-        self._require("replay_capacity", self.replay_capacity >= self.num_tasks, "at least num_tasks")
-
-    def _require(self, name: str, is_met: bool, wanted: str) -> None:
-        if not is_met:
-            raise ValueError(f"`{name}` must be {wanted}, got {getattr(self, name)!r}")
+        checks.check_fields(
+            self,
+            checks.SHARE,
+            *("keep_probability", "fresh_probability", "store_probability", "final_rate_share"),
+        )
+        checks.check_fields(self, checks.POSITIVE, "meta_learning_rate", "divergence_ratio", "stuck_ratio")
+        checks.check_fields(
+            self, checks.POSITIVE, "meta_gradient_clip", "decay_iterations", "max_age", or_none=True
+        )
+        checks.check_fields(self, checks.NOT_NEGATIVE, "random_scaling", "companion_size", "vanishing_ratio")
+        checks.check_choice("task_axis", self.task_axis, ("auto", "vmap", "sequential"))
+        checks.require(
+            self.replay_capacity >= self.num_tasks,
+            "replay_capacity",
+            f"at least `num_tasks`={self.num_tasks}",
+            self.replay_capacity,
+        )

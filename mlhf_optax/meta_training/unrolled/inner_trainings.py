@@ -66,6 +66,11 @@ def fresh_training(key: chex.PRNGKey, init_fn, init_opt_state) -> InnerTraining:
     return InnerTraining(params, init_opt_state(params), jnp.zeros((), jnp.int32), unknown, unknown)
 
 
+def without_opt_state(training: InnerTraining) -> InnerTraining:
+    """Returns what is stored for replay: the optimizer starts anew there, as in the paper."""
+    return training._replace(opt_state=())
+
+
 def advance(training: InnerTraining, result: MetaGradient, unroll_length: int) -> InnerTraining:
     """Returns the training after an unroll."""
     is_first = jnp.isnan(training.first_loss)
@@ -85,7 +90,7 @@ def examine(config: MetaTrainingConfig, training: InnerTraining, result: MetaGra
       >>> import jax.numpy as jnp
       >>> one, zero = jnp.ones(()), jnp.zeros(())
       >>> training = InnerTraining(one, (), jnp.int32(100), jnp.float32(2.3), one)
-      >>> result = MetaGradient(zero, {}, one, (), jnp.full(11, 2.3), one, zero)
+      >>> result = MetaGradient(zero, {}, one, (), jnp.full(11, 2.3), one)
       >>> bool(examine(MetaTrainingConfig(), training, result).stuck)
       True
     """
@@ -104,12 +109,10 @@ def replace_ended(
     config: MetaTrainingConfig,
     trainings: InnerTraining,
     health: Health,
-    priority: jax.Array,
     replay: replay_lib.Replay,
     key: chex.PRNGKey,
     make_fresh,
     init_opt_state,
-    max_age: jax.Array | int | None = None,
 ) -> tuple[InnerTraining, replay_lib.Replay, dict[str, jax.Array]]:
     """Stores healthy trainings for replay and replaces those that end.
 
@@ -117,28 +120,24 @@ def replace_ended(
       config: probabilities and limits.
       trainings: leaves (num_tasks, ...).
       health: leaves (num_tasks,).
-      priority: shape (num_tasks,), for rank-based replay.
       replay: the buffer.
       key: random key.
       make_fresh: ``make_fresh(keys) -> InnerTraining`` with leaves (num_tasks, ...).
       init_opt_state: ``init_opt_state(params) -> opt_state`` for stacked params.
-      max_age: steps after which a training ends now; None for never.
 
     Returns:
       The trainings to go on with, the buffer, and counts by name.
     """
     count = config.num_tasks
     keep_key, store_key, fresh_key, replay_key, init_key = jax.random.split(key, 5)
-    goes_on = health.healthy & (jax.random.uniform(keep_key, (count,)) < _keep_chance(config, trainings.age))
-    if max_age is not None:
-        goes_on &= trainings.age < max_age
+    goes_on = health.healthy & (jax.random.uniform(keep_key, (count,)) < config.keep_probability)
+    if config.max_age is not None:
+        goes_on &= trainings.age < config.max_age
     to_store = health.worth_storing & (jax.random.uniform(store_key, (count,)) < config.store_probability)
-    entry = trainings if config.replay_opt_state else trainings._replace(opt_state=())
-    replay = replay_lib.store(replay, entry, priority, to_store)
+    replay = replay_lib.store(replay, without_opt_state(trainings), to_store)
 
-    replayed, found = replay_lib.sample(replay, replay_key, count, config.replay_sampling)
-    if not config.replay_opt_state:
-        replayed = replayed._replace(opt_state=init_opt_state(replayed.params))
+    replayed, found = replay_lib.sample(replay, replay_key, count)
+    replayed = replayed._replace(opt_state=init_opt_state(replayed.params))
     fresh = make_fresh(jax.random.split(init_key, count))
     takes_fresh = ~found | (jax.random.uniform(fresh_key, (count,)) < config.fresh_probability)
     next_trainings = _choose(goes_on, trainings, _choose(takes_fresh, fresh, replayed))
@@ -149,15 +148,6 @@ def replace_ended(
         "fresh": jnp.sum(~goes_on & takes_fresh),
     }
     return next_trainings, replay, counts
-
-
-def _keep_chance(config: MetaTrainingConfig, age: jax.Array) -> jax.Array | float:
-    """Returns the chance that trainings, of their age after an unroll, go on."""
-    if config.age_scale is None:
-        return config.keep_probability
-    # Over unrolls the chances telescope: one in (a + a0) / a0 trainings, about, gets to age a.
-    older = age + config.age_scale
-    return older / (older + config.unroll_length)
 
 
 def _choose(mask: jax.Array, on_true: Any, on_false: Any) -> Any:

@@ -32,7 +32,7 @@ from mlhf_optax.controllers.coordinate_lstm import (
 from mlhf_optax.controllers.lstm import LayerCarry
 from mlhf_optax.controllers.lstm_settings import Inputs
 from mlhf_optax.meta_training.interface import LearnedOptimizer, MetaGradient, task_loss
-from mlhf_optax.meta_training.unrolled.mlhf_unroll import Inner, Record, UnrollOptions, inner_step
+from mlhf_optax.meta_training.unrolled.mlhf_unroll import Inner, StepTrace, UnrollOptions, inner_step
 from mlhf_optax.mlhf import mlhf
 from mlhf_optax.support import trees
 from mlhf_optax.support.layer_types import layer_types
@@ -94,51 +94,50 @@ def mlhf_meta_gradient(
     keys = jax.random.split(key, num_steps)
     controller = coordinate_lstm(meta_params, layer_types_fn=options.layer_types_fn)
     step = functools.partial(inner_step, options, controller, task)
-    last, records = lax.scan(step, inner, (*batch_pairs, keys), unroll=options.scan_unroll)
+    last, traces = lax.scan(step, inner, (*batch_pairs, keys))
 
     # Equation 5, weights are constants. A step that was skipped has no say.
-    weights = jax.nn.softmax(records.l_s, where=records.has_gain)
+    weights = jax.nn.softmax(traces.l_s, where=traces.has_gain)
     scale = lambda weight, tree: jax.tree.map(lambda x: weight.reshape((-1,) + (1,) * (x.ndim - 1)) * x, tree)
     cotangents = Outputs(
-        scale(options.damping_loss_scale * weights, records.cotangents.damping),
-        scale(jnp.full_like(weights, 1.0 / num_steps), records.cotangents.preconditioner),
+        scale(options.damping_loss_scale * weights, traces.cotangents.damping),
+        scale(jnp.full_like(weights, 1.0 / num_steps), traces.cotangents.preconditioner),
     )
     types = (options.layer_types_fn or layer_types)(params)
-    gradient = _pull_back_through_time(meta_params, types, state.controller, records, cotangents)
-    l_s = jnp.sum(jnp.where(records.has_gain, weights * records.l_s, 0.0))
-    meta_losses = {"l_p": jnp.mean(records.l_p), "l_s": jnp.where(jnp.any(records.has_gain), l_s, jnp.nan)}
+    gradient = _pull_back_through_time(meta_params, types, state.controller, traces, cotangents)
+    l_s = jnp.sum(jnp.where(traces.has_gain, weights * traces.l_s, 0.0))
+    meta_losses = {"l_p": jnp.mean(traces.l_p), "l_s": jnp.where(jnp.any(traces.has_gain), l_s, jnp.nan)}
     return MetaGradient(
         gradient,
         meta_losses,
         last.params,
         (last.state, last.after_state),
-        jnp.append(records.loss, last.loss),
+        jnp.append(traces.loss, last.loss),
         optax.tree.norm(last.gradient),
-        meta_losses["l_s"],
     )
 
 
 def _pull_back_through_time(
-    meta_params: MetaParams, types, carries: Carries, records: Record, cotangents: Outputs
+    meta_params: MetaParams, types, carries: Carries, traces: StepTrace, cotangents: Outputs
 ) -> Any:
     """Pulls cotangents of the LSTM outputs, leaves (T, ...), back to the weights of both LSTMs."""
     # All parameters of a type as one vector: the program is as large as there are types, not parameters.
     join = functools.partial(_join_types, types)
     join_carry = lambda carry: tuple(LayerCarry(*map(join, layer)) for layer in carry)
     start = Carries(*map(join_carry, carries))
-    seen = tuple(Inputs(*map(join, x)) for x in (records.damping_inputs, records.preconditioner_inputs))
+    seen = tuple(Inputs(*map(join, x)) for x in (traces.damping_inputs, traces.preconditioner_inputs))
     names = {name: name for name in jax.tree.leaves(types)}
 
     def run(meta: MetaParams) -> Outputs:
-        def step(carries, record):
-            s_inputs, p_inputs, is_taken = record
+        def step(carries, trace):
+            s_inputs, p_inputs, is_taken = trace
             s_out, s_carry = run_network(meta.damping, meta.settings, names, carries.damping_carry, s_inputs)
             p_out, p_carry = run_network(
                 meta.preconditioner, meta.settings, names, carries.preconditioner_carry, p_inputs
             )
             return trees.select(is_taken, Carries(s_carry, p_carry), carries), Outputs(s_out, p_out)
 
-        return lax.scan(step, start, (*seen, records.is_taken))[1]
+        return lax.scan(step, start, (*seen, traces.is_taken))[1]
 
     return jax.vjp(run, meta_params)[1](Outputs(*map(join, cotangents)))[0]
 

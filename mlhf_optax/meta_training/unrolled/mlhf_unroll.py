@@ -42,7 +42,6 @@ class UnrollOptions:
       damping_loss_scale: factor on the gradient of ``l_s`` (authors' code: 10, paper: 1).
       layer_types_fn: layer types of the parameters; :func:`mlhf_optax.layer_types` if None.
       unroll: unroll the CG loop.
-      scan_unroll: unroll the loop over the T steps.
 
     Example:
       >>> UnrollOptions().step_loss
@@ -61,7 +60,6 @@ class UnrollOptions:
     damping_loss_scale: float = 10.0
     layer_types_fn: LayerTypesFn | None = None
     unroll: bool | int = True
-    scan_unroll: bool | int = 1
 
     @property
     def after_solve(self) -> optax.GradientTransformation:
@@ -87,7 +85,7 @@ class Inner(NamedTuple):
     gradient: chex.ArrayTree
 
 
-class Record(NamedTuple):
+class StepTrace(NamedTuple):
     """What one step leaves for the second pass.
 
     Attributes:
@@ -122,7 +120,7 @@ class _Judged(NamedTuple):
 
 def inner_step(
     options: UnrollOptions, controller: Controller, task, inner: Inner, inputs
-) -> tuple[Inner, Record]:
+) -> tuple[Inner, StepTrace]:
     """Takes a step as the optimizer does, and pulls both meta-losses back to the LSTMs' outputs.
 
     Args:
@@ -160,7 +158,7 @@ def inner_step(
     judged = _judge(options, task, inner, params, batch, next_batch)
     has_gain = moves & trees.is_finite((judged.l_s, judged.of_update))
     cotangents = _pull_back_both(pull_back, l_p, judged.of_update)
-    record = Record(
+    trace = StepTrace(
         # A number that is not finite would make NaN of the zero cotangents in the second pass.
         *trees.zero_unless(moves, step.seen),
         is_taken=step.is_taken,
@@ -173,7 +171,7 @@ def inner_step(
         l_p=jnp.where(moves, l_p, 0.0),
         loss=inner.loss,
     )
-    return Inner(params, step.state, after_state, judged.next_loss, judged.next_gradient), record
+    return Inner(params, step.state, after_state, judged.next_loss, judged.next_gradient), trace
 
 
 def _update_noise(options: UnrollOptions, params: chex.ArrayTree, key: chex.PRNGKey):

@@ -1,17 +1,16 @@
 """A replay buffer of training states, so that meta-training sees early and late stages alike.
 
-The paper (section 3.1) stores and replays initial parameters w0 as in Mnih et al. 2015 and Schaul et
-al. 2015. The buffer is a pytree of fixed size and its functions are pure: it lives inside a jitted
-meta-step.
+The paper (section 3.1) stores and replays initial parameters w0 as in Mnih et al. 2015. The buffer is a
+pytree of fixed size and its functions are pure, because it lives inside a jitted meta-step.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-Sampling = Literal["uniform", "rank"]
+from mlhf_optax.support import checks
 
 
 class Replay(NamedTuple):
@@ -19,13 +18,21 @@ class Replay(NamedTuple):
 
     Attributes:
       entries: pytree of leaves (capacity, ...).
-      priority: shape (capacity,); minus infinity marks an empty slot.
       stored: number of entries stored so far, shape ().
     """
 
     entries: chex.ArrayTree
-    priority: jax.Array
     stored: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        """Number of entries that are kept."""
+        return jax.tree.leaves(self.entries)[0].shape[0]
+
+    @property
+    def is_filled(self) -> jax.Array:
+        """Which slots hold an entry, shape (capacity,)."""
+        return jnp.arange(self.capacity) < self.stored
 
 
 def init_replay(example: chex.ArrayTree, capacity: int) -> Replay:
@@ -46,19 +53,17 @@ def init_replay(example: chex.ArrayTree, capacity: int) -> Replay:
       >>> init_replay({"w": jnp.ones(3)}, capacity=5).entries["w"].shape
       (5, 3)
     """
-    if capacity < 1:
-        raise ValueError(f"`capacity` of the replay buffer must be at least 1, got {capacity}")
+    checks.check_number("capacity", capacity, checks.FROM_ONE)
     entries = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), example)
-    return Replay(entries, jnp.full(capacity, -jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
+    return Replay(entries, jnp.zeros((), jnp.int32))
 
 
-def store(replay: Replay, entries: chex.ArrayTree, priority: jax.Array, mask: jax.Array) -> Replay:
+def store(replay: Replay, entries: chex.ArrayTree, mask: jax.Array) -> Replay:
     """Stores some of ``M`` entries, each in place of the oldest one.
 
     Args:
       replay: the buffer.
       entries: leaves (M, ...), M at most the capacity.
-      priority: shape (M,), finite; larger is sampled more often under ``"rank"``.
       mask: shape (M,), which entries to store.
 
     Returns:
@@ -67,56 +72,37 @@ def store(replay: Replay, entries: chex.ArrayTree, priority: jax.Array, mask: ja
     Example:
       >>> import jax.numpy as jnp
       >>> replay = init_replay(jnp.zeros(()), capacity=2)
-      >>> replay = store(replay, jnp.array([7.0, 8.0]), jnp.zeros(2), jnp.array([False, True]))
+      >>> replay = store(replay, jnp.array([7.0, 8.0]), jnp.array([False, True]))
       >>> replay.entries, int(replay.stored)
       (Array([8., 0.], dtype=float32), 1)
     """
-    capacity = replay.priority.shape[0]
+    capacity = replay.capacity
     order = jnp.cumsum(mask) - 1
     # An index past the end is dropped by the scatter: that is how an entry is left out.
     slots = jnp.where(mask, (replay.stored + order) % capacity, capacity)
     put = lambda buffer, new: buffer.at[slots].set(new.astype(buffer.dtype), mode="drop")
-    return Replay(
-        jax.tree.map(put, replay.entries, entries),
-        put(replay.priority, priority),
-        replay.stored + jnp.sum(mask).astype(jnp.int32),
-    )
+    return Replay(jax.tree.map(put, replay.entries, entries), replay.stored + jnp.sum(mask).astype(jnp.int32))
 
 
-def sample(
-    replay: Replay, key: chex.PRNGKey, count: int, sampling: Sampling = "uniform"
-) -> tuple[Any, jax.Array]:
-    """Draws ``count`` entries with replacement.
+def sample(replay: Replay, key: chex.PRNGKey, count: int) -> tuple[Any, jax.Array]:
+    """Draws ``count`` entries, each with the same chance, with replacement.
 
     Args:
       replay: the buffer.
       key: random key.
       count: number of draws.
-      sampling: ``"uniform"``, or ``"rank"``: with probability proportional to 1 / rank by
-        priority (Schaul et al. 2015).
 
     Returns:
       Leaves (count, ...), and whether the buffer had anything to draw, shape ().
 
-    Raises:
-      ValueError: for an unknown ``sampling``.
-
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> replay = store(init_replay(jnp.zeros(()), 2), jnp.array([7.0]), jnp.zeros(1), jnp.array([True]))
+      >>> replay = store(init_replay(jnp.zeros(()), 2), jnp.array([7.0]), jnp.array([True]))
       >>> entries, found = sample(replay, jax.random.key(0), count=3)
       >>> entries, bool(found)
       (Array([7., 7., 7.], dtype=float32), True)
     """
-    is_filled = replay.priority > -jnp.inf
-    if sampling == "uniform":
-        logits = jnp.zeros_like(replay.priority)
-    elif sampling == "rank":
-        rank = jnp.argsort(jnp.argsort(-replay.priority)) + 1
-        logits = -jnp.log(rank.astype(jnp.float32))
-    else:
-        raise ValueError(f"`sampling` must be 'uniform' or 'rank', got {sampling!r}")
-    found = jnp.any(is_filled)
-    logits = jnp.where(is_filled | ~found, logits, -jnp.inf)
+    found = replay.stored > 0
+    logits = jnp.where(replay.is_filled | ~found, 0.0, -jnp.inf)
     index = jax.random.categorical(key, logits, shape=(count,))
     return jax.tree.map(lambda buffer: buffer[index], replay.entries), found

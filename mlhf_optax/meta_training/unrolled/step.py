@@ -13,9 +13,10 @@ from jax.flatten_util import ravel_pytree
 from mlhf_optax.meta_training.interface import (
     LearnedOptimizer,
     MetaGradient,
-    Task,
+    TaskLike,
     map_trainings,
 )
+from mlhf_optax.meta_training.meta_optimizer import meta_optimizer
 from mlhf_optax.meta_training.unrolled import replay as replay_lib
 from mlhf_optax.meta_training.unrolled.config import MetaTrainingConfig
 from mlhf_optax.meta_training.unrolled.inner_trainings import (
@@ -25,6 +26,7 @@ from mlhf_optax.meta_training.unrolled.inner_trainings import (
     examine,
     fresh_training,
     replace_ended,
+    without_opt_state,
 )
 from mlhf_optax.meta_training.unrolled.tricks import with_tricks
 from mlhf_optax.support import placement
@@ -59,32 +61,8 @@ InitFn = Callable[[chex.PRNGKey, Any], MetaState]
 MetaStepFn = Callable[[MetaState, Any], tuple[MetaState, Metrics]]
 
 
-def meta_optimizer(config: MetaTrainingConfig | Any) -> optax.GradientTransformation:
-    """Returns the Adam that trains the meta-parameters, with the config's clipping, L2 and rate.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> tx = meta_optimizer(MetaTrainingConfig(meta_learning_rate=0.5))
-      >>> updates, _ = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
-      >>> updates.round(3)
-      Array([-0.5, -0.5], dtype=float32)
-    """
-    rate: optax.ScalarOrSchedule = config.meta_learning_rate
-    if config.decay_iterations is not None:
-        rate = optax.cosine_decay_schedule(
-            config.meta_learning_rate, config.decay_iterations, config.final_rate_share
-        )
-    parts = []
-    if config.meta_gradient_clip is not None:
-        parts.append(optax.clip_by_global_norm(config.meta_gradient_clip))
-    if config.meta_weight_decay:
-        # L2, as in the authors' code: added to the gradient, before Adam.
-        parts.append(optax.add_decayed_weights(config.meta_weight_decay))
-    return optax.chain(*parts, optax.adam(rate))
-
-
 def make_meta_step(
-    task: Task,
+    task: TaskLike,
     learned: LearnedOptimizer,
     config: MetaTrainingConfig = MetaTrainingConfig(),
     optimizer: optax.GradientTransformation | None = None,
@@ -155,9 +133,7 @@ def make_meta_step(
         key, init_key = jax.random.split(key)
         trainings = make_fresh(jax.random.split(init_key, config.num_tasks))
         example = jax.tree.map(lambda x: x[0], trainings)
-        if not config.replay_opt_state:
-            example = example._replace(opt_state=())
-        replay = replay_lib.init_replay(example, config.replay_capacity)
+        replay = replay_lib.init_replay(without_opt_state(example), config.replay_capacity)
         counts = {name: jnp.zeros((), jnp.int32) for name in count_names}
         start = jnp.zeros((), jnp.int32)
         opt_state = optimizer.init(meta_params)
@@ -174,18 +150,15 @@ def make_meta_step(
             state.trainings, results
         )
         health = jax.vmap(functools.partial(examine, config))(trainings, results)
-        priority = jnp.nan_to_num(results.priority)
         make_fresh, init_opt_state = starter(meta_params)
         trainings, replay, counts = replace_ended(
             config,
             trainings,
             health,
-            priority,
             state.replay,
             replace_key,
             make_fresh,
             init_opt_state,
-            _max_age(config, state.iteration),
         )
         counts["dropped_gradients"] = dropped
         metrics = _metrics(state, results, gradient, health) | counts
@@ -208,14 +181,6 @@ def make_meta_step(
         return jitted(state, batches)
 
     return init, meta_step
-
-
-def _max_age(config: MetaTrainingConfig, iteration: jax.Array) -> jax.Array | int | None:
-    """Returns after how many steps trainings end at a meta-iteration."""
-    if not config.horizons:
-        return config.max_age
-    stage = jnp.minimum(iteration // config.horizon_iterations, len(config.horizons) - 1)
-    return jnp.asarray(config.horizons, jnp.int32)[stage]
 
 
 def check_batches(config: MetaTrainingConfig, batches: Any) -> None:

@@ -15,52 +15,52 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax.meta_training.interface import LearnedOptimizer, Task
+from mlhf_optax.meta_training.interface import LearnedOptimizer, TaskLike
 
 _COMPANION_SCALING = 1.0
 _COMPANION_BOUND = 10.0
 
 
-class EpisodeParams(NamedTuple):
+class SeenParams(NamedTuple):
     """What the optimizer sees of a training with tricks.
 
     Attributes:
-      network: parameters of the network over ``scale``.
-      companion: shape (D,), the convex companion's over its scale; None without one.
+      network: parameters of the network over their factors.
+      companion: shape (D,), the convex companion's over its factors; None without one.
     """
 
     network: Any
     companion: Any
 
 
-class Constants(NamedTuple):
+class FixedFactors(NamedTuple):
     """What stays as it is for the whole training.
 
     Attributes:
-      scale: shaped like :class:`EpisodeParams`, factors of all coordinates.
+      scale: shaped like :class:`SeenParams`, factors of all coordinates.
       target: shape (D,), the minimum of the companion before scaling; None without one.
     """
 
-    scale: EpisodeParams
+    scale: SeenParams
     target: Any
 
 
-class Episode(NamedTuple):
-    """A training with tricks: what is trained, and what is not."""
+class TrickedParams(NamedTuple):
+    """Parameters of a training with tricks: those that the optimizer sees, and what stays fixed."""
 
-    params: EpisodeParams
-    constants: Constants
+    seen: SeenParams
+    fixed: FixedFactors
 
 
-class _EpisodeBatch(NamedTuple):
-    """A mini-batch of the task with the :class:`Constants` of its training."""
+class _TrickedBatch(NamedTuple):
+    """A mini-batch of the task with the :class:`FixedFactors` of its training."""
 
     batch: Any
-    constants: Any
+    fixed: Any
 
 
-class _Task(NamedTuple):
-    """A task, see :class:`mlhf_optax.meta_training.Task`."""
+class _TrickedTask(NamedTuple):
+    """A task, see :class:`mlhf_optax.meta_training.TaskLike`."""
 
     init_fn: Any
     predict_fn: Any
@@ -68,8 +68,8 @@ class _Task(NamedTuple):
 
 
 def with_tricks(
-    task: Task, learned: LearnedOptimizer, *, random_scaling: float = 0.0, companion_size: int = 0
-) -> tuple[Task, LearnedOptimizer]:
+    task: TaskLike, learned: LearnedOptimizer, *, random_scaling: float = 0.0, companion_size: int = 0
+) -> tuple[TaskLike, LearnedOptimizer]:
     """Returns a task and a learned optimizer for the harness whose trainings have the tricks.
 
     Args:
@@ -83,7 +83,7 @@ def with_tricks(
 
     Returns:
       Task and learned optimizer, as they came where there is no trick. Else trainings are of
-      :class:`Episode`.
+      :class:`TrickedParams`.
 
     Example:
       >>> import optax
@@ -96,39 +96,40 @@ def with_tricks(
       ...     loss_fn=SquaredError(targets="y"))
       >>> sgd = unrolled_optimizer(lambda rate, task: optax.sgd(rate), META_LOSSES["last"])
       >>> scaled, _ = with_tricks(task, sgd, random_scaling=3.0, companion_size=20)
-      >>> scaled.init_fn(jax.random.key(0)).params.companion.shape
+      >>> scaled.init_fn(jax.random.key(0)).seen.companion.shape
       (20,)
 
     Source: Lv et al. 2017, sections 3.1 and 3.2.
     """
     if not random_scaling and not companion_size:
         return task, learned
-    inner = _Task(
-        init_fn=lambda key: _fresh(task, key, random_scaling, companion_size).params,
-        predict_fn=lambda params, batch: _outputs(task, params, batch),
+    # The optimizer sees factors in the batch; the harness sees them in the parameters.
+    inner = _TrickedTask(
+        init_fn=lambda key: _fresh(task, key, random_scaling, companion_size).seen,
+        predict_fn=lambda seen, batch: _outputs(task, seen, batch),
         loss_fn=lambda outputs, batch: _loss(task, outputs, batch),
     )
+    outer = _TrickedTask(
+        init_fn=lambda key: _fresh(task, key, random_scaling, companion_size),
+        predict_fn=lambda params, batch: _outputs(task, params.seen, _TrickedBatch(batch, params.fixed)),
+        loss_fn=lambda outputs, batch: _loss(task, outputs, _TrickedBatch(batch, None)),
+    )
 
-    def meta_gradient(meta_params, _, episode, opt_state, batches, key):
+    def meta_gradient(meta_params, _, params, opt_state, batches, key):
         length = jax.tree.leaves(batches)[0].shape[0]
-        spread = lambda x: jnp.broadcast_to(x, (length, *x.shape))
-        batches = _EpisodeBatch(batches, jax.tree.map(spread, episode.constants))
-        result = learned.meta_gradient(meta_params, inner, episode.params, opt_state, batches, key)
-        return result._replace(params=episode._replace(params=result.params))
+        repeat = lambda x: jnp.broadcast_to(x, (length, *x.shape))
+        batches = _TrickedBatch(batches, jax.tree.map(repeat, params.fixed))
+        result = learned.meta_gradient(meta_params, inner, params.seen, opt_state, batches, key)
+        return result._replace(params=params._replace(seen=result.params))
 
     def build(meta_params, _):
         tx = learned.build(meta_params, inner)
-        return tx._replace(init=lambda episode: tx.init(episode.params))
+        return tx._replace(init=lambda params: tx.init(params.seen))
 
-    outer = _Task(
-        init_fn=lambda key: _fresh(task, key, random_scaling, companion_size),
-        predict_fn=lambda episode, batch: _outputs(task, *_opened(episode, batch)),
-        loss_fn=lambda outputs, batch: _loss(task, outputs, _EpisodeBatch(batch, None)),
-    )
     return outer, LearnedOptimizer(build, meta_gradient, learned.init)
 
 
-def _fresh(task: Task, key: jax.Array, random_scaling: float, companion_size: int) -> Episode:
+def _fresh(task: TaskLike, key: jax.Array, random_scaling: float, companion_size: int) -> TrickedParams:
     init_key, scale_key, own_key, target_key = jax.random.split(key, 4)
     network = task.init_fn(init_key)
     keys = optax.tree.split_key_like(scale_key, network)
@@ -138,27 +139,23 @@ def _fresh(task: Task, key: jax.Array, random_scaling: float, companion_size: in
         companion = jnp.zeros(companion_size)
         own = _factors(own_key, (companion_size,), _COMPANION_SCALING if random_scaling else 0.0)
         target = jax.random.uniform(target_key, (companion_size,), minval=-1.0, maxval=1.0)
-    params = EpisodeParams(jax.tree.map(lambda w, c: (w / c).astype(w.dtype), network, scale), companion)
-    return Episode(params, Constants(EpisodeParams(scale, own), target))
+    seen = SeenParams(jax.tree.map(lambda w, c: (w / c).astype(w.dtype), network, scale), companion)
+    return TrickedParams(seen, FixedFactors(SeenParams(scale, own), target))
 
 
 def _factors(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
     return jnp.exp(jax.random.uniform(key, shape, minval=-bound, maxval=bound))
 
 
-def _opened(episode: Episode, batch: Any) -> tuple[EpisodeParams, _EpisodeBatch]:
-    return episode.params, _EpisodeBatch(batch, episode.constants)
-
-
-def _outputs(task: Task, params: EpisodeParams, batch: _EpisodeBatch) -> tuple[Any, Any]:
+def _outputs(task: TaskLike, seen: SeenParams, batch: _TrickedBatch) -> tuple[Any, Any]:
     """Returns the outputs of the network, and how far the companion is from its minimum."""
-    scale, target = batch.constants
-    network = jax.tree.map(lambda w, c: (w * c).astype(w.dtype), params.network, scale.network)
-    residual = None if target is None else params.companion * scale.companion - target
+    scale, target = batch.fixed
+    network = jax.tree.map(lambda w, c: (w * c).astype(w.dtype), seen.network, scale.network)
+    residual = None if target is None else seen.companion * scale.companion - target
     return task.predict_fn(network, batch.batch), residual
 
 
-def _loss(task: Task, outputs: tuple[Any, Any], batch: _EpisodeBatch) -> jax.Array:
+def _loss(task: TaskLike, outputs: tuple[Any, Any], batch: _TrickedBatch) -> jax.Array:
     outputs, residual = outputs
     loss = task.loss_fn(outputs, batch.batch)
     if residual is None:

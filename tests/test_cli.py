@@ -14,11 +14,13 @@ import pytest
 from shared import one_compilation as one_compilation
 
 import mlhf_optax
-from mlhf_optax import experiments, init_meta_params, load_pretrained, save_meta_params
+from mlhf_optax import experiments, init_meta_params, list_pretrained, load_pretrained, save_meta_params
 from mlhf_optax.experiments import cli
-from mlhf_optax.experiments.cli import commands as cli_commands
-from mlhf_optax.experiments.cli.options import MetaTrain, parse
+from mlhf_optax.experiments.cli import list_command, meta_train_command, train_command
+from mlhf_optax.experiments.cli.commands import parse
+from mlhf_optax.experiments.cli.meta_train_command import MetaTrain
 from mlhf_optax.learned import LEARNED
+from mlhf_optax.meta_training import MetaTrainingConfig, Schedule
 from mlhf_optax.support.files import locked_folder
 from mlhf_optax.tasks import TASKS, get_task
 
@@ -111,8 +113,8 @@ def test_any_learned_optimizer_is_meta_trained_and_compared_in_table_file_and_fi
 def contenders(*arguments):
     options = parse(["train", *arguments])
     task = get_task(options.task, **options.task_options())
-    learned = cli_commands._learned_contenders(task, options)
-    return [*learned, *cli_commands._other_contenders(task, options.optimizers)]
+    learned = train_command._learned_contenders(task, options)
+    return [*learned, *train_command._other_contenders(task, options.optimizers)]
 
 
 def test_meta_parameters_may_be_given_for_one_of_several_optimizers(meta_trained):
@@ -143,11 +145,9 @@ def test_meta_parameters_are_by_default_those_of_the_task(task, name):
 
 
 def test_a_task_that_recommends_another_optimizer_gets_any_shipped_set(monkeypatch):
-    monkeypatch.setattr(
-        "mlhf_optax.experiments.cli.commands.list_pretrained", lambda: {"digits": {"optimizer": "mlhf"}}
-    )
+    monkeypatch.setattr(train_command, "list_pretrained", lambda: {"digits": {"optimizer": "mlhf"}})
     task = dataclasses.replace(get_task("digits-mlp"), pretrained="other")
-    assert cli_commands._shipped_meta_params(task, "mlhf")[0] == "digits"
+    assert train_command._shipped_meta_params(task, "mlhf")[0] == "digits"
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def calls(monkeypatch):
         calls.append(dict(zip(names, arguments, strict=True)) | others)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_commands, "meta_train_task", stop)
+    monkeypatch.setattr(meta_train_command, "meta_train_task", stop)
     return calls
 
 
@@ -335,8 +335,6 @@ def test_options_of_image_tasks_reach_them():
         (["--start", "nowhere"], "there is no such file"),
         (["--start", "digits", "--settings", "relative", "--initial-damping", "3"], "leave out initial_"),
         (["--start", "digits", "--optimizer", "adam_rates"], "holds meta-parameters of 'mlhf', not of"),
-        (["--keep-probability", "2"], "`keep_probability` must be in [0, 1], got 2.0"),
-        (["--stop-after", "0"], "`stop_after` must be at least 1, got 0"),
         (["--output", "file"], "is not a folder that can be written to"),
     ],
 )
@@ -386,6 +384,8 @@ def test_progress_of_a_meta_training_shows_the_losses_it_has(meta_trained, capsy
         ),
         *((["--learning-rate", text], "`learning_rate` must be a positive number") for text in ("0", "nan")),
         *((["--meta-learning-rate", text], "`meta_learning_rate` must be a pos") for text in ("-1", "inf")),
+        (["--keep-probability", "2"], "`keep_probability` must be in [0, 1], got 2.0"),
+        (["--stop-after", "0"], "`stop_after` must be at least 1, got 0"),
         (["--initial-damping", "-1"], "`initial_damping` must be a positive number, got -1"),
         (["--initial-preconditioner", "-1"], "`initial_preconditioner` must be a positive number, got -1"),
         *((["--seed", text], "`seed` must be from 0 to 2**32 - 1, got") for text in ("-1", "9" * 20)),
@@ -403,8 +403,9 @@ def test_wrong_options_of_meta_train_are_refused(arguments, message, capsys, cal
 
 @pytest.mark.parametrize("family", LEARNED.values(), ids=list(LEARNED))
 def test_options_of_a_learned_optimizer_are_its_own_and_have_help(family, capsys):
-    own = {field.name for field in dataclasses.fields(family.options)}
-    assert not own & {field.name for field in dataclasses.fields(MetaTrain)}
+    names = lambda cls: {field.name for field in dataclasses.fields(cls)}
+    own = names(family.options)
+    assert not own & (names(MetaTrain) | names(Schedule) | names(MetaTrainingConfig))
     assert run("meta-train", "--optimizer", family.name, "--help") == 0
     out = unframed(capsys.readouterr().out)
     for name in own:
@@ -417,11 +418,23 @@ def test_options_of_a_learned_optimizer_are_its_own_and_have_help(family, capsys
 
 
 def test_list_shows_tasks_optimizers_and_what_is_shipped(monkeypatch, capsys):
-    monkeypatch.setattr("mlhf_optax.experiments.cli.commands.list_pretrained", lambda: {"shipped": RECORD})
+    monkeypatch.setattr(list_command, "list_pretrained", lambda: {"shipped": RECORD})
     assert run("list") == 0
     out = capsys.readouterr().out
     assert all(name in out for name in (*TASKS, *LEARNED, "shipped", "learning_rate 0.5", "muon"))
     assert out.count("any network") >= sum(family.fits_any for family in LEARNED.values())
+
+
+@pytest.mark.parametrize("columns", [20, 60, 80])
+def test_list_never_cuts_off_a_name_that_has_to_be_typed(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert run("list") == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    first = {line.split()[0] for line in out.splitlines() if line.strip()}
+    assert {*TASKS, *LEARNED, *list_pretrained()} <= first
+    rows = {tuple(line.split()[:2]) for line in out.splitlines()}
+    assert {(name, record["optimizer"]) for name, record in list_pretrained().items()} <= rows
 
 
 @pytest.mark.parametrize(

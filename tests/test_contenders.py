@@ -18,7 +18,7 @@ from mlhf_optax.experiments import (
     learned_contender,
     rates_per_decade,
 )
-from mlhf_optax.experiments.cli import commands, options
+from mlhf_optax.experiments.cli import commands, list_command, train_command
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.tasks import get_task
 
@@ -84,14 +84,14 @@ def test_constants_train_side_by_side_as_they_do_alone():
 
 
 def test_the_command_line_knows_the_constants_by_name(capsys):
-    asked = options.parse(["train", "--optimizers", "gauss_newton"]).optimizers
-    (contender,) = commands._other_contenders(TASK, asked)
+    asked = commands.parse(["train", "--optimizers", "gauss_newton"]).optimizers
+    (contender,) = train_command._other_contenders(TASK, asked)
     assert contender.names == tuple(f"gauss_newton damping={damping}" for damping in (1, 3, 10))
-    assert commands._describe([contender]) == "3 constants of gauss_newton"
-    commands.list_all()
+    assert train_command._describe([contender]) == "3 constants of gauss_newton"
+    list_command.list_all()
     assert "constant (1, 3 or 10): gauss_newton" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        options.parse(["train", "--help"])
+        commands.parse(["train", "--help"])
     assert "gauss_newton is the control" in " ".join(capsys.readouterr().out.replace("│", "").split())
 
 

@@ -116,7 +116,7 @@ def arguments(folder, *more):
 
 def test_the_command_line_meta_trains_and_goes_on_to_equal_bits(images, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "mlhf_optax.experiments.cli.commands.tiny_validation_tasks",
+        "mlhf_optax.experiments.cli.meta_train_command.tiny_validation_tasks",
         lambda folder: [tiny._regression("other")],
     )
     assert run(arguments(tmp_path / "whole")) == 0
@@ -138,7 +138,7 @@ def test_the_command_line_meta_trains_and_goes_on_to_equal_bits(images, tmp_path
 
 def test_what_goes_on_from_meta_parameters_is_judged_against_the_untrained(images, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "mlhf_optax.experiments.cli.commands.tiny_validation_tasks",
+        "mlhf_optax.experiments.cli.meta_train_command.tiny_validation_tasks",
         lambda folder: [tiny._regression("other")],
     )
     assert run(arguments(tmp_path / "first", "--meta-learning-rate", "1.0")) == 0
@@ -155,7 +155,7 @@ def test_what_goes_on_from_meta_parameters_is_judged_against_the_untrained(image
     ("more", "message"),
     [
         (["--only", "mnist"], "`only` must be among digits, tanh"),
-        (["--horizons", "5"], "`horizons` must be two numbers, like 20,3000, got 5"),
+        (["--horizons", "5"], "must be 2 whole numbers separated by commas, like 20,3000, got '5'"),
         (["--horizons", "9,5"], "`horizons` must be two ascending numbers"),
         (["--devices", "1000"], "`devices` must lie between 1 and"),
         (["--units", "0"], "`units` must lie between 1 and 4096, got 0"),

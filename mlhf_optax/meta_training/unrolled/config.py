@@ -53,7 +53,7 @@ class MetaTrainingConfig:
     decay_iterations: int | None = None
     final_rate_share: float = 0.01
     meta_gradient_clip: float | None = 1.0
-    keep_probability: float = 0.9
+    keep_probability: float = 0.95
     fresh_probability: float = 0.5
     store_probability: float = 0.3
     replay_capacity: int = 200

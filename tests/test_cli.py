@@ -99,7 +99,7 @@ def test_any_learned_optimizer_is_meta_trained_and_compared_in_table_file_and_fi
     assert "64-4-10" in out
     assert "best of the other 9 there" in out
     assert "Adam, learned rates / that best" in out
-    assert f"Adam, learned rates (meta-parameters {file}) and 9 settings" in out
+    assert f"Adam, learned rates (meta-parameters {file}, learning rate 0.03) and 9 settings" in out
     assert (folder / "mlhf-optax-digits-mlp-4-tanh.png").read_bytes().startswith(b"\x89PNG")
     result = experiments.Comparison.load("out.json")
     assert result.about["task"] == "digits-mlp-4-tanh"
@@ -402,7 +402,8 @@ def test_wrong_options_of_meta_train_are_refused(arguments, message, capsys, cal
 
 
 @pytest.mark.parametrize("family", LEARNED.values(), ids=list(LEARNED))
-def test_options_of_a_learned_optimizer_are_its_own_and_have_help(family, capsys):
+def test_options_of_a_learned_optimizer_are_its_own_and_have_help(family, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")  # wider ones show groups of options side by side
     names = lambda cls: {field.name for field in dataclasses.fields(cls)}
     own = names(family.options)
     assert not own & (names(MetaTrain) | names(Schedule) | names(MetaTrainingConfig))

@@ -120,7 +120,7 @@ def test_meta_parameters_are_not_written_under_the_ending_of_another_format(name
 
 
 def test_a_batch_beyond_the_data_is_refused_before_anything_is_made(tmp_path):
-    with pytest.raises(ValueError, match=r"`meta_batch_size` must lie between 1 and .*, 719, got 100000000"):
+    with pytest.raises(ValueError, match=r"`meta_batch_size` must be between 1 and .*, 719, got 100000000"):
         run(tmp_path / "out", task=linear_digits(meta_batch_size=10**8))
     assert not any(tmp_path.iterdir())
 

@@ -59,8 +59,8 @@ def parse(arguments: Sequence[str]) -> Train | MetaTrain | MetaTrainLong | List:
     Example:
       >>> parse(["train", "--hidden", "16,16"]).hidden
       (16, 16)
-      >>> parse(["meta-train", "--optimizer", "adam_rates", "--initial-rate", "0.1"]).optimizer_options
-      AdamRatesOptions(initial_rate=0.1)
+      >>> parse(["meta-train", "--optimizer", "adam_rates", "--num-tasks", "3"]).config.num_tasks
+      3
     """
     settings: dict[str, Any] = {
         "config": (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),

@@ -70,7 +70,8 @@ def registry(family: LearnedFamily) -> ConstructorRegistry:
         for field in dataclasses.fields(info.type):
             if field.name in _NO_OPTIONS:
                 continue
-            hint, default = hints[field.name], field.default
+            hint: Any = hints[field.name]
+            default = field.default
             if dataclasses.is_dataclass(info.default):
                 default = getattr(info.default, field.name)
             # A default that is no value is best not shown.

@@ -217,14 +217,17 @@ def test_an_argument_out_of_range_is_an_error_that_names_it(wrong, error, messag
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"decay": 1.0}, "`decay` must lie strictly between 0 and 1, got 1.0"),
+        ({"decay": 1.0}, "`decay` must be strictly between 0 and 1, got 1.0"),
         ({"decay": 0.0}, "`decay`"),
-        ({"low": 0.8}, "`low` must be below `high`, got 0.8 and 0.75"),
+        ({"low": 0.8}, "`low` must be below `high`, 0.75, got 0.8"),
         (
             {"initial_damping": 10.0},
-            "0 < `min_damping` <= `initial_damping` <= `max_damping` must hold, got 0.001, 10.0",
+            "`initial_damping` must be from `min_damping` to `max_damping`, from 0.001 to 1.0, got 10.0",
         ),
-        ({"min_damping": 0.0}, "`min_damping`"),
+        (
+            {"min_damping": 0.0},
+            "`min_damping` must be above 0 and at most `max_damping`, 1.0, got 0.0",
+        ),
     ],
 )
 def test_a_rule_out_of_range_is_an_error(kwargs, message):

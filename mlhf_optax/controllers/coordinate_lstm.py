@@ -1,9 +1,9 @@
 """The controller of the paper: two LSTMs on every coordinate choose damping and preconditioner.
 
-From the gradient g, the previous direction d0 and the previous residual r0, LSTM_s gives every
-coordinate a damping s and LSTM_p a preconditioner P (paper, Algorithm 1). Weights are shared by all
-parameters of a layer type. The settings that give the numbers their meaning travel with the weights, so
-that neither can be used with the wrong other.
+Both look at the gradient g, the previous direction d0 and the previous residual r0 of a coordinate. LSTM_s
+gives it a damping s, LSTM_p a preconditioner P (paper, Algorithm 1). All parameters of a layer type share
+weights. The settings, which give the numbers their meaning, travel with the weights, so that neither is used
+with the wrong counterpart.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from mlhf_optax.controllers import lstm
 from mlhf_optax.controllers.lstm_settings import Inputs, Settings
 from mlhf_optax.controllers.protocol import Control, Controller, Operators, Scale, View
+from mlhf_optax.support.checks import require
 from mlhf_optax.support.layer_types import PAPER_LAYER_TYPES, LayerTypesFn, layer_types
 
 Carry = tuple[lstm.LayerCarry, ...]
@@ -83,8 +84,8 @@ def init_meta_params(
       1492
     """
     names = list(layer_types)
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"`layer_types` must be distinct names, at least one, got {names}")
+    is_distinct = names and len(set(names)) == len(names)
+    require(is_distinct, "layer_types", "distinct names, at least one", names)
 
     def network(network_key: chex.PRNGKey) -> dict[str, lstm.LSTMWeights]:
         keys = jax.random.split(network_key, len(names))
@@ -98,14 +99,14 @@ def init_meta_params(
 
 
 def extend_meta_params(key: chex.PRNGKey, meta_params: MetaParams, layer_types: Sequence[str]) -> MetaParams:
-    """Returns meta-parameters that also know other layer types, with untrained LSTMs for these.
+    """Returns meta-parameters with untrained LSTMs for further layer types.
 
-    With them meta-training can go on from what it learned on other networks.
+    So meta-training can go on from what was learned on other networks.
 
     Args:
       key: random key.
       meta_params: the meta-parameters; what they know stays as it is.
-      layer_types: names of the layer types that are needed.
+      layer_types: names of the layer types needed, known ones among them or not.
 
     Returns:
       The meta-parameters.
@@ -167,11 +168,11 @@ def coordinate_lstm(
       carry_dtype: dtype in which the LSTM states are stored.
 
     Returns:
-      The controller. Its signal are the :class:`Outputs` of both LSTMs, and ``seen`` what each has seen.
+      The controller. Its signal is the :class:`Outputs` of both LSTMs; ``seen`` is what each has seen.
 
     Raises:
-      TypeError: if ``meta_params`` are no :class:`MetaParams`.
-      ValueError: from its functions, for parameters of a layer type that has no LSTM.
+      TypeError: if ``meta_params`` is not a :class:`MetaParams`.
+      ValueError: from its functions, for parameters of a layer type without an LSTM.
 
     Example:
       >>> import jax
@@ -232,6 +233,7 @@ def run_network(
     Returns:
       The outputs, at least float32 and shaped like the parameters, and the next carry.
     """
+    # Features shared by all coordinates stay apart: stacked to the others they would be as large as these.
     features, shared = settings.features.own(inputs), settings.features.shared(inputs)
 
     def one(name: str, feature: jax.Array, *columns: jax.Array):
@@ -249,7 +251,7 @@ def _damping(settings: Settings, outputs: chex.ArrayTree, unit: jax.Array) -> Sc
 
 
 def _with_current_residual(settings: Settings, view: View, s_out: chex.ArrayTree) -> Inputs:
-    """What LSTM_p sees in the authors' code: the residual from which this step's CG starts."""
+    """Returns what LSTM_p sees in the authors' code: the residual from which this step's CG starts."""
     damping = _damping(settings, s_out, settings.unit(view.gradient, view.initial_rms))
     a_d0 = jax.tree.map(jnp.add, view.ggn(view.direction), damping(view.direction))
     start = jax.tree.map(jnp.subtract, view.gradient, a_d0)

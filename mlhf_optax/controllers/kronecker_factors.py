@@ -185,8 +185,8 @@ def refresh_sides(
 ) -> list[Sides]:
     """Takes the powers of all running means anew by eigendecomposition, if that is due.
 
-    Each block is decomposed on one device, and its eigenvectors are sent to the others: under ``jit`` for
-    states that lie on a mesh, and with ``axis_name``. Under ``vmap`` each device decomposes what it has.
+    On several devices, each block is decomposed on one of them, which sends the eigenvectors to the others:
+    under ``jit`` for states on a mesh, and with ``axis_name``. Under ``vmap`` each device decomposes its own.
 
     Args:
       is_due: whether it is, shape (). Under ``vmap`` nothing is computed unless it is due for any.
@@ -196,7 +196,7 @@ def refresh_sides(
       axis_name: axis of ``jax.shard_map`` or ``jax.pmap`` along which the factors are the same.
 
     Returns:
-      The factors. What did not converge, or is zero, keeps the powers that it had.
+      The factors. One whose decomposition failed, or that is zero, keeps the powers it had.
     """
     if not matrices:  # parameters that are all vectors
         return []
@@ -208,7 +208,7 @@ def refresh_sides(
         functools.partial(_refreshed, floor, _decomposed),
         pairs,
     )
-    # Of sharded gradients the compiler would leave each device a part, and gather it at every use.
+    # Else the compiler would keep the factors of sharded gradients sharded, and gather them at every use.
     return [jax.tree.map(placement.on_all, sides) for sides, _ in fresh]
 
 
@@ -225,8 +225,8 @@ def _decomposed(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     return tuple(jnp.linalg.eigh(matrices))
 
 
-_LARGE = 2**17  # numbers in a matrix from which on a product is taken apart
-_MOST_PRODUCTS = 16  # that it is taken apart into: programs must not grow with the width of layers
+_LARGE = 2**17  # a product with a matrix of at least so many numbers is taken block by block
+_MOST_PRODUCTS = 16  # but not with more blocks: programs must not grow with the width of layers
 
 _Update = Callable[[Any], Any]
 _Decompose = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
@@ -235,6 +235,7 @@ _Decompose = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 def _refreshed(
     floor: float, decompose: _Decompose, pairs: list[tuple[Sides, jax.Array]]
 ) -> list[tuple[Sides, jax.Array]]:
+    """Takes all powers anew, one decomposition for every size of blocks."""
     by_size: dict[int, list[tuple[int, int]]] = {}
     for index, (sides, _) in enumerate(pairs):
         for which, side in enumerate(sides):
@@ -251,20 +252,25 @@ def _refreshed(
 def _with_powers(
     sides: list[Side], powers: jax.Array, floor: float, decompose: _Decompose, before: jax.Array
 ) -> tuple[list[Side], jax.Array]:
-    """Takes the powers of sides with blocks of one size in one decomposition, however many there are."""
+    """Takes the powers of sides with blocks of one size in one decomposition, however many sides there are.
+
+    Returns the sides, and a number of the result that the next decomposition waits for.
+    """
     counts = [side.factor.shape[0] for side in sides]
     owner = np.repeat(np.arange(len(sides)), counts)  # the side that a block belongs to
     of_sides = lambda x: jax.ops.segment_sum(x, owner, len(sides)) / np.array(counts, np.float32)
-    # Each decomposition waits for the one before: on CPUs, several at once in a loop may all wait for the
-    # same thread, and never end.
+    # Adding 0 times the result of the decomposition before makes this one wait for it. On CPUs several at
+    # once in a loop may all wait for the same thread, and never end.
     factors = jnp.concatenate([side.factor for side in sides]) + 0.0 * before
     mean = of_sides(jnp.trace(factors, axis1=1, axis2=2) / factors.shape[1])
+    # In units of the mean eigenvalue of the whole side, the floor and float32 suit gradients of any size.
     units = jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)[owner][:, None, None]
     eigenvalues, vectors = decompose(factors / units)
     values = (jnp.maximum(eigenvalues, 0.0) + floor) ** powers[owner][:, None]
     values = values / of_sides(jnp.mean(values, axis=1))[owner][:, None]
     product = lambda scale: jnp.einsum("bij,bj,bkj->bik", vectors, scale, vectors)
     power, inverse = product(values), product(1.0 / values)
+    # A side is replaced as a whole or not at all: half of its blocks anew would not fit the other half.
     is_finite = jnp.all(jnp.isfinite(power) & jnp.isfinite(inverse), axis=(1, 2))
     is_sound = (mean > 0) & (of_sides(is_finite.astype(jnp.float32)) == 1)
     fresh, ends = [], np.cumsum(counts)
@@ -281,7 +287,7 @@ def _blocked(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _times_left_blocks(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    """Product of a block-diagonal matrix (blocks, size, size) and x (rows, columns)."""
+    """Returns the product of a block-diagonal matrix (blocks, size, size) and x (rows, columns)."""
     if matrix.shape[0] == 1:
         return matrix[0] @ x
     product = jnp.einsum("bij,bjk->bik", matrix, _blocked(x, matrix))
@@ -289,14 +295,14 @@ def _times_left_blocks(matrix: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _times_right_blocks(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    """Product of x (rows, columns) and a symmetric block-diagonal matrix (blocks, size, size)."""
+    """Returns the product of x (rows, columns) and a symmetric block-diagonal matrix (blocks, size, size)."""
     blocks, size, _ = matrix.shape
     if blocks == 1:
         return x @ matrix[0]
     if blocks > _MOST_PRODUCTS or x.size < _LARGE or placement.is_on_mesh(x):
         return _times_left_blocks(matrix, x.T).T
-    # One product per block: on CPUs a transposed x takes longer to make and to read where it is large. On a
-    # mesh each part would be gathered by itself.
+    # One product per block: on CPUs a large x takes longer to transpose. Not on a mesh, where each part would
+    # be gathered by itself.
     parts = [x[:, start : start + size] for start in range(0, x.shape[1], size)]
     products = [
         part @ block[: part.shape[1], : part.shape[1]] for part, block in zip(parts, matrix, strict=True)
@@ -310,7 +316,7 @@ def cond_under_vmap(is_due: jax.Array, function: _Update, each_of_many: _Update,
     Args:
       is_due: shape ().
       function: from and to trees of the same shapes.
-      each_of_many: what is called in its place under ``vmap``.
+      each_of_many: called in its place, once for each, under ``vmap``.
       tree: a tree of arrays.
     """
 
@@ -320,7 +326,7 @@ def cond_under_vmap(is_due: jax.Array, function: _Update, each_of_many: _Update,
 
     @run.def_vmap
     def batched(axis_size, in_batched, is_due, tree):
-        # A batched condition would turn the branch into a selection, and decompose at every step.
+        # With a batched condition `lax.cond` becomes a select: it would decompose at every step.
         due_is_batched, tree_is_batched = in_batched
         due = is_due if due_is_batched else jnp.broadcast_to(is_due, (axis_size,))
         spread = lambda leaf, is_batched: (
@@ -333,7 +339,7 @@ def cond_under_vmap(is_due: jax.Array, function: _Update, each_of_many: _Update,
             pick = lambda new, old: jnp.where(due.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
             return due, jax.tree.map(pick, jax.vmap(each_of_many)(tree), tree)
 
-        # Again by this function, so that a vmap around this one finds a condition that it may keep, too.
+        # By this function again: a vmap around this one then finds a condition that it can keep, too.
         return cond_under_vmap(jnp.any(due), some, some, (due, tree))[1], jax.tree.map(lambda _: True, tree)
 
     return run(is_due, tree)

@@ -1,8 +1,8 @@
 """The Levenberg-Marquardt rule: damping that follows how well the quadratic model predicts the loss.
 
-Source: Moré 1978; Martens 2010, section 4.1; paper, table 1, HF(LM). The authors' code measures the
-ratio one step late on the previous batch; here it is measured on the batch of the step itself, so
-that numerator and denominator speak of the same function and no batch needs to be kept.
+The authors' code measures the reduction ratio one step late, on the batch before. Here it is measured on the
+batch of the step itself: numerator and denominator are then of the same function, and no batch is kept.
+Source: Moré 1978; Martens 2010, section 4.1; paper, table 1, HF(LM).
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import optax
 
 from mlhf_optax.controllers.protocol import Control, Controller, Observed, Operators, Outcome, Scale, View
 from mlhf_optax.support import trees
+from mlhf_optax.support.checks import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +24,9 @@ class LevenbergMarquardt:
     .. math::
       \rho = \frac{l(w - \eta d) - l(w)}{-\eta \langle d, g \rangle + \eta^2 \langle d, G d \rangle / 2}
 
-    compares the change of the loss on the batch with the change that the undamped quadratic model
-    of the same batch predicts, for the step that is taken. The damping is divided by ``decay``
-    where the model promised too much (``ratio < low``) and multiplied by it where the model can be
-    trusted (``ratio > high``).
+    compares two changes of the loss on the batch: that of the step taken, and that which the undamped
+    quadratic model predicted. Where the model promised too much (``ratio < low``), the damping is divided by
+    ``decay``; where it can be trusted (``ratio > high``), multiplied.
 
     Args:
       initial_damping: damping of the first step, > 0 (paper: 1, 0.1, 0.01 or 0.001).
@@ -52,22 +52,19 @@ class LevenbergMarquardt:
     max_damping: float = 1.0
 
     def __post_init__(self):
-        if not 0 < self.decay < 1:
-            raise ValueError(f"`decay` must lie strictly between 0 and 1, got {self.decay}")
-        if not self.low < self.high:
-            raise ValueError(f"`low` must be below `high`, got {self.low} and {self.high}")
-        if not 0 < self.min_damping <= self.initial_damping <= self.max_damping:
-            raise ValueError(
-                "0 < `min_damping` <= `initial_damping` <= `max_damping` must hold, got "
-                f"{self.min_damping}, {self.initial_damping} and {self.max_damping}"
-            )
+        require(0 < self.decay < 1, "decay", "strictly between 0 and 1", self.decay)
+        require(self.low < self.high, "low", f"below `high`, {self.high}", self.low)
+        least, most = self.min_damping, self.max_damping
+        require(0 < least <= most, "min_damping", f"above 0 and at most `max_damping`, {most}", least)
+        bounds = f"from `min_damping` to `max_damping`, from {least} to {most}"
+        require(least <= self.initial_damping <= most, "initial_damping", bounds, self.initial_damping)
 
     def adapt(self, damping: jax.Array, ratio: jax.Array) -> jax.Array:
         """Returns the damping of the next step.
 
         Args:
-          damping: damping of this step, a scalar.
-          ratio: its reduction ratio; one that is not a number counts as too low.
+          damping: that of this step, a scalar.
+          ratio: its reduction ratio; NaN counts as too low.
 
         Returns:
           A float32 scalar between the bounds.
@@ -76,6 +73,7 @@ class LevenbergMarquardt:
           >>> LevenbergMarquardt(initial_damping=0.1, decay=0.5).adapt(0.1, 0.0)
           Array(0.2, dtype=float32)
         """
+        # Compared so that NaN, which is never >= anything, makes the damping grow.
         grown_or_kept = jnp.where(ratio >= self.low, 1.0, 1.0 / self.decay)
         factor = jnp.where(ratio > self.high, self.decay, grown_or_kept)
         return jnp.clip(damping * factor, self.min_damping, self.max_damping).astype(jnp.float32)
@@ -90,11 +88,11 @@ def levenberg_marquardt(
 
     Args:
       rule: the rule.
-      step_size: the factor, a number or schedule, that is put on the direction later; the reduction ratio
-        is measured at the step that is taken.
+      step_size: the factor, a number or schedule, that later transformations put on the direction. The
+        reduction ratio is measured at the step that is taken.
 
     Returns:
-      The controller; its state is the number of steps and the damping of the next one.
+      The controller; its state is the number of steps, and the damping of the next one.
 
     Example:
       >>> levenberg_marquardt(LevenbergMarquardt(0.5)).init({"w": jnp.ones(2)})["damping"]
@@ -127,7 +125,7 @@ def reduction_ratio(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the reduction ratio of the step ``-step_size * direction`` and the loss after it.
 
-    Costs two evaluations of the loss; the quadratic model costs nothing, as
+    This costs two evaluations of the loss. The quadratic model costs nothing, as the solve left
     ``G d = g - r - damping * d``.
 
     Args:
@@ -137,8 +135,8 @@ def reduction_ratio(
       step_size: factor on the direction.
 
     Returns:
-      Two float32 scalars. The ratio is 0 where the model itself predicts no descent, which it does
-      for steps of more than twice the direction, and then is no guide.
+      Two float32 scalars. The ratio is 0 where the model itself predicts no descent, as for a step of more
+      than twice the direction: then it is no guide.
     """
     direction = outcome.direction
     step = jax.tree.map(lambda d: (-step_size * d).astype(d.dtype), direction)

@@ -1,8 +1,7 @@
 """One small LSTM that runs on every coordinate of a parameter with shared weights.
 
-Arrays are kept as structure of arrays: a carry or a stack of inputs for a parameter of shape
-``shape`` has shape ``(units, *shape)``, so no reshape is needed, the elementwise work is
-contiguous and the sharding of a parameter extends to its carry.
+For a parameter of shape ``shape``, carries and stacked inputs have shape ``(units, *shape)``. So nothing is
+reshaped, elementwise work is contiguous, and a carry is sharded like its parameter.
 Source: paper, section 4 (two layers of 4 units), after Andrychowicz et al. 2016.
 """
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mlhf_optax.support import placement
+from mlhf_optax.support.checks import FROM_ONE, check_number, require
 
 
 class LayerWeights(NamedTuple):
@@ -57,8 +57,8 @@ class LayerCarry(NamedTuple):
 def init_weights(key: chex.PRNGKey, num_inputs: int, units: Sequence[int] = (4, 4)) -> LSTMWeights:
     """Returns fresh weights: scaled normal kernels, forget biases of one, a zero output map.
 
-    The zero output map makes every coordinate start at the same, chosen damping and
-    preconditioner, whatever the inputs.
+    With a zero output map every coordinate starts at the damping and the preconditioner that the settings
+    chose, whatever it sees.
 
     Args:
       key: random key.
@@ -77,16 +77,15 @@ def init_weights(key: chex.PRNGKey, num_inputs: int, units: Sequence[int] = (4, 
       >>> [layer.kernel.shape for layer in weights.layers]
       [(16, 7), (16, 8)]
     """
-    if num_inputs < 1 or not units or min(units) < 1:
-        raise ValueError(
-            "`num_inputs` and every entry of `units` must be at least 1, with one entry a layer, got "
-            f"num_inputs={num_inputs}, units={tuple(units)}"
-        )
+    check_number("num_inputs", num_inputs, FROM_ONE)
+    require(units and min(units) >= 1, "units", "at least 1 for every layer, and at least one layer", units)
     layers = []
     fan_in = num_inputs
     for layer_key, width in zip(jax.random.split(key, len(units)), units, strict=True):
+        # Pre-activations of about one, whatever the width.
         scale = (fan_in + width) ** -0.5
         kernel = scale * jax.random.normal(layer_key, (4 * width, fan_in + width))
+        # A forget gate that is open at the start remembers.
         bias = jnp.zeros((4, width)).at[1].set(1.0).reshape(-1)
         layers.append(LayerWeights(kernel, bias))
         fan_in = width
@@ -130,8 +129,8 @@ def apply(
       weights: weights shared by all coordinates.
       carry: one :class:`LayerCarry` a layer for this parameter, leaves ``(H, *shape)``.
       inputs: features, shape ``(F, *shape)``, float32.
-      shared: further features that are the same for all coordinates, shape (G,); the LSTM is one of
-        F + G features.
+      shared: further features that are the same for all coordinates, shape (G,). The LSTM then has F + G
+        inputs.
 
     Returns:
       The output of shape ``shape`` and the next carry, in the dtypes of the old one.
@@ -156,15 +155,18 @@ def apply(
 def _with_shared(
     layers: tuple[LayerWeights, ...], num_inputs: int, shared: jax.Array
 ) -> tuple[LayerWeights, ...]:
-    """Moves what features shared by all coordinates add to the gates into the bias of the first layer."""
+    """Puts the part of the shared features into the bias of the first layer.
+
+    All coordinates have it in common, so one product of a vector does for all.
+    """
     first, *others = layers
     before, its, after = jnp.split(first.kernel, [num_inputs, num_inputs + shared.size], axis=1)
     return LayerWeights(jnp.concatenate([before, after], axis=1), first.bias + its @ shared), *others
 
 
 def _cell(layer: LayerWeights, old: LayerCarry, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # One small matrix product for all gates: on CPUs several times faster, with its gradient, than
-    # gates written as sums of scaled rows, which XLA fuses into loops that recompute them.
+    # One small matrix product for all gates. Written as sums of scaled rows, the gates and their gradient are
+    # several times slower on CPUs: XLA fuses them into loops that compute them again and again.
     stacked = jnp.concatenate([inputs, old.hidden.astype(inputs.dtype)])
     bias = layer.bias.reshape((-1,) + (1,) * (stacked.ndim - 1))
     gates = jnp.tensordot(layer.kernel, stacked, axes=1) + bias
@@ -174,5 +176,5 @@ def _cell(layer: LayerWeights, old: LayerCarry, inputs: jax.Array) -> tuple[jax.
 
 
 def _sigmoid(x: jax.Array) -> jax.Array:
-    """The logistic function by a tanh, which on CPUs costs less than an exp and a division."""
+    """Returns the logistic function by a tanh, which on CPUs costs less than an exp and a division."""
     return 0.5 * jnp.tanh(0.5 * x) + 0.5

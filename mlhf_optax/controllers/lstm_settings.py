@@ -1,4 +1,4 @@
-"""What the two LSTMs of MLHF see, and what their outputs mean: small objects, put together in `Settings`."""
+"""What the two LSTMs of MLHF see, and what their outputs mean: small objects that make up `Settings`."""
 
 import dataclasses
 import math
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from mlhf_optax.controllers import units
 from mlhf_optax.controllers.protocol import Quotient, Scale
 from mlhf_optax.support import trees
+from mlhf_optax.support.checks import NOT_NEGATIVE, POSITIVE, Range, require
 
 
 class Inputs(NamedTuple):
@@ -22,24 +23,20 @@ class Inputs(NamedTuple):
     gradient: chex.ArrayTree
 
 
-def _positive(default: float) -> Any:
-    return dataclasses.field(default=default, metadata={"a positive number": lambda x: 0 < x < math.inf})
-
-
-def _at_least_zero(default: float) -> Any:
-    return dataclasses.field(default=default, metadata={"a number >= 0": lambda x: 0 <= x < math.inf})
+def _number(default: float, allowed: Range) -> Any:
+    return dataclasses.field(default=default, metadata={"allowed": allowed})
 
 
 class _Checked:
-    """A dataclass whose numbers must be what their fields say."""
+    """A dataclass whose numbers must be in the ranges of their fields."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            for wanted, is_met in field.metadata.items():
+            if allowed := field.metadata.get("allowed"):
+                # Settings come from files, too, where anything may stand in the place of a number.
+                value = getattr(self, field.name)
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
-                if not (is_number and is_met(value)):
-                    raise ValueError(f"`{field.name}` must be {wanted}, got {value!r}")
+                require(is_number and allowed.holds(value), field.name, allowed.wanted, value)
 
 
 # Features.
@@ -47,7 +44,7 @@ class _Checked:
 
 @dataclasses.dataclass(frozen=True)
 class TanhFeatures:
-    """The tanh of d0, r0 and g (paper), which late in training, when all are tiny, is like zero."""
+    """The tanh of d0, r0 and g (paper). Late in training, when all three are tiny, it is as good as zero."""
 
     count: ClassVar[int] = 3
 
@@ -62,16 +59,16 @@ class TanhFeatures:
 
 @dataclasses.dataclass(frozen=True)
 class LogFeatures(_Checked):
-    """Two features per quantity, clipped log magnitude and clipped scaled value, which tell 1e-3 from 1e-6.
+    """The clipped log magnitude and the clipped scaled value of every quantity, which tell 1e-3 from 1e-6.
 
     Args:
       log_range: magnitudes from ``exp(-log_range)`` to 1 are resolved; > 0.
-      has_shared: also the log of each quantity's root mean square over all parameters.
+      has_shared: add the log of each quantity's root mean square over all parameters.
 
     Source: Andrychowicz et al. 2016, appendix A.
     """
 
-    log_range: float = _positive(16.0)
+    log_range: float = _number(16.0, POSITIVE)
     has_shared: bool = True
 
     @property
@@ -97,7 +94,7 @@ class LogFeatures(_Checked):
         return jnp.stack([self._log_magnitude(trees.root_mean_square(tree)) for tree in inputs])
 
     def _log_magnitude(self, magnitude: jax.Array) -> jax.Array:
-        """-1 at and below exp(-log_range), 0 at 1, at most 1."""
+        """Returns -1 at and below exp(-log_range), 0 at 1, at most 1."""
         smallest = math.exp(-self.log_range)
         return jnp.clip(jnp.log(jnp.maximum(magnitude, smallest)) / self.log_range, -1.0, 1.0)
 
@@ -109,7 +106,7 @@ class LogFeatures(_Checked):
 class Softplus(_Checked):
     """``softplus(scale * output + c)`` (paper), ``initial`` where the output is zero; ``scale`` > 0."""
 
-    scale: float = _positive(1.0)
+    scale: float = _number(1.0, POSITIVE)
 
     def __call__(self, output: jax.Array, initial: float) -> jax.Array:
         """Returns positive values."""
@@ -119,13 +116,13 @@ class Softplus(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Exponential(_Checked):
-    """``initial * exp(scale * output)``, which reaches several decades; ``scale`` > 0."""
+    """``initial * exp(scale * output)``, which spans many decades; ``scale`` > 0."""
 
-    scale: float = _positive(3.0)
+    scale: float = _number(3.0, POSITIVE)
 
     def __call__(self, output: jax.Array, initial: float) -> jax.Array:
         """Returns positive values."""
-        # exp(+-30) keeps every later product of such values inside float32.
+        # Between exp(-30) and exp(30) no later product of such values leaves float32.
         return jnp.exp(jnp.clip(self.scale * output + math.log(initial), -30.0, 30.0))
 
 
@@ -136,18 +133,18 @@ class Exponential(_Checked):
 class Unit(_Checked):
     """The unit of s and P, ``rms(g)^gradient_power / rms(w0)^parameter_power`` over all parameters.
 
-    Near a minimum of a cross-entropy the GGN shrinks with the loss. A damping that shrinks with the
-    gradient, as in regularised Newton methods (Fan and Yuan 2005), keeps its size relative to it. With both
-    powers 1 the unit has the dimension of curvature, loss over parameter squared, and the outputs mean the
-    same on wide networks, whose parameters are smaller, as on narrow ones. The size of the parameters is
-    measured at the start: a damping that sinks as they grow lets the noise of mini-batches in.
+    Near a minimum of a cross-entropy the GGN shrinks with the loss. A damping that shrinks with the gradient,
+    as in regularised Newton methods (Fan and Yuan 2005), keeps its size relative to the GGN. With both powers
+    1 the unit has the dimension of curvature, loss over parameter squared. The outputs then mean the same on
+    wide networks, whose parameters are smaller, as on narrow ones. The size of the parameters is measured at
+    the start: a damping that sinks as they grow would let the noise of mini-batches in.
 
     Args:
       gradient_power: 0 for the paper.
       parameter_power: 0 for the paper.
-      gradient_floor: smallest root mean square of the gradient. Without it the steps of a training whose
-        gradient is rounding noise stay long, and it jumps away.
-      parameter_floor: smallest root mean square of the parameters.
+      gradient_floor: smallest root mean square of the gradient that counts. Without it a training whose
+        gradient is rounding noise keeps taking long steps, and jumps away.
+      parameter_floor: smallest root mean square of the parameters that counts.
 
     Raises:
       ValueError: for a negative power or a floor that is not positive.
@@ -157,10 +154,10 @@ class Unit(_Checked):
       2.0
     """
 
-    gradient_power: float = _at_least_zero(1.0)
-    parameter_power: float = _at_least_zero(0.0)
-    gradient_floor: float = _positive(units.COORDINATE_NOISE_FLOOR)
-    parameter_floor: float = _positive(units.PARAMETER_FLOOR)
+    gradient_power: float = _number(1.0, NOT_NEGATIVE)
+    parameter_power: float = _number(0.0, NOT_NEGATIVE)
+    gradient_floor: float = _number(units.COORDINATE_NOISE_FLOOR, POSITIVE)
+    parameter_floor: float = _number(units.PARAMETER_FLOOR, POSITIVE)
 
     def __call__(self, gradient: chex.ArrayTree, initial_rms: jax.Array) -> jax.Array:
         """Returns a positive scalar; 1 where both powers are 0."""
@@ -192,7 +189,7 @@ class Multiply:
 
 @dataclasses.dataclass(frozen=True)
 class Jacobi:
-    """Divides by ``s + P``: LSTM_p estimates the diagonal of the GGN alone, as the damping is known."""
+    """Divides by ``s + P``. The damping is known, so LSTM_p has only the diagonal of the GGN to estimate."""
 
     def __call__(self, values: chex.ArrayTree, damping: chex.ArrayTree) -> Quotient:
         """Returns the preconditioner."""
@@ -211,9 +208,9 @@ _KINDS: dict[str, tuple[type, ...]] = {
 class Settings(_Checked):
     """What the LSTMs see and what their outputs mean.
 
-    The defaults are what measurement chose on handwritten digits: with tanh features, softplus and an
-    absolute scale (:data:`PAPER_SETTINGS`) the LSTMs cannot tell late training from early, keep the
-    damping that was right early, and late losses stay orders of magnitude higher.
+    The defaults did best on handwritten digits. With tanh features, softplus and an absolute scale
+    (:data:`PAPER_SETTINGS`) the LSTMs cannot tell late training from early. They keep the damping that was
+    right early, and late losses stay orders of magnitude higher.
 
     Args:
       features: :class:`TanhFeatures` (paper) or :class:`LogFeatures`.
@@ -239,9 +236,9 @@ class Settings(_Checked):
     output: Softplus | Exponential = Exponential()
     unit: Unit = Unit()
     preconditioner: Divide | Multiply | Jacobi = Jacobi()
-    initial_damping: float = _positive(30.0)
-    initial_preconditioner: float = _positive(30.0)
-    damping_floor: float = _at_least_zero(0.0)
+    initial_damping: float = _number(30.0, POSITIVE)
+    initial_preconditioner: float = _number(30.0, POSITIVE)
+    damping_floor: float = _number(0.0, NOT_NEGATIVE)
     sees_current_residual: bool = False
 
     def __post_init__(self):
@@ -292,4 +289,4 @@ PAPER_SETTINGS = Settings(
 AUTHORS_SETTINGS = dataclasses.replace(
     PAPER_SETTINGS, damping_floor=2e-5, preconditioner=Multiply(), sees_current_residual=True
 )
-"""The method as the authors' code has it."""
+"""The method as in the authors' code."""

@@ -107,11 +107,3 @@ def test_curves_are_means_over_seeds_and_stretches():
     metrics = lines([1.0, 3.0])
     metrics[0]["l_p"] = None  # as JSON has what was not finite
     assert report.summarise(last, [metrics], points=1)["l_p"] == [3.0]
-
-
-def test_the_figure_is_drawn(tmp_path):
-    same = {"l_p_ratio": 0.25, "residual_ratio": 0.5}
-    summary = lambda one: report.summarise(one, [lines([-1.0, -2.0])]) | {"on_same_systems": same}
-    content = {"results": [summary(one) for one in script.CONFIGURATIONS], "damping_alone": same}
-    report.save_drawing(tmp_path / "figure.png", report.draw, content)
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

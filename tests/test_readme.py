@@ -69,7 +69,7 @@ def test_the_table_of_the_info_names_its_fields():
 
 
 def test_the_numbers_are_those_of_the_results():
-    script = [sys.executable, str(ROOT / "benchmarks" / "readme_tables.py"), "--check"]
+    script = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
     done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

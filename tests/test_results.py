@@ -23,7 +23,7 @@ from mlhf_optax.experiments.results import best_at, frame_of, leaders
 from mlhf_optax.experiments.tables import format_loss, format_ratio, losses_by_time, table_steps
 
 STEPS = [1, 10, 30, 100]
-SHIPPED = Path(__file__).parents[1] / "benchmarks" / "results"
+SHIPPED = Path(__file__).parents[1] / "benchmarks" / "paper" / "results"
 
 
 def entry(name, losses, accuracy=0.9, seconds=1e-3, steps=STEPS, **setting):

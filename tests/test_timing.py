@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 import pytest
 from blobs import SGD, TASK
-from experiment import BenchmarkOptions, command_line, parse_options
 
 from mlhf_optax.experiments import timing
 from mlhf_optax.experiments.origin import origin_line, with_origin, write_json
+from mlhf_optax.experiments.scripts import BenchmarkOptions, command_line, in_fresh_process, parse_options
 from mlhf_optax.experiments.timing import Timing, interleaved, seconds_per_step
 
 
@@ -112,7 +112,7 @@ def test_every_optimizer_is_timed():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--repeats", "0"], "`repeats` must be at least 1, got 0"),
         (["--repeats", "many"], "many"),
         (["--nonsense"], "--nonsense"),
     ],
@@ -124,10 +124,11 @@ def test_wrong_options_end_the_script_with_what_is_wanted(arguments, message, ca
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_command_is_the_one_to_type(monkeypatch):
+def test_the_command_is_the_one_to_type(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["anything.py", "--json", "a b.json"])
-    assert command_line("/somewhere/x.py") == "python benchmarks/x.py --json 'a b.json'"
-    assert command_line("x.py", []) == "python benchmarks/x.py"
+    monkeypatch.chdir(tmp_path)
+    assert command_line(str(tmp_path / "speed" / "x.py")) == "python speed/x.py --json 'a b.json'"
+    assert command_line("x.py", []) == "python x.py"
     machine = {"backend": "cpu", "cpu": "Processor", "cores": 1}
     content = {"machine": machine, "versions": {"jax": "1", "python": "3"}, "date": "2026-11-21T00:00"}
     assert origin_line(content | {"command": "c"}) == "`c`; Processor, 1 core; jax 1, Python 3; 2026-11-21."
@@ -141,3 +142,13 @@ def test_json_is_written_whole_into_a_new_folder(tmp_path):
     write_json(path, content)
     assert json.loads(path.read_text()) == content
     assert [file.name for file in path.parent.iterdir()] == ["report.json"]
+
+
+def test_what_a_process_of_its_own_prints_last_is_returned_and_its_failure_reported(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os, sys; print('noise'); n = json.loads(sys.argv[2]); print(1 / n, os.environ['A'])"
+    )
+    with pytest.raises(RuntimeError, match=r"(?s)measuring 0 ended with status 1 .*ZeroDivisionError"):
+        in_fresh_process(str(script), 0)
+    assert in_fresh_process(str(script), 2, {"A": ""}) == 0.5

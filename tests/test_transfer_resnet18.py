@@ -17,5 +17,5 @@ def test_a_shortened_task_has_the_first_examples_and_all_others_parts():
 
 @pytest.mark.parametrize("count", [0, TASK.batch_size - 1, 31])
 def test_too_few_and_too_many_examples_are_refused(count):
-    with pytest.raises(ValueError, match=f"between the batch size, 8, and 30, .* got {count}"):
+    with pytest.raises(ValueError, match=f"from the batch size, 8, to 30, the number of images, got {count}"):
         script.shortened(TASK, count)

@@ -61,9 +61,13 @@ def comparison_markdown(comparison: Comparison, unit: Unit = "step") -> list[str
 
     By epochs, rows compare at equal time, too.
     """
+    return markdown_table(comparison_rows(comparison, unit))
+
+
+def comparison_rows(comparison: Comparison, unit: Unit = "step") -> list[list[str]]:
+    """Returns the cells of :func:`comparison_markdown`, the head first."""
     rows = _rows(comparison.curves(), unit, show_all=False, at_end=True)
-    bold = lambda row: [f"**{cell}**" if is_good else cell for cell, is_good in row.marked()]
-    return markdown_table([bold(row) for row in rows])
+    return [[f"**{cell}**" if is_good else cell for cell, is_good in row.marked()] for row in rows]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -109,6 +113,11 @@ def format_ratio(own: float, best: float) -> str:
     if not best > 0:
         return "-"
     return f"{own / best:.2f}" if 0.1 <= own / best < 10 else f"{own / best:.2g}"
+
+
+def bold_ratio(own: float, best: float = 1.0) -> str:
+    """Writes one loss as a multiple of another, bold where it is the lower one."""
+    return f"**{format_ratio(own, best)}**" if own < best else format_ratio(own, best)
 
 
 def _rows(curves: Sequence[Curve], unit: Unit, show_all: bool, at_end: bool = False) -> list[_Row]:

@@ -32,11 +32,12 @@ class Example(NamedTuple):
         for library in self.needs:
             if importlib.util.find_spec(library) is None:
                 pytest.skip(f"{library} is not installed")
-        precision = jax.config.jax_enable_x64
+        before = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_compilation_cache_dir")}
         try:
             exec(compile(self.code, str(self.page), "exec"), {"__name__": "__main__"})
         finally:
-            jax.config.update("jax_enable_x64", precision)  # some of them ask for doubles
+            for name, value in before.items():  # which some of them set
+                jax.config.update(name, value)
         return [float(number) for number in re.findall(r"loss (\S+)", capsys.readouterr().out)]
 
     def parameter(self):

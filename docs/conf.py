@@ -1,5 +1,6 @@
 """How the pages are built: `sphinx-build -W -n docs docs/_build`. Warnings are errors; nothing is fetched."""
 
+import contextlib
 import pkgutil
 import sys
 from pathlib import Path
@@ -36,11 +37,11 @@ nitpick_ignore_regex = [("py:.*", r"(?!mlhf_optax).*")]
 def _name_in_code(app, env, node, contnode):
     """Shows a name of the project that has no entry in the reference as code, if there is such a thing."""
     module, _, name = node["reftarget"].rpartition(".")
-    try:
-        pkgutil.resolve_name(f"{module}:{name}" if module else name)
-    except (ImportError, AttributeError, ValueError):
-        return None
-    return contnode
+    for way in (f"{module}:{name}", node["reftarget"]):
+        with contextlib.suppress(ImportError, AttributeError, ValueError):
+            pkgutil.resolve_name(way)
+            return contnode
+    return None
 
 
 def setup(app):

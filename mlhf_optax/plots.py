@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from mlhf_optax.damped_step import StepInfo
+from mlhf_optax.step_info import StepInfo
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ import runpy
 from pathlib import Path
 
 import pytest
-from examples import find_examples
+from examples import find_examples, find_links
 
 import mlhf_optax
 from mlhf_optax import learned, list_pretrained
@@ -13,7 +13,9 @@ from mlhf_optax import learned, list_pretrained
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = sorted(DOCS.glob("**/[!_]*.md"))
+PAGES = sorted(
+    page for page in DOCS.glob("**/*.md") if "_" not in {part[0] for part in page.relative_to(DOCS).parts}
+)
 EXAMPLES = [example for page in PAGES for example in find_examples(page)]
 
 
@@ -40,6 +42,22 @@ def test_every_public_name_is_in_the_reference():
     listed = set(re.findall(r":: mlhf_optax\.(\w+)$", text, re.M))
     public = {name for name in vars(mlhf_optax) if name[0] != "_" and callable(getattr(mlhf_optax, name))}
     assert public | {"PAPER_SETTINGS", "AUTHORS_SETTINGS", "TrainState"} <= listed
+
+
+def test_the_walks_through_the_code_lead_through_what_is_there():
+    package = Path(mlhf_optax.__file__).parent
+    rows = re.findall(r"\| `([\w/]+\.py)` \| `(\w+)` \|", (DOCS / "layout.md").read_text(encoding="utf-8"))
+    assert len(rows) == 12
+    for file, name in rows:
+        assert re.search(rf"^ *(def|class) {name}\b", (package / file).read_text(encoding="utf-8"), re.M), (
+            name
+        )
+
+
+def test_links_of_the_pages_lead_somewhere():
+    for page in PAGES:
+        for target in find_links(page):
+            assert (page.parent / target).is_file(), f"{page.name} links to {target}, which is not there"
 
 
 def test_there_is_a_card_for_each_set_of_meta_parameters(tmp_path):

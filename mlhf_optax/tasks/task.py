@@ -75,7 +75,7 @@ class Task:
         return self.load_data()
 
     def draw(self, key: chex.PRNGKey, shape: tuple[int, ...]) -> chex.ArrayTree:
-        """Returns mini-batches for meta-training, leaves ``(*shape, meta_batch_size, ...)``; not augmented."""
+        """Returns batches for meta-training, not augmented; leaves ``(*shape, meta_batch_size, ...)``."""
         return sample_batches(self.data.meta_train, key, (*shape, self.meta_batch_size))
 
     @property

@@ -103,7 +103,7 @@ def loss_and_ggn(
     if not jax.tree.leaves(params):
         raise ValueError("`params` has no arrays, so there is no curvature to take; pass parameters")
     # What differs from device to device has derivatives of its own on each; they are averaged once, below.
-    params = placement.vary(params, axis_name)
+    params = placement.mark_varying(params, axis_name)
     outputs, push_forward = jax.linearize(lambda p: predict_fn(p, batch), params)
     _check_scalar_loss(loss_fn, outputs, batch)
     pull_back = jax.linear_transpose(push_forward, params)
@@ -111,7 +111,7 @@ def loss_and_ggn(
 
     def matvec(vector: chex.ArrayTree) -> chex.ArrayTree:
         # v -> J v -> H_l J v -> J^T H_l J v
-        product = pull_back(curvature(push_forward(placement.vary(vector, axis_name))))[0]
+        product = pull_back(curvature(push_forward(placement.mark_varying(vector, axis_name))))[0]
         return placement.mean_over(product, axis_name)
 
     return placement.mean_over(loss_fn(outputs, batch), axis_name), matvec

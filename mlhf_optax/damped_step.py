@@ -103,7 +103,7 @@ def _just_solve(solve: SolveFn, signal: Any) -> tuple[Solved, Any]:
 
 def init_state(controller: Controller, params: chex.ArrayTree) -> DampedStepState:
     """Returns the state before the first step; each leaf has its own buffer, so that it may be donated."""
-    placement.on_mesh_of(params, ())  # an error of its own, where the parameters lie on several meshes
+    placement.copied_to_mesh_of(params, ())  # an error of its own, where the parameters lie on several meshes
     vector = lambda is_kept: jax.tree.map(placement.zeros_like, params) if is_kept else ()
     state = DampedStepState(
         count=jnp.zeros((), jnp.int32),
@@ -114,7 +114,7 @@ def init_state(controller: Controller, params: chex.ArrayTree) -> DampedStepStat
         initial_rms=jnp.array(trees.root_mean_square(params)),
         info=initial_info(),
     )
-    return placement.on_mesh_of(params, state)
+    return placement.copied_to_mesh_of(params, state)
 
 
 def linearize(

@@ -306,7 +306,7 @@ def test_pieces_of_work_are_shared_out_and_come_back_in_order(count):
         calls.append(part.shape[0])
         return 2 * part, part.sum((1, 2))
 
-    shared = jax.jit(functools.partial(placement.share_out, work))
+    shared = jax.jit(functools.partial(placement.split_over_devices, work))
     twice, total = shared(jax.device_put(pieces, PLACED(P())))
     assert set(calls) == {-(-count // 8)}
     np.testing.assert_allclose(twice, 2 * pieces)

@@ -142,7 +142,7 @@ def test_bound_momentum_and_decay_are_those_of_the_other_optimizers():
             "`metric` must be one of 'identity', 'diagonal', 'kronecker' or a Metric, got 'adam'",
         ),
         ({"num_cg_steps": 0}, ValueError, "`num_cg_steps` must be at least 1"),
-        ({"max_update_ratio": -1}, ValueError, "`max_update_ratio` must be positive"),
+        ({"max_update_ratio": -1}, ValueError, "`max_update_ratio` must be a positive number"),
         ({"predict_fn": 3}, TypeError, "`predict_fn` must be a function, got int"),
     ],
 )

@@ -201,8 +201,8 @@ def test_meta_parameters_that_do_not_know_a_layer_type_are_an_error():
         ({"num_cg_steps": 4.0}, TypeError, "`num_cg_steps` must be a Python int"),
         ({"num_cg_steps": 0}, ValueError, "`num_cg_steps` must be at least 1"),
         ({"curvature_batch_size": 1.5}, ValueError, "`curvature_batch_size` as a fraction"),
-        ({"max_update_ratio": 0.0}, ValueError, "`max_update_ratio` must be positive"),
-        ({"momentum": 1.0}, ValueError, r"`momentum` must be in \[0, 1\), or None for none, got 1.0"),
+        ({"max_update_ratio": 0.0}, ValueError, "`max_update_ratio` must be a positive number"),
+        ({"momentum": 1.0}, ValueError, r"`momentum` must be in \[0, 1\), or None, got 1.0"),
     ],
 )
 def test_an_argument_of_a_wrong_type_or_range_is_an_error_that_names_it(wrong, error, message):

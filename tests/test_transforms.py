@@ -212,17 +212,17 @@ def test_bounds_that_are_not_positive_and_decays_out_of_range_are_errors():
     for make in (limit_update_ratio, lambda r: after_solve(1.0, max_update_ratio=r)):
         for ratio in (0, -0.5, float("nan")):
             with pytest.raises(
-                ValueError, match="`max_update_ratio` must be positive, or None for no bound, "
+                ValueError, match="`max_update_ratio` must be a positive number, or None, got"
             ):
                 make(ratio)
     for growth in (0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="`max_growth` must be positive, or None for no bound, got"):
+        with pytest.raises(ValueError, match="`max_growth` must be a positive number, or None, got"):
             after_solve(1.0, max_growth=growth)
     for decay in (0, 1.0, float("nan")):
-        with pytest.raises(ValueError, match=r"`decay` must be in \(0, 1\), got"):
+        with pytest.raises(ValueError, match="`decay` must be strictly between 0 and 1, got"):
             limit_growth(decay=decay)
     for momentum in (-0.1, 1.0, float("nan")):
-        with pytest.raises(ValueError, match=r"`momentum` must be in \[0, 1\), or None for none, got"):
+        with pytest.raises(ValueError, match=r"`momentum` must be in \[0, 1\), or None, got"):
             average_updates(momentum)
 
 

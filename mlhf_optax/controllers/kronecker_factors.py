@@ -166,7 +166,7 @@ def average_sides(sides: Sides, gradient: jax.Array, decay: float) -> Sides:
     """Adds the outer products of a gradient to the running means."""
     matrix = gradient.astype(jnp.float32).reshape(matrix_shape(gradient.shape))
     if all(side.factor.shape[0] == 1 for side in sides):
-        matrix = placement.on_all(matrix)  # no larger than the factors; else it would be gathered twice
+        matrix = placement.replicated(matrix)  # no larger than the factors; else it would be gathered twice
 
     def averaged(side: Side, x: jax.Array) -> Side:
         rows = _blocked(x, side.factor)
@@ -201,7 +201,7 @@ def refresh_sides(
     if not matrices:  # parameters that are all vectors
         return []
     pairs = [(sides, jnp.asarray(power, jnp.float32)) for sides, power in zip(matrices, powers, strict=True)]
-    shared = functools.partial(placement.share_out, _decomposed, axis_name=axis_name)
+    shared = functools.partial(placement.split_over_devices, _decomposed, axis_name=axis_name)
     fresh = cond_under_vmap(
         is_due,
         functools.partial(_refreshed, floor, shared),
@@ -209,7 +209,7 @@ def refresh_sides(
         pairs,
     )
     # Else the compiler would keep the factors of sharded gradients sharded, and gather them at every use.
-    return [jax.tree.map(placement.on_all, sides) for sides, _ in fresh]
+    return [jax.tree.map(placement.replicated, sides) for sides, _ in fresh]
 
 
 def times_sides(sides: Sides, vector: jax.Array, inverse: bool = False) -> jax.Array:

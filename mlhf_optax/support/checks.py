@@ -22,6 +22,7 @@ NOT_NEGATIVE = Range("a number >= 0", lambda x: 0 <= x < math.inf)
 FROM_ONE = Range("at least 1", lambda x: 1 <= x < math.inf)
 SHARE = Range("in [0, 1]", lambda x: 0 <= x <= 1)
 DECAY = Range("in [0, 1)", lambda x: 0 <= x < 1)
+INSIDE_0_1 = Range("strictly between 0 and 1", lambda x: 0 < x < 1)
 POSITIVE_SHARE = Range("in (0, 1]", lambda x: 0 < x <= 1)
 SEED = Range("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)
 

@@ -1,8 +1,8 @@
 """Which parameter is of which layer type.
 
-MLHF has one set of LSTM weights per layer type, shared by all coordinates of that type (paper,
-section 3). A type is read off the parameter tree: names and ranks of a parameter and its siblings.
-Understood as they are: Flax linen dicts, Flax nnx states, Haiku and Equinox names.
+MLHF has one set of LSTM weights for each layer type, which all coordinates of that type share (paper,
+section 3). The type follows from the parameter tree: the names and ranks of a parameter and its siblings.
+Names of Flax linen, Flax nnx, Haiku and Equinox are understood.
 """
 
 import re
@@ -122,7 +122,7 @@ def check_params(params: chex.ArrayTree, name: str) -> None:
 
 
 def check_leaves(params: chex.ArrayTree, name: str) -> None:
-    """As :func:`check_params`, for optimizers that work on part of a model's parameters, too."""
+    """Checks as :func:`check_params`, for optimizers that can work on part of a model's parameters."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
         where = f"`{name}` cannot train the parameter '{path_text(path)}'"
@@ -183,7 +183,7 @@ def _unknown(path: str, shape) -> str:
 
 
 def _names(path: tuple) -> list[str]:
-    """The entries of a path up to the one that names the parameter (nnx puts the array under `value`)."""
+    """Returns the entries of a path up to the parameter's name (nnx puts the array under `value`)."""
     names = [path_text((entry,)) for entry in path] or [""]
     while len(names) > 1 and names[-1] in ("value", "raw_value"):
         names.pop()

@@ -1,4 +1,9 @@
-"""Where arrays lie when there are several devices: beside the parameters."""
+"""Where arrays lie when there are several devices: state beside its parameters, small things on all.
+
+Code runs on several devices in two ways. Under ``jax.jit`` arrays lie on a mesh, and the program is that of
+all devices together. In ``jax.shard_map`` and ``jax.pmap`` it is that of one device, and ``axis_name`` names
+the axis that it is mapped over.
+"""
 
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -32,14 +37,14 @@ def zeros_like(param: Any, dtype: Any = None, leading: tuple[int, ...] = ()) -> 
         zeros = jnp.zeros_like(param, dtype)
         return jnp.broadcast_to(zeros, (*leading, *jnp.shape(param))) if leading else zeros
     like = jnp.broadcast_to(param, (*leading, *param.shape))
-    # A constant depends on nothing, so the compiler would give every device all of it.
-    return _laid_like(like, jnp.zeros_like(like, dtype))
+    # A constant depends on nothing, so by itself the compiler would put all of it on every device.
+    return _placed_as(like, jnp.zeros_like(like, dtype))
 
 
 def placed_like(old: Any, new: Any) -> Any:
-    """Returns the next state, each array of it on the devices as the old one lies.
+    """Returns the next state with each array on the devices where the old one lies.
 
-    Otherwise the compiler chooses, and a step whose state lies differently is compiled again.
+    Otherwise the compiler chooses, and a step whose state lies elsewhere is compiled again.
 
     Args:
       old: the state that a step got.
@@ -50,28 +55,28 @@ def placed_like(old: Any, new: Any) -> Any:
         is_traced = isinstance(before, Tracer) and isinstance(after, Tracer)
         if not is_traced or after.ndim == 0 or before.shape != after.shape:
             return after
-        return _laid_like(before, after)
+        return _placed_as(before, after)
 
     return jax.tree.map(one, old, new)
 
 
-def _laid_like(like: jax.Array, values: jax.Array) -> jax.Array:
+def _placed_as(like: jax.Array, values: jax.Array) -> jax.Array:
     """Returns the values, traced, on the devices as an array of the same shape lies."""
     mesh = _mesh_of(like)
     if mesh is None:
         return values
     if jax.sharding.AxisType.Explicit in mesh.axis_types:
-        return _laid(values, mesh, jax.typeof(like).sharding.spec)
-    # The compiler puts what it chooses between in one place. That the choice is always the same it learns
-    # only after it has decided what lies where, and then there is nothing left to choose.
+        return _constrained(values, mesh, jax.typeof(like).sharding.spec)
+    # XLA places both branches of a choice alike, and learns only later that the condition is constant: the
+    # choice costs nothing.
     always = lax.optimization_barrier(jnp.array(True))
     return jnp.where(always, values, lax.stop_gradient(like).astype(values.dtype))
 
 
-def on_mesh_of(params: chex.ArrayTree, state: Any) -> Any:
-    """Returns the state with what lies on no mesh copied to every device of the parameters' mesh.
+def copied_to_mesh_of(params: chex.ArrayTree, state: Any) -> Any:
+    """Returns the state, of which arrays on no mesh are copied to every device of the parameters' mesh.
 
-    A step returns all of its state on the mesh. A counter that began elsewhere would have the second step
+    A step returns all of its state on the mesh. If a counter began elsewhere, the second step would be
     compiled again.
 
     Args:
@@ -103,7 +108,7 @@ def on_mesh_of(params: chex.ArrayTree, state: Any) -> Any:
 def num_shards(array: Any) -> int:
     """Returns over how many shards the first axis of an array is cut, 1 where that is not known.
 
-    ``jit`` does not tell where arrays lie, but on meshes with explicit axes.
+    Under ``jit`` it is known only on meshes with explicit axes.
     """
     if not isinstance(array, jax.Array):
         return 1
@@ -115,34 +120,36 @@ def num_shards(array: Any) -> int:
 
 
 def is_on_mesh(array: jax.Array) -> bool:
-    """Returns whether it is known, of an array that ``jit`` traces, that it lies on several devices."""
+    """Returns whether an array that ``jit`` traces is known to lie on several devices."""
     mesh = _mesh_of(array)
     return mesh is not None and mesh.size > 1
 
 
-def on_all(array: jax.Array) -> jax.Array:
-    """Returns the array as one that lies whole on every device of its mesh, itself if its mesh is not known.
+def replicated(array: jax.Array) -> jax.Array:
+    """Returns the array whole on every device of its mesh, unchanged if its mesh is not known.
 
-    What is small costs less to have on every device than to gather wherever it is used.
+    A small array costs less on every device than gathered wherever it is used.
 
     Example:
-      >>> on_all(jnp.ones(3))
+      >>> replicated(jnp.ones(3))
       Array([1., 1., 1.], dtype=float32)
     """
     mesh = _mesh_of(array)
-    return array if mesh is None else _laid(array, mesh, jax.P())
+    return array if mesh is None else _constrained(array, mesh, jax.P())
 
 
-def share_out(function: Callable[[jax.Array], Any], pieces: jax.Array, axis_name: AxisName = None) -> Any:
-    """Returns ``function(pieces)``, for which each device works on its own share of the pieces.
+def split_over_devices(
+    function: Callable[[jax.Array], Any], pieces: jax.Array, axis_name: AxisName = None
+) -> Any:
+    """Returns ``function(pieces)``, to which each device contributes its own share of the pieces.
 
-    Under ``jit`` the devices are those of the mesh that the pieces lie on, which JAX tells by their type. In
-    ``jax.shard_map`` and ``jax.pmap`` nothing tells whether devices have the same pieces; ``axis_name`` does.
-    Where neither is known the function is called on all pieces.
+    Under ``jit`` the devices are those of the mesh that the pieces lie on, which their type tells. In
+    ``jax.shard_map`` and ``jax.pmap`` only ``axis_name`` can tell that devices have the same pieces. Where
+    neither is known, the function is called on all pieces.
 
     Args:
       function: maps an array of shape (m, ...) to arrays with m entries along their first axes, piece by
-        piece, for any m. Zeros are pieces, too: they fill up shares.
+        piece, for any m. It must work on zeros, with which shares are filled up.
       pieces: shape (n, ...), the same on all devices.
       axis_name: the axis, or axes, along which code is mapped and the pieces are the same.
 
@@ -150,40 +157,40 @@ def share_out(function: Callable[[jax.Array], Any], pieces: jax.Array, axis_name
       What the function returns, with n entries, whole on every device.
 
     Example:
-      >>> share_out(jnp.linalg.inv, jnp.array([[[2.0]], [[4.0]]])).ravel()
+      >>> split_over_devices(jnp.linalg.inv, jnp.array([[[2.0]], [[4.0]]])).ravel()
       Array([0.5 , 0.25], dtype=float32)
     """
     if axis_name is not None:
-        return _shared_along(axis_name, function, pieces)
+        return _split_over_axis(axis_name, function, pieces)
     mesh = _mesh_of(pieces)
-    return function(pieces) if mesh is None or mesh.size == 1 else _shared_over(mesh, function, pieces)
+    return function(pieces) if mesh is None or mesh.size == 1 else _split_over_mesh(mesh, function, pieces)
 
 
-def _shared_along(axis_name: AxisName, function: Callable[[jax.Array], Any], pieces: jax.Array) -> Any:
-    filled = _filled(pieces, lax.axis_size(axis_name))
-    share = filled.shape[0] // lax.axis_size(axis_name)
+def _split_over_axis(axis_name: AxisName, function: Callable[[jax.Array], Any], pieces: jax.Array) -> Any:
+    padded = _padded(pieces, lax.axis_size(axis_name))
+    share = padded.shape[0] // lax.axis_size(axis_name)
     first = lax.axis_index(axis_name) * share
 
     def gathered(part: jax.Array) -> jax.Array:
-        # A sum, as by its type it is the same on all devices, which gathered parts are not.
-        own = vary(jnp.zeros((filled.shape[0], *part.shape[1:]), part.dtype), axis_name)
+        # A sum, since its type says that it is the same on all devices; that of gathered parts does not.
+        own = mark_varying(jnp.zeros((padded.shape[0], *part.shape[1:]), part.dtype), axis_name)
         own = lax.dynamic_update_slice_in_dim(own, part, first, 0)
         return sum_over(own, axis_name)[: pieces.shape[0]]
 
-    return jax.tree.map(gathered, function(lax.dynamic_slice_in_dim(filled, first, share)))
+    return jax.tree.map(gathered, function(lax.dynamic_slice_in_dim(padded, first, share)))
 
 
-def _shared_over(
+def _split_over_mesh(
     mesh: jax.sharding.AbstractMesh, function: Callable[[jax.Array], Any], pieces: jax.Array
 ) -> Any:
     cut = jax.P(mesh.axis_names)
-    # What comes before would otherwise be cut, too, and moved from device to device.
-    filled = _filled(_laid(pieces, mesh, jax.P()), mesh.size)
-    parts = jax.shard_map(function, mesh=mesh, in_specs=cut, out_specs=cut)(_laid(filled, mesh, cut))
-    return jax.tree.map(lambda part: _laid(part, mesh, jax.P())[: pieces.shape[0]], parts)
+    # Whole first: XLA would otherwise cut what comes before, too, and move it from device to device.
+    padded = _padded(_constrained(pieces, mesh, jax.P()), mesh.size)
+    parts = jax.shard_map(function, mesh=mesh, in_specs=cut, out_specs=cut)(_constrained(padded, mesh, cut))
+    return jax.tree.map(lambda part: _constrained(part, mesh, jax.P())[: pieces.shape[0]], parts)
 
 
-def _filled(pieces: jax.Array, size: int) -> jax.Array:
+def _padded(pieces: jax.Array, size: int) -> jax.Array:
     """Returns the pieces, with zeros at the end that make their number a multiple of ``size``."""
     return jnp.pad(pieces, [(0, -pieces.shape[0] % size)] + [(0, 0)] * (pieces.ndim - 1))
 
@@ -196,9 +203,9 @@ def _mesh_of(array: Any) -> jax.sharding.AbstractMesh | None:
     return None if jax.sharding.AxisType.Manual in mesh.axis_types else mesh
 
 
-def _laid(array: jax.Array, mesh: jax.sharding.AbstractMesh, spec: jax.P) -> jax.Array:
+def _constrained(array: jax.Array, mesh: jax.sharding.AbstractMesh, spec: jax.P) -> jax.Array:
     sharding = jax.NamedSharding(mesh, spec)
-    # Where axes are explicit the type of an array says where it lies, and a constraint only checks it.
+    # With explicit axes the type of an array says where it lies, and a constraint would only check that.
     is_explicit = jax.sharding.AxisType.Explicit in mesh.axis_types
     return (jax.sharding.reshard if is_explicit else lax.with_sharding_constraint)(array, sharding)
 
@@ -226,8 +233,8 @@ def check_averaged(gradient: chex.ArrayTree, axis_name: AxisName) -> None:
         )
 
 
-def vary(tree: Any, axis_name: AxisName) -> Any:
-    """Returns the tree marked as one that differs along the axis, so that derivatives by it are local."""
+def mark_varying(tree: Any, axis_name: AxisName) -> Any:
+    """Returns the tree marked as different along the axis, so that derivatives by it are local."""
     if axis_name is None:
         return tree
 

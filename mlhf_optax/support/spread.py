@@ -1,4 +1,4 @@
-"""Spreads many trainings over the devices of a mesh, also of several processes."""
+"""Spreads many trainings over the devices of a mesh, which may belong to several processes."""
 
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -35,7 +35,7 @@ class Spread(NamedTuple):
     @property
     def _cut(self) -> jax.P:
         first, *others = self.axis_name
-        # A tuple of one name is the same, but for the cache of compiled programs.
+        # A tuple of one name means the same, but the cache of compiled programs tells them apart.
         return jax.P(self.axis_name if others else first)
 
     def per_device(self, function: Callable, is_cut: Sequence[bool], is_result_cut: Any) -> Callable:
@@ -52,7 +52,7 @@ class Spread(NamedTuple):
             mesh=self.mesh,
             in_specs=tuple(map(spec, is_cut)),
             out_specs=jax.tree.map(spec, is_result_cut),
-            # Models and optimizers have loops that begin at constants, which JAX refuses where it checks what
+            # Loops of models and optimizers begin at constants, and JAX refuses them where it checks what
             # differs from device to device.
             check_vma=False,
         )
@@ -63,11 +63,11 @@ class Spread(NamedTuple):
         return type(state)(*map(self.put, state, shardings))
 
     def of_fields(self, kind: Any, cut: Sequence[str]) -> Any:
-        """Returns a named tuple of that kind which holds the sharding of every field."""
+        """Returns the sharding of every field, as a named tuple of that kind."""
         return kind(*(self.cut if name in cut else self.whole for name in kind._fields))
 
     def put(self, tree: Any, sharding: jax.NamedSharding) -> Any:
-        """Returns arrays placed so; of several processes each has all of them, and keeps its part."""
+        """Returns arrays with that sharding. Each of several processes gives all and keeps its part."""
 
         def place(leaf: Any) -> Any:
             if getattr(leaf, "sharding", None) == sharding:
@@ -119,5 +119,5 @@ def make_spread(mesh: jax.sharding.Mesh | None, axis_name: AxisName, count: int,
             f"`{name}`={count} must be a multiple of the {size} devices along {along} of `mesh`; "
             f"{math.ceil(count / size) * size} fits"
         )
-    # Of the kind whose arrays may be used with others: what lies where is decided here, not in types.
+    # A mesh with automatic axes, whose arrays may be used with others whatever the axes of `mesh` are.
     return Spread(jax.sharding.Mesh(mesh.devices, mesh.axis_names), tuple(names))

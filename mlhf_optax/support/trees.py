@@ -130,14 +130,13 @@ def _sum_of_squares(tree: chex.ArrayTree) -> Any:
 
 
 def _gathered(scalars: Sequence[jax.Array]) -> jax.Array:
-    # Behind a barrier: what is made of them, a chain of so many operations, would else be fused, whole, into
-    # every pass that uses the result, and programs and the time to compile them would grow with the square of
-    # their number.
+    # The barrier stops XLA from fusing these reductions into each later pass. Programs, and the time to
+    # compile them, would grow with the square of the number of leaves.
     return lax.optimization_barrier(jnp.stack(scalars))
 
 
 def safe_sqrt(x: Any) -> jax.Array:
-    """Returns the square root, whose derivative at zero is zero here."""
-    # It is infinite in truth, and meta-training differentiates norms.
+    """Returns the square root, with zero as its derivative at zero."""
+    # The true derivative is infinite, and meta-training differentiates norms.
     is_positive = x > jnp.finfo(jnp.result_type(x, jnp.float32)).tiny
     return jnp.where(is_positive, jnp.sqrt(jnp.where(is_positive, x, 1.0)), 0.0)

@@ -385,7 +385,7 @@ def test_progress_of_a_meta_training_shows_the_losses_it_has(meta_trained, capsy
         *((["--learning-rate", text], "`learning_rate` must be a positive number") for text in ("0", "nan")),
         *((["--meta-learning-rate", text], "`meta_learning_rate` must be a pos") for text in ("-1", "inf")),
         (["--keep-probability", "2"], "`keep_probability` must be in [0, 1], got 2.0"),
-        (["--stop-after", "0"], "`stop_after` must be at least 1, got 0"),
+        (["--stop-after", "0"], "`stop_after` must be at least 1, or None, got 0"),
         (["--initial-damping", "-1"], "`initial_damping` must be a positive number, got -1"),
         (["--initial-preconditioner", "-1"], "`initial_preconditioner` must be a positive number, got -1"),
         *((["--seed", text], "`seed` must be from 0 to 2**32 - 1, got") for text in ("-1", "9" * 20)),

@@ -1,4 +1,4 @@
-"""Meta-training of learned optimizers: tasks, unrolls, replay, validation and a driver."""
+"""Meta-training of learned optimizers, on short unrolls or over long horizons; validation and a driver."""
 
 from mlhf_optax.meta_training.driver import Progressed as Progressed
 from mlhf_optax.meta_training.driver import Schedule as Schedule

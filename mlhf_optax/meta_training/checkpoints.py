@@ -1,7 +1,7 @@
 """Checkpoints of a run, which survive being killed at any moment.
 
-A checkpoint appears whole or not at all, and one that was damaged later is told by its digest, reported and
-passed over in favour of the one before.
+A checkpoint appears whole or not at all. One that was damaged later has the wrong digest; it is reported, and
+the one before is used.
 """
 
 # Why not orbax (0.12.8): it reads some flipped bits back as other numbers, refuses arrays of size zero,

@@ -1,7 +1,7 @@
 """Runs a whole meta-training: metrics as they come, validation, checkpoints, resume.
 
-All randomness follows from the seed and the number of the iteration, so a run that was killed and
-resumed ends with the same meta-parameters, bit for bit on a CPU, as one that was left alone.
+All randomness follows from the seed and the number of the iteration. A run that was killed and resumed thus
+ends with the same meta-parameters, bit for bit on a CPU, as one that was left alone.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from mlhf_optax.meta_training.json_log import append_json_line, rewind_json_line
 from mlhf_optax.meta_training.unrolled.config import MetaTrainingConfig
 from mlhf_optax.meta_training.unrolled.step import make_meta_step
 from mlhf_optax.meta_training.validation import Validation
+from mlhf_optax.support.checks import FROM_ONE, check_fields
 from mlhf_optax.support.files import locked_folder
 
 SampleFn = Callable[[chex.PRNGKey], Any]
@@ -40,8 +41,8 @@ class Schedule:
       iterations: meta-iterations in all.
       checkpoint_every: meta-iterations between checkpoints.
       validate_every: meta-iterations between validations; one more is done at the end.
-      report_every: meta-iterations between two looks at the metrics (each waits for the device).
-      stop_after: stop early, after so many of the iterations, as if it were the end; None for not.
+      report_every: meta-iterations between two looks at the metrics; each look waits for the device.
+      stop_after: end after so many of the iterations, as if there were no more; None to do all.
 
     Raises:
       ValueError: if one of them is below 1.
@@ -58,9 +59,8 @@ class Schedule:
     stop_after: int | None = None
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        check_fields(self, FROM_ONE, "iterations", "checkpoint_every", "validate_every", "report_every")
+        check_fields(self, FROM_ONE, "stop_after", or_none=True)
 
     @property
     def last(self) -> int:
@@ -79,7 +79,7 @@ class Progressed(NamedTuple):
       state: the meta-training, any pytree of arrays with ``meta_params``, such as a :class:`MetaState`.
       best_meta_params: the best meta-parameters so far, by validation.
       best_score: their score; infinity before the first validation.
-      best_iteration: when they were met.
+      best_iteration: the meta-iteration after which they were found.
     """
 
     state: Any
@@ -107,12 +107,13 @@ def meta_train(
     """Meta-trains a learned optimizer and keeps the best meta-parameters by validation.
 
     Writes ``metrics.jsonl`` (one line per meta-iteration), ``validation.jsonl`` (one line per validation)
-    and ``checkpoints/`` to ``output`` as it goes; null stands for a number that is not finite. Lines of
-    iterations that are done again after a stop move to ``metrics.jsonl.old`` and ``validation.jsonl.old``.
+    and ``checkpoints/`` to ``output`` as it goes; null stands for a number that is not finite. Where
+    iterations are done again after a stop, their old lines move to ``metrics.jsonl.old`` and
+    ``validation.jsonl.old``.
 
-    In several processes (``jax.distributed.initialize``) all of them call it, with an ``algorithm`` over a
-    mesh of the devices of all. The first one reads and writes ``output``, which the others need not see, and
-    calls ``progress``. A run may go on in another number of processes.
+    In several processes (``jax.distributed.initialize``) all of them call this function, with an
+    ``algorithm`` over a mesh of all devices. The first process reads and writes ``output``, which the others
+    need not see, and calls ``progress``. A run may go on in another number of processes.
 
     Args:
       task: the task; not used with an ``algorithm``.
@@ -127,10 +128,10 @@ def meta_train(
       resume: go on from the last whole checkpoint in ``output``; start anew if there are no checkpoints.
       about: settings that must be equal when a run is resumed, beside ``config`` and ``seed``.
       progress: called as ``progress(iteration, metrics)`` every ``schedule.report_every`` iterations.
-      algorithm: ``(init, step)`` in the place of :func:`make_meta_step` of task, optimizer and config,
-        for example from :func:`mlhf_optax.meta_training.make_long_horizon_step`: ``init(key, meta_params) ->
-        state`` and ``step(state, batches) -> (state, metrics)``, where a state is any pytree of arrays
-        with an attribute ``meta_params``.
+      algorithm: ``(init, step)`` in the place of what :func:`make_meta_step` returns for the task, the
+        optimizer and the config, for example from :func:`mlhf_optax.meta_training.make_long_horizon_step`.
+        ``init(key, meta_params) -> state`` and ``step(state, batches) -> (state, metrics)``, where a state is
+        any pytree of arrays with an attribute ``meta_params``.
 
     Returns:
       The last state and the best meta-parameters.
@@ -138,7 +139,7 @@ def meta_train(
     Raises:
       ValueError: if ``output`` has checkpoints and ``resume`` is not set, or they belong to a run
         with other settings, are of later meta-iterations than the last one asked for, or cannot be read.
-      OSError: if another run writes to ``output``, or it cannot be written to; what it holds stays.
+      OSError: if another run writes to ``output``, or it cannot be written to. What is there stays.
       FloatingPointError: if the meta-parameters are no longer finite.
       RuntimeError: in the other processes, if the first one cannot start.
 
@@ -213,7 +214,7 @@ def _start(
 
 
 class _Metrics:
-    """Metrics that wait on the device until somebody has to wait for it anyway."""
+    """Metrics that stay on the device until something has to wait for it anyway."""
 
     def __init__(self, path: Path):
         self._path, self._pending, self._clock = path, [], time.perf_counter()

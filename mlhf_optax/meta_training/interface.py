@@ -1,7 +1,7 @@
 """What meta-training needs to know of a task and of a learned optimizer, and nothing else.
 
-Everything around the meta-gradient (replay, health, validation, driver) works on these two
-interfaces, so another learned optimizer joins by giving its own :class:`LearnedOptimizer`.
+Everything around the meta-gradient (replay, health, validation, driver) needs only these two interfaces. To
+join, a learned optimizer gives its own :class:`LearnedOptimizer`.
 """
 
 from collections.abc import Callable
@@ -67,7 +67,7 @@ class LearnedOptimizer(NamedTuple):
         :class:`MetaGradient`; ``batches`` has leaves (T + 1, B, ...), ``opt_state`` comes from
         ``build(meta_params, task).init(params)`` or from the previous unroll.
       init: ``init(key, task) -> meta_params``, untrained ones; ``task`` says what kinds of parameters
-        there are. None if those who meta-train bring their own.
+        there are. None if whoever meta-trains brings them.
     """
 
     build: Callable[[Any, TaskLike], optax.GradientTransformationExtraArgs]
@@ -97,8 +97,8 @@ META_LOSSES: dict[str, Callable[[Trajectory], jax.Array]] = {
 }
 """Meta-losses by name.
 
-The first loss of an unroll, at the parameters that it starts from, counts in ``"sum"`` alone, as in its
-source: nothing learned changes it. Sources: ``last`` Lv et al. 2017, ``mean`` Wang et al. 2019,
+The first loss of an unroll, at the parameters where it starts, counts in ``"sum"`` alone, as in its source:
+nothing that is learned changes it. Sources: ``last`` Lv et al. 2017, ``mean`` Wang et al. 2019,
 ``mean_after`` Wang et al. 2022, ``sum`` Andrychowicz et al. 2016, ``log`` Wichrowska et al. 2017.
 """
 
@@ -109,13 +109,13 @@ def task_loss(task: TaskLike, params: Any, batch: Any) -> jax.Array:
 
 
 def runs_in_sequence(task: TaskLike) -> bool:
-    """Tells whether several trainings of a task are faster one after the other than under ``vmap``.
+    """Returns whether several trainings of a task are faster one after the other than under ``vmap``.
 
-    So are those of convolutions on a CPU: each training fills the processor alone, and ``vmap`` makes
-    grouped convolutions of them, which are several times slower.
+    Convolutions on a CPU are: one training keeps the processor busy, and ``vmap`` turns several into grouped
+    convolutions, which are several times slower.
 
     Args:
-      task: the task. Parameters of rank 4 or more are taken for kernels of convolutions.
+      task: the task. Parameters of rank 4 or more count as kernels of convolutions.
 
     Returns:
       True for convolutions on a CPU.
@@ -157,15 +157,15 @@ def unrolled_optimizer(
 ) -> LearnedOptimizer:
     """Makes a learned optimizer whose meta-gradient is back-propagation through the unroll.
 
-    This is the general road (Andrychowicz et al. 2016): any optimizer, any meta-loss. MLHF has
-    losses of its own with cut points that allow a cheaper one,
+    This is the general way (Andrychowicz et al. 2016), for any optimizer and any meta-loss. MLHF has losses
+    of its own, and where they stop gradients a cheaper way is exact:
     :func:`mlhf_optax.meta_training.mlhf_optimizer`.
 
     Args:
       build: how meta-parameters become an optimizer.
       meta_loss: scalar to minimise, a function of the :class:`Trajectory`.
       init: ``init(key, task) -> meta_params``, untrained ones.
-      second_derivatives: differentiate through the gradients that the optimizer is given.
+      second_derivatives: differentiate through the gradients that the optimizer gets, too.
       remat: recompute each step in the backward pass; memory for T carries instead of T steps.
       penalty: ``penalty(opt_state) -> scalar``, whose mean over the states after the steps of the unroll is
         added to the meta-loss.

@@ -1,4 +1,4 @@
-"""Meta-training in several processes: the first reads and writes files, and all go on with the same."""
+"""Meta-training in several processes: the first one reads and writes files, for all of them."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,9 +16,9 @@ def is_first() -> bool:
 
 
 def whole(tree: Tree) -> Tree:
-    """Returns the tree, with arrays of this process in the place of those that other processes have parts of.
+    """Returns the tree with whole arrays in this process, also where other processes have parts of them.
 
-    All processes must call it, as each sends its parts to the others.
+    All processes must call it, because each sends its parts to the others.
 
     Example:
       >>> whole({"w": np.ones(2)})

@@ -1,6 +1,6 @@
 """Validation of meta-parameters: whole trainings from fresh starts, as a user would run them.
 
-Meta-losses are one-step gains; meta-parameters that gain well at every step can still ruin a long
+Meta-losses judge one step at a time, and meta-parameters that do well at every step can still ruin a long
 training. What is kept and shipped is therefore chosen by runs of a few hundred steps.
 """
 
@@ -20,6 +20,7 @@ from mlhf_optax.meta_training.interface import (
     map_trainings,
     task_loss,
 )
+from mlhf_optax.support.checks import require
 
 _WORST_LOSS = 1e3
 _LOSS_FLOOR = 1e-9
@@ -29,8 +30,8 @@ class Validation(NamedTuple):
     """Result of validating one set of meta-parameters.
 
     Attributes:
-      score: mean over fresh starts and recorded steps of log(loss), nats; lower is better. A loss
-        that is not finite counts as ``log(1000)``.
+      score: mean of log(loss) over fresh starts and the steps where the loss is taken, in nats; lower is
+        better. A loss that is not finite counts as 1000.
       losses: shape (len(steps),), mean loss over the fresh starts after these steps.
       worst_loss: largest loss of any fresh start after the last step.
     """
@@ -52,13 +53,13 @@ def make_validation(
     Args:
       task: the task.
       learned: how meta-parameters become an optimizer.
-      steps: after how many steps the loss is recorded, increasing; the last is the length.
+      steps: after how many steps the loss is taken, increasing; the last is the length.
       num_starts: fresh starts, run side by side, or one after another where that is faster.
 
     Returns:
       ``validate(meta_params, batches, examples, key) -> Validation``: ``batches`` has leaves
       (steps[-1], B, ...) and is shared by all starts, ``examples`` is the batch on which the loss is
-      recorded, ``key`` draws the starts. The same key and batches make scores comparable.
+      taken, ``key`` draws the starts. With the same key and batches, scores can be compared.
 
     Raises:
       ValueError: if ``steps`` is empty, not increasing, or starts below 1.
@@ -104,7 +105,9 @@ def training_losses(task: TaskLike, learned: LearnedOptimizer, steps: Sequence[i
     Raises:
       ValueError: if ``steps`` is empty, not increasing, or starts below 1.
     """
-    check_steps(steps)
+    steps = tuple(steps)
+    is_rising = bool(steps) and steps[0] >= 1 and all(a < b for a, b in itertools.pairwise(steps))
+    require(is_rising, "steps", "increasing numbers from 1 on", steps)
 
     def losses_of(meta_params, batches, examples, key):
         optimizer = learned.build(meta_params, task)
@@ -133,13 +136,6 @@ def training_losses(task: TaskLike, learned: LearnedOptimizer, steps: Sequence[i
 def score_of(losses: jax.Array) -> jax.Array:
     """Returns the mean of log(loss), with losses that are not finite counted as 1000."""
     return jnp.mean(jnp.log(_bounded(losses)))
-
-
-def check_steps(steps: Sequence[int]) -> None:
-    """Raises ValueError unless ``steps`` increase from 1 or more."""
-    steps = tuple(steps)
-    if not steps or steps[0] < 1 or any(b <= a for a, b in itertools.pairwise(steps)):
-        raise ValueError(f"`steps` must be increasing numbers from 1 on, got {steps}")
 
 
 def _bounded(losses: jax.Array) -> jax.Array:

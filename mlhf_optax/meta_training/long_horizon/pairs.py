@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
-from mlhf_optax.meta_training.interface import LearnedOptimizer, TaskLike, task_loss
+from mlhf_optax.meta_training.interface import LearnedOptimizer, TaskLike, map_trainings, task_loss
 from mlhf_optax.meta_training.long_horizon.config import LongHorizonConfig
+from mlhf_optax.support import placement
 
 _SIGNS = (1.0, -1.0)
 
@@ -32,6 +34,24 @@ class Pair(NamedTuple):
     first_loss: jax.Array
     age: jax.Array
     horizon: jax.Array
+
+
+class Truncated(NamedTuple):
+    """What a truncation of all pairs of one task gives.
+
+    Attributes:
+      gradient: estimate of the meta-gradient, shaped like the meta-parameters.
+      meta_loss: mean over the trainings.
+      mean_age: steps that pairs have done, on average.
+      fresh: pairs that began just before.
+      diverged: trainings that ended it at the ceiling.
+    """
+
+    gradient: chex.ArrayTree
+    meta_loss: jax.Array
+    mean_age: jax.Array
+    fresh: jax.Array
+    diverged: jax.Array
 
 
 def start_pair(
@@ -108,6 +128,56 @@ def train_pair(
         params=params, opt_state=opt_state, first_loss=first, age=pair.age + config.truncation
     )
     return after, jnp.mean(logs, axis=1), bounded[:, -1] >= config.loss_ceiling
+
+
+def advance_pairs(
+    task: TaskLike,
+    learned: LearnedOptimizer,
+    config: LongHorizonConfig,
+    meta_params: Any,
+    pairs: Pair,
+    batches: Any,
+    axis_name: placement.AxisName = None,
+) -> tuple[Pair, Truncated]:
+    """Trains every pair of a task for a truncation, and estimates the meta-gradient.
+
+    Args:
+      task: what is trained.
+      learned: the learned optimizer.
+      config: how to train.
+      meta_params: those around which the noise of the pairs lies.
+      pairs: leaves (num_pairs, ...), or the share of this device.
+      batches: leaves (num_pairs, truncation, B, ...), or the share of this device.
+      axis_name: axes of the mesh over which the pairs are spread; None for one device.
+
+    Returns:
+      The pairs after it, and what they give, all devices together.
+    """
+    # Train.
+    one = lambda inputs: train_pair(task, learned, config, meta_params, *inputs)
+    pairs, meta_losses, is_diverged = map_trainings(task, one, (pairs, batches), config.task_axis)
+    # Where both have blown up there is nothing more to learn.
+    ended = jnp.where(jnp.all(is_diverged, axis=1), 0, pairs.horizon)
+
+    # Estimate the gradient.
+    difference = meta_losses[:, 0] - meta_losses[:, 1]
+    if config.difference_bound is not None:
+        difference = jnp.clip(difference, -config.difference_bound, config.difference_bound)
+    share = difference / (2 * config.sigma**2 * config.num_pairs)
+    gradient = jax.tree.map(lambda n: jnp.tensordot(share.astype(n.dtype), n, axes=1), pairs.noise)
+
+    # Meet the other devices.
+    result = Truncated(
+        gradient,
+        meta_loss=jnp.sum(meta_losses) / (2 * config.num_pairs),
+        mean_age=jnp.sum(pairs.age) / config.num_pairs,
+        fresh=jnp.zeros((), jnp.int32),
+        diverged=jnp.sum(is_diverged).astype(jnp.int32),
+    )
+    # One vector: between processes every array of a sum takes a round of messages.
+    numbers, unravel = ravel_pytree(result)
+    result = unravel(placement.sum_over(numbers, axis_name))
+    return pairs._replace(horizon=ended), result
 
 
 def _moved(meta_params: Any, sign: jax.Array, noise: Any) -> Any:

@@ -26,11 +26,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 
-from mlhf_optax.meta_training.interface import LearnedOptimizer, TaskLike, map_trainings
+from mlhf_optax.meta_training.interface import LearnedOptimizer, TaskLike
 from mlhf_optax.meta_training.long_horizon.config import LongHorizonConfig
-from mlhf_optax.meta_training.long_horizon.pairs import Pair, replace_pairs, start_pair, train_pair
+from mlhf_optax.meta_training.long_horizon.pairs import (
+    Pair,
+    Truncated,
+    advance_pairs,
+    replace_pairs,
+    start_pair,
+)
 from mlhf_optax.meta_training.meta_optimizer import meta_optimizer
 from mlhf_optax.support import placement, trees
 from mlhf_optax.support.spread import Spread, make_spread
@@ -183,16 +188,6 @@ def make_long_horizon_step(
     return init, step
 
 
-class _Result(NamedTuple):
-    """What a truncation of all pairs of one task gives."""
-
-    gradient: chex.ArrayTree
-    meta_loss: jax.Array
-    mean_age: jax.Array
-    fresh: jax.Array
-    diverged: jax.Array
-
-
 class _Programs(NamedTuple):
     """What one task needs, compiled.
 
@@ -200,7 +195,7 @@ class _Programs(NamedTuple):
       start: ``start(keys, meta_params) -> pairs``.
       is_over: ``is_over(age, horizon)``, shape (num_pairs,), which every process can read.
       replace: :func:`replace_pairs`; the old pairs are donated.
-      advance: :func:`_advance`; the old pairs are donated.
+      advance: :func:`advance_pairs`; the old pairs are donated.
     """
 
     start: Callable
@@ -213,7 +208,7 @@ def _compile(
     task: TaskLike, learned: LearnedOptimizer, config: LongHorizonConfig, spread: Spread | None
 ) -> _Programs:
     start = jax.vmap(functools.partial(start_pair, task, learned, config), (0, None))
-    advance = functools.partial(_advance, task, learned, config)
+    advance = functools.partial(advance_pairs, task, learned, config)
     if spread is None:
         return _Programs(
             jax.jit(start),
@@ -243,48 +238,11 @@ def _first_pairs(config: LongHorizonConfig, program: _Programs, key: chex.PRNGKe
     return pairs._replace(horizon=jnp.maximum(end, 1))
 
 
-def _advance(
-    task: TaskLike,
-    learned: LearnedOptimizer,
-    config: LongHorizonConfig,
-    meta_params: Any,
-    pairs: Pair,
-    batches: Any,
-    axis_name: placement.AxisName = None,
-) -> tuple[Pair, _Result]:
-    """Takes a truncation of every pair, which are those of one device if there is an ``axis_name``."""
-    # Train.
-    one = lambda inputs: train_pair(task, learned, config, meta_params, *inputs)
-    pairs, meta_losses, is_diverged = map_trainings(task, one, (pairs, batches), config.task_axis)
-    # Where both have blown up there is nothing more to learn.
-    ended = jnp.where(jnp.all(is_diverged, axis=1), 0, pairs.horizon)
-
-    # Estimate the gradient.
-    difference = meta_losses[:, 0] - meta_losses[:, 1]
-    if config.difference_bound is not None:
-        difference = jnp.clip(difference, -config.difference_bound, config.difference_bound)
-    share = difference / (2 * config.sigma**2 * config.num_pairs)
-    gradient = jax.tree.map(lambda n: jnp.tensordot(share.astype(n.dtype), n, axes=1), pairs.noise)
-
-    # Meet the other devices.
-    result = _Result(
-        gradient,
-        meta_loss=jnp.sum(meta_losses) / (2 * config.num_pairs),
-        mean_age=jnp.sum(pairs.age) / config.num_pairs,
-        fresh=jnp.zeros((), jnp.int32),
-        diverged=jnp.sum(is_diverged).astype(jnp.int32),
-    )
-    # One vector: between processes every array of a sum takes a round of messages.
-    numbers, unravel = ravel_pytree(result)
-    result = unravel(placement.sum_over(numbers, axis_name))
-    return pairs._replace(horizon=ended), result
-
-
 def _learn(
     config: LongHorizonConfig,
     optimizer: optax.GradientTransformation,
     state: LongHorizonState,
-    results: list[_Result],
+    results: list[Truncated],
 ) -> tuple[LongHorizonState, Metrics]:
     """Returns the state after a step of the meta-optimizer, and the metrics."""
     gradient, squares, dropped = _mean_of_normalized(

@@ -25,18 +25,18 @@ class MetaTrainingConfig:
         for the convnet, 0.5 for the ResNet).
       fresh_probability: chance that one which does not go on is replaced by a fresh network rather
         than by a replayed state.
-      store_probability: chance that a healthy state is stored for replay after an unroll; one that has
-        not got anywhere yet never is.
+      store_probability: chance that a healthy state is stored for replay after an unroll. A training without
+        any progress never is.
       replay_capacity: states kept for replay (authors: 200).
       max_age: steps after which an inner training is replaced; None for never.
       random_scaling: random factors of all parameters, between ``exp(-r)`` and ``exp(r)``; see
         :func:`mlhf_optax.meta_training.with_tricks`.
-      companion_size: coordinates of a convex function that is trained beside every network; see there.
+      companion_size: coordinates of a convex function that is trained beside every network; see there, too.
       divergence_ratio: an inner training whose loss exceeds this multiple of its first loss has diverged.
-      stuck_patience: steps after which a training must have got anywhere.
-      stuck_ratio: one whose loss is still above this share of its first loss by then is stuck.
-      vanishing_ratio: one whose gradient norm fell below this share of its first value, while its
-        loss is still above a tenth of its first one, is stuck too.
+      stuck_patience: steps after which a training must have made progress.
+      stuck_ratio: a training whose loss is still above this share of its first loss by then is stuck.
+      vanishing_ratio: so is one whose gradient norm fell below this share of its first value while its loss
+        is still above a tenth of its first loss.
 
     Raises:
       ValueError: for a value out of range, naming it.

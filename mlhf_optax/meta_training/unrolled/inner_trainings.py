@@ -1,7 +1,8 @@
 """The trainings that meta-training learns from: their health, and what replaces the ones that end.
 
-A training that diverged, or is stuck (its loss at chance, its gradient gone), teaches nothing: the
-meta-parameters would go on "improving" on a dead network. Both are recognised, counted and replaced.
+A training that has diverged teaches nothing, and neither does one that is stuck, with its loss at chance or
+its gradient gone: the meta-parameters would go on "improving" on a dead network. Such trainings are
+recognised, counted and replaced.
 """
 
 from typing import Any, NamedTuple
@@ -39,9 +40,9 @@ class Health(NamedTuple):
 
     Attributes:
       diverged: something is not finite, or the loss is far above its first value.
-      idle: the loss is still at its first value, or the gradient has vanished far from a minimum; a
-        young training may be, but is not worth storing.
-      stuck: idle although it is old enough to have got anywhere.
+      idle: the loss is still at its first value, or the gradient has vanished far from a minimum. A young
+        training may be idle, but is not worth storing.
+      stuck: idle although it is old enough to have made progress.
     """
 
     diverged: jax.Array
@@ -55,7 +56,7 @@ class Health(NamedTuple):
 
     @property
     def worth_storing(self) -> jax.Array:
-        """Healthy, and it has got anywhere: one that died in its first steps is not stored either."""
+        """Healthy and not idle: a training that died in its first steps is not stored either."""
         return self.healthy & ~self.idle
 
 

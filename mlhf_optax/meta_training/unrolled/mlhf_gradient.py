@@ -1,15 +1,14 @@
 """The meta-gradient of MLHF, in two passes that its cut points make exact.
 
-The paper stops gradients at w, g, d0 and r0 (section 3.1), so what happens inside step t reaches
-the meta-loss only through that step's LSTM outputs, and through time only the LSTM states carry
-gradient. Hence
+The paper stops gradients at w, g, d0 and r0 (section 3.1). What happens inside step t therefore reaches the
+meta-loss only through that step's LSTM outputs, and only the LSTM states carry gradient through time. Hence
 
-1. a forward scan of T steps runs the optimizer and, at each step, pulls the cotangents of both
-   losses back through that step's PCG to the two LSTM outputs. Both share one backward solve, and
-   the gradient of ``l_s`` at w[t+1] is the gradient that the next step needs anyway;
+1. a forward scan of T steps runs the optimizer and, at each step, pulls the cotangents of both losses back
+   through that step's PCG to the two LSTM outputs. Both losses share one backward solve, and the gradient of
+   ``l_s`` at w[t+1] is the gradient that the next step needs anyway;
 2. back-propagation through time runs through the LSTMs alone.
 
-Nothing of the model is kept for a later backward pass: memory grows with T only by a few vectors.
+Nothing of the model is kept for a later backward pass: memory grows with T by a few vectors only.
 """
 
 import functools
@@ -96,7 +95,7 @@ def mlhf_meta_gradient(
     step = functools.partial(inner_step, options, controller, task)
     last, traces = lax.scan(step, inner, (*batch_pairs, keys))
 
-    # Equation 5, weights are constants. A step that was skipped has no say.
+    # Equation 5; the weights are constants. A step that was skipped has no weight.
     weights = jax.nn.softmax(traces.l_s, where=traces.has_gain)
     scale = lambda weight, tree: jax.tree.map(lambda x: weight.reshape((-1,) + (1,) * (x.ndim - 1)) * x, tree)
     cotangents = Outputs(

@@ -4,14 +4,17 @@
 :mod:`mlhf_optax.meta_training.unrolled.mlhf_gradient` knows where gradients are cut.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
+from mlhf_optax.support import checks
+
 StepLoss = Literal["difference", "relative", "log"]
+STEP_LOSSES = get_args(StepLoss)
 
 
 def preconditioner_loss(
@@ -66,10 +69,10 @@ def step_gain(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns ``l_s^t`` of one step and its derivatives by the two losses after the step.
 
-    The paper's equation 4 has nothing left to gain once losses are small, so late training is not
-    learned. The other scales make halving a loss worth the same early and late. They compare each
-    mini-batch with itself: late in training the losses of two mini-batches differ by factors, and
-    that noise would rule the softmax over the steps.
+    By the paper's equation 4 there is nothing left to gain once losses are small, so late training is not
+    learned. With the other scales, halving a loss is worth the same early and late. They compare each
+    mini-batch with itself: late in training the losses of two mini-batches differ by factors, and that noise
+    would decide the softmax over the steps.
 
     Args:
       losses: the losses before and after the step.
@@ -79,8 +82,8 @@ def step_gain(
         ``log(loss + epsilon)``, which punishes it less.
       epsilon: loss below which nothing more is to be gained, in the units of the loss.
       same_batch_weight: weight of the gain on mini-batch t, on which the step was computed. The paper's 1
-        rewards steps that fit that mini-batch alone; with 0 only the gain on the next one counts, which
-        is what helps the training where mini-batches are small and losses far from zero.
+        rewards steps that fit that mini-batch alone. With 0 only the gain on the next one counts, which is
+        what helps the training where mini-batches are small and losses far from zero.
 
     Returns:
       The value, its derivative by ``next_after``, its derivative by ``same_after``.
@@ -94,6 +97,7 @@ def step_gain(
       >>> [float(x) for x in step_gain(losses)]
       [-1.25, 1.0, 1.0]
     """
+    checks.check_choice("step_loss", scale, STEP_LOSSES)
     next_after, same_after, weight = losses.next_after, losses.same_after, same_batch_weight
     if scale == "difference":
         one = jnp.ones_like(next_after)
@@ -103,8 +107,6 @@ def step_gain(
         by_next, by_same = 1.0 / (losses.next_before + epsilon), weight / (losses.same_before + epsilon)
         value = by_next * (next_after - losses.next_before) + by_same * (same_after - losses.same_before)
         return value, by_next, by_same
-    if scale == "log":
-        gain = lambda after, before: jnp.log((after + epsilon) / (before + epsilon))
-        value = gain(next_after, losses.next_before) + weight * gain(same_after, losses.same_before)
-        return value, 1.0 / (next_after + epsilon), weight / (same_after + epsilon)
-    raise ValueError(f"`step_loss` must be 'difference', 'relative' or 'log', got {scale!r}")
+    gain = lambda after, before: jnp.log((after + epsilon) / (before + epsilon))
+    value = gain(next_after, losses.next_before) + weight * gain(same_after, losses.same_before)
+    return value, 1.0 / (next_after + epsilon), weight / (same_after + epsilon)

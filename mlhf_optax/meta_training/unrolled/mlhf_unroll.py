@@ -1,4 +1,4 @@
-"""The first pass of MLHF's meta-gradient: a step of the optimizer, and what it says of the LSTMs' outputs."""
+"""The first pass of MLHF's meta-gradient: a step of the optimizer, and the cotangents of LSTM outputs."""
 
 import dataclasses
 import functools
@@ -15,10 +15,16 @@ from mlhf_optax.controllers.protocol import Controller
 from mlhf_optax.curvature_batch import CurvatureBatch, PerExample
 from mlhf_optax.damped_step import DampedStepState, damped_step, linearize
 from mlhf_optax.meta_training.interface import task_loss
-from mlhf_optax.meta_training.unrolled.mlhf_losses import StepLoss, StepLosses, preconditioner_loss, step_gain
+from mlhf_optax.meta_training.unrolled.mlhf_losses import (
+    STEP_LOSSES,
+    StepLoss,
+    StepLosses,
+    preconditioner_loss,
+    step_gain,
+)
 from mlhf_optax.model import Model
 from mlhf_optax.solvers import PCG
-from mlhf_optax.support import trees
+from mlhf_optax.support import checks, trees
 from mlhf_optax.support.layer_types import LayerTypesFn
 from mlhf_optax.transforms import after_solve
 
@@ -43,6 +49,9 @@ class UnrollOptions:
       layer_types_fn: layer types of the parameters; :func:`mlhf_optax.layer_types` if None.
       unroll: unroll the CG loop.
 
+    Raises:
+      ValueError: for a value out of range, naming it.
+
     Example:
       >>> UnrollOptions().step_loss
       'relative'
@@ -60,6 +69,13 @@ class UnrollOptions:
     damping_loss_scale: float = 10.0
     layer_types_fn: LayerTypesFn | None = None
     unroll: bool | int = True
+
+    def __post_init__(self):
+        checks.check_fields(self, checks.SHARE, "update_noise")
+        checks.check_fields(
+            self, checks.NOT_NEGATIVE, "step_loss_epsilon", "same_batch_weight", "damping_loss_scale"
+        )
+        checks.check_choice("step_loss", self.step_loss, STEP_LOSSES)
 
     @property
     def after_solve(self) -> optax.GradientTransformation:
@@ -110,7 +126,7 @@ class StepTrace(NamedTuple):
 
 
 class _Judged(NamedTuple):
-    """What the losses after a step say of it."""
+    """How a step is judged by the losses after it."""
 
     l_s: jax.Array
     of_update: chex.ArrayTree  # derivative of l_s^t by the update
@@ -133,6 +149,7 @@ def inner_step(
     Returns:
       Where the training is after the step, and what the second pass needs.
     """
+    # Take the step, and keep how its outcome depends on the LSTMs' outputs.
     batch, next_batch, key = inputs
     model = Model(task.predict_fn, task.loss_fn, options.curvature_batch_size, options.per_example)
     view = linearize(controller, inner.state, model, inner.params, inner.gradient, batch)
@@ -155,8 +172,11 @@ def inner_step(
     moves = step.is_taken & trees.is_any_nonzero(step.direction)
     params = optax.apply_updates(inner.params, trees.zero_unless(moves, update))
 
+    # Judge it by the losses after it.
     judged = _judge(options, task, inner, params, batch, next_batch)
     has_gain = moves & trees.is_finite((judged.l_s, judged.of_update))
+
+    # Pull both losses back.
     cotangents = _pull_back_both(pull_back, l_p, judged.of_update)
     trace = StepTrace(
         # A number that is not finite would make NaN of the zero cotangents in the second pass.

@@ -34,6 +34,8 @@ from mlhf_optax.support.spread import Spread, make_spread
 
 Metrics = dict[str, jax.Array]
 
+_COUNTS = ("diverged", "stuck", "replayed", "fresh", "dropped_gradients")
+
 
 class MetaState(NamedTuple):
     """Everything that meta-training carries from one iteration to the next; one pytree of arrays.
@@ -120,57 +122,28 @@ def make_meta_step(
     task, learned = with_tricks(
         task, learned, random_scaling=config.random_scaling, companion_size=config.companion_size
     )
-    count_names = ("diverged", "stuck", "replayed", "fresh", "dropped_gradients")
-
-    def starter(meta_params):
-        init_opt_state = learned.build(meta_params, task).init
-        make_fresh = jax.vmap(lambda key: fresh_training(key, task.init_fn, init_opt_state))
-        return make_fresh, jax.vmap(init_opt_state)
 
     @jax.jit
     def init(key: chex.PRNGKey, meta_params: chex.ArrayTree) -> MetaState:
-        make_fresh, _ = starter(meta_params)
+        make_fresh, _ = _starts(task, learned, meta_params)
         key, init_key = jax.random.split(key)
         trainings = make_fresh(jax.random.split(init_key, config.num_tasks))
-        example = jax.tree.map(lambda x: x[0], trainings)
-        replay = replay_lib.init_replay(without_opt_state(example), config.replay_capacity)
-        counts = {name: jnp.zeros((), jnp.int32) for name in count_names}
-        start = jnp.zeros((), jnp.int32)
-        opt_state = optimizer.init(meta_params)
-        return MetaState(start, meta_params, opt_state, trainings, replay, jax.random.key_data(key), counts)
-
-    def one_step(state: MetaState, batches: Any) -> tuple[MetaState, Metrics]:
-        key, unroll_key, replace_key = jax.random.split(jax.random.wrap_key_data(state.key), 3)
-        results = _unroll_all(task, learned, config, state, batches, unroll_key, spread)
-        gradient, dropped = _mean_gradient(results.gradient)
-        updates, opt_state = optimizer.update(gradient, state.meta_opt_state, state.meta_params)
-        meta_params = optax.apply_updates(state.meta_params, updates)
-
-        trainings = jax.vmap(functools.partial(advance, unroll_length=config.unroll_length))(
-            state.trainings, results
+        example = without_opt_state(jax.tree.map(lambda x: x[0], trainings))
+        return MetaState(
+            iteration=jnp.zeros((), jnp.int32),
+            meta_params=meta_params,
+            meta_opt_state=optimizer.init(meta_params),
+            trainings=trainings,
+            replay=replay_lib.init_replay(example, config.replay_capacity),
+            key=jax.random.key_data(key),
+            counts={name: jnp.zeros((), jnp.int32) for name in _COUNTS},
         )
-        health = jax.vmap(functools.partial(examine, config))(trainings, results)
-        make_fresh, init_opt_state = starter(meta_params)
-        trainings, replay, counts = replace_ended(
-            config,
-            trainings,
-            health,
-            state.replay,
-            replace_key,
-            make_fresh,
-            init_opt_state,
-        )
-        counts["dropped_gradients"] = dropped
-        metrics = _metrics(state, results, gradient, health) | counts
-        totals = {name: state.counts[name] + counts[name] for name in count_names}
-        key_data = jax.random.key_data(key)
-        new = MetaState(state.iteration + 1, meta_params, opt_state, trainings, replay, key_data, totals)
-        return new, metrics
 
     cut = ("trainings",)
     shardings: dict[str, Any] = {}
     if spread is not None:
         shardings = {"out_shardings": (spread.of_fields(MetaState, cut), spread.whole)}
+    one_step = functools.partial(_one_step, task, learned, config, optimizer, spread)
     jitted = jax.jit(one_step, donate_argnums=0, **shardings)
 
     def meta_step(state: MetaState, batches: Any) -> tuple[MetaState, Metrics]:
@@ -181,6 +154,53 @@ def make_meta_step(
         return jitted(state, batches)
 
     return init, meta_step
+
+
+def _starts(task: TaskLike, learned: LearnedOptimizer, meta_params: Any) -> tuple[Callable, Callable]:
+    """Returns how fresh trainings are made of keys, and optimizer states of parameters, several at once."""
+    init_opt_state = learned.build(meta_params, task).init
+    make_fresh = jax.vmap(lambda key: fresh_training(key, task.init_fn, init_opt_state))
+    return make_fresh, jax.vmap(init_opt_state)
+
+
+def _one_step(
+    task: TaskLike,
+    learned: LearnedOptimizer,
+    config: MetaTrainingConfig,
+    optimizer: optax.GradientTransformation,
+    spread: Spread | None,
+    state: MetaState,
+    batches: Any,
+) -> tuple[MetaState, Metrics]:
+    """One meta-iteration."""
+    key, unroll_key, replace_key = jax.random.split(jax.random.wrap_key_data(state.key), 3)
+
+    # Learn.
+    results = _unroll_all(task, learned, config, state, batches, unroll_key, spread)
+    gradient, dropped = _mean_gradient(results.gradient)
+    updates, opt_state = optimizer.update(gradient, state.meta_opt_state, state.meta_params)
+    meta_params = optax.apply_updates(state.meta_params, updates)
+
+    # Care for the trainings.
+    go_on = functools.partial(advance, unroll_length=config.unroll_length)
+    trainings = jax.vmap(go_on)(state.trainings, results)
+    health = jax.vmap(functools.partial(examine, config))(trainings, results)
+    trainings, replay, counts = replace_ended(
+        config, trainings, health, state.replay, replace_key, *_starts(task, learned, meta_params)
+    )
+
+    # Report.
+    counts["dropped_gradients"] = dropped
+    new = MetaState(
+        iteration=state.iteration + 1,
+        meta_params=meta_params,
+        meta_opt_state=opt_state,
+        trainings=trainings,
+        replay=replay,
+        key=jax.random.key_data(key),
+        counts={name: state.counts[name] + counts[name] for name in _COUNTS},
+    )
+    return new, _metrics(state, results, gradient, health) | counts
 
 
 def check_batches(config: MetaTrainingConfig, batches: Any) -> None:

@@ -1,9 +1,9 @@
 """Tricks of meta-training that make learned optimizers general, for any of them.
 
 *Random scaling*: a training of f(w) becomes one of f(c w), started at w0 / c, with a random factor c for
-every coordinate. What is learned must then not depend on the scale of parameters and gradients.
-*Convex companion*: a few more coordinates with a convex loss of their own are trained beside the network,
-from which an optimizer learns to descend at all.
+every coordinate. An optimizer then cannot rely on the scale of parameters and gradients.
+*Convex companion*: a few more coordinates, with a convex loss of their own, are trained beside the network.
+From them an optimizer learns to descend at all.
 
 Source: Lv, Jiang, Li 2017, "Learning Gradient Descent: Better Generalization and Longer Horizons",
 arXiv 1703.03633, section 3.
@@ -70,11 +70,11 @@ class _TrickedTask(NamedTuple):
 def with_tricks(
     task: TaskLike, learned: LearnedOptimizer, *, random_scaling: float = 0.0, companion_size: int = 0
 ) -> tuple[TaskLike, LearnedOptimizer]:
-    """Returns a task and a learned optimizer for the harness whose trainings have the tricks.
+    """Returns a task and a learned optimizer whose trainings have the tricks.
 
     Args:
       task: the task.
-      learned: the learned optimizer. One whose meta-parameters belong to types of layers has none for a
+      learned: the learned optimizer. If its meta-parameters belong to types of layers, there are none for a
         companion.
       random_scaling: r; factors are ``exp(u)`` with u uniform between -r and r, one for every coordinate.
         The paper's is 3. 0 for none.
@@ -82,8 +82,8 @@ def with_tricks(
         none.
 
     Returns:
-      Task and learned optimizer, as they came where there is no trick. Else trainings are of
-      :class:`TrickedParams`.
+      The task and the learned optimizer. Without a trick they are those that came; with one, the parameters
+      of a training are :class:`TrickedParams`.
 
     Example:
       >>> import optax

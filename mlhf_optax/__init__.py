@@ -28,9 +28,9 @@ from mlhf_optax.pcg import pcg as pcg
 from mlhf_optax.plots import plot_info as plot_info
 from mlhf_optax.pretrained import list_pretrained as list_pretrained
 from mlhf_optax.pretrained import load_pretrained as load_pretrained
-from mlhf_optax.pretrained.files import Pretrained as Pretrained
 from mlhf_optax.pretrained.files import load_meta_params as load_meta_params
 from mlhf_optax.pretrained.files import save_meta_params as save_meta_params
+from mlhf_optax.pretrained.loaded import Pretrained as Pretrained
 from mlhf_optax.step_info import StepInfo as StepInfo
 from mlhf_optax.support.layer_types import layer_types as layer_types
 from mlhf_optax.transforms import limit_growth as limit_growth

@@ -1,6 +1,7 @@
 """Meta-parameters on disk: what is written comes back, and everything else is refused by name."""
 
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -185,6 +186,55 @@ def test_the_optimizer_is_the_recorded_one_unless_changed(tmp_path):
     changed = update(loaded.optimizer(*functions, **changes))
     np.testing.assert_array_equal(changed, update(other))
     assert not np.allclose(changed, recommended)
+
+
+def test_the_optimizer_shows_all_arguments_with_the_defaults_of_the_record_and_explains_them():
+    for name, record in list_pretrained().items():
+        optimizer = load_pretrained(name).optimizer
+        shown = inspect.signature(optimizer).parameters
+        own = list(inspect.signature(LEARNED[record["optimizer"]].optimizer).parameters)
+        assert own == ["meta_params", *shown]
+        assert list(shown)[:2] == ["predict_fn", "loss_fn"]
+        for argument, value in load_pretrained(name).recommended.items():
+            assert shown[argument].default == value
+            assert f"{argument}={value!r}" in " ".join(inspect.getdoc(optimizer).split())
+        explained = re.findall(r"^  (\w+): ", optimizer.__doc__, re.MULTILINE)
+        assert explained[: len(shown)] == list(shown)
+        assert optimizer.__qualname__ == "Pretrained.optimizer"
+
+
+def test_a_representation_takes_five_lines():
+    for name, record in list_pretrained().items():
+        text = repr(load_pretrained(name))
+        assert len(text.splitlines()) == 5
+        assert len(text) < 500
+        for part in (LEARNED[record["optimizer"]].label, record["task"], record["date"], "learning_rate="):
+            assert part in text
+    assert "velo" in repr(load_pretrained()._replace(record={"optimizer": "velo"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "keywords", "words"),
+    [
+        ("general", (0.001,), {}, "`predict_fn` must be a function, got 0.001; call `optimizer"),
+        ("rnnprop", (0.001,), {}, "`predict_fn` must be a function, got 0.001; call `optimizer"),
+        ("general", (object(), len), {}, "`predict_fn` must be a function, got an object of type object"),
+        ("general", (len,), {}, r"`loss_fn` is missing; call .*`loss_fn\(outputs, batch\) -> scalar`"),
+        ("general", (), {}, r"`predict_fn` is missing; call .*`predict_fn\(params, batch\) -> outputs`"),
+        ("general", (len, len, 0.1), {}, "got 3 arguments by position; .* by name, such as `learning_rate="),
+        ("general", (len, len), {"lr": 0.1}, "has no argument `lr`; did you mean `learning_rate`?"),
+        ("digits", (len, len), {"cg_steps": 1}, "has no argument `cg_steps`; did you mean `num_cg_steps`?"),
+        ("l2l", (), {"momentum": 0.9}, "no argument `momentum`; it has predict_fn, loss_fn, learning_rate"),
+    ],
+)
+def test_wrong_calls_of_the_optimizer_say_what_to_pass(name, arguments, keywords, words):
+    with pytest.raises(TypeError, match=words):
+        load_pretrained(name).optimizer(*arguments, **keywords)
+
+
+def test_what_is_neither_name_nor_path_is_refused():
+    with pytest.raises(TypeError, match="`name_or_path` must be a name or a path, got float; the model goes"):
+        load_pretrained(0.1)
 
 
 # Refused on loading -----------------------------------------------------------------------------

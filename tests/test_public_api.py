@@ -27,6 +27,11 @@ def exports():
 EXPORTS = dict(exports())
 
 
+def run_alone(code):
+    """What a process of its own prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
 def imported_names(tree):
     """Everything that is imported anywhere in a module, also inside functions, in full."""
     for node in ast.walk(tree):
@@ -86,8 +91,53 @@ def test_importing_loads_no_heavy_or_optional_library_that_it_does_not_need(stat
     unwanted = [name for name in unwanted if name not in allowed]
     optional = [name for name in unwanted if name != "rich" or not allowed]  # flax itself may load rich
     code = f"import sys; {statement}; print([m for m in {optional} if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert run_alone(code).strip() == "[]"
+
+
+USE = "import mlhf_optax; mlhf_optax.load_pretrained().optimizer(len, len)"
+
+
+@pytest.mark.parametrize("statement", ["import mlhf_optax", "import mlhf_optax; dir(mlhf_optax)", USE])
+def test_neither_import_nor_the_usual_call_loads_meta_training_rivals_tasks_or_experiments(statement):
+    loaded = run_alone(f"{statement}\nimport sys\nprint(*sys.modules)").split()
+    own = {name for name in loaded if name.startswith("mlhf_optax.")}
+    apart = (
+        "meta_training",
+        "learned.literature",
+        "learned.adam_rates",
+        "tasks",
+        "experiments",
+        "train_state",
+    )
+    assert not [name for name in own if name.removeprefix("mlhf_optax.").startswith(apart)]
+    assert not {"flax", "tensorflow", "matplotlib", "sklearn", "polars", "orbax"} & set(loaded)
+    assert {"mlhf_optax.mlhf", "mlhf_optax.pretrained"} <= own
+    assert len(own) <= 50
+    assert ("mlhf_optax.learned.mlhf_general" in own) == (statement == USE)
+
+
+def test_a_shipped_optimizer_loads_its_own_module_alone():
+    code = "import sys, mlhf_optax; mlhf_optax.load_pretrained('l2l').optimizer(); print(*sys.modules)"
+    own = {name for name in run_alone(code).split() if name.startswith("mlhf_optax.learned.literature.")}
+    assert own == {f"mlhf_optax.learned.literature.{name}" for name in ("l2l", "cells")}
+
+
+def test_importing_takes_little_longer_than_importing_jax_and_optax():
+    clock = "import time\nstart = time.process_time()\nimport {}\nprint(time.process_time() - start)"
+    seconds = {"optax, jax": [], "mlhf_optax": []}
+    for _ in range(5):
+        for names, times in seconds.items():  # in turn, so that what else runs slows both
+            times.append(float(run_alone(clock.format(names))))
+    assert min(seconds["mlhf_optax"]) <= 1.3 * min(seconds["optax, jax"])
+
+
+def test_names_that_are_loaded_late_are_listed():
+    assert EXPORTS.keys() <= set(dir(mlhf_optax))
+    late = {"lodo", "LODOState", "TrainState"}
+    code = (
+        f"import mlhf_optax as m; print(not {late} & m.__dict__.keys(), m.lodo.__name__, 'lodo' in vars(m))"
+    )
+    assert run_alone(code).split() == ["True", "lodo", "True"]
 
 
 def test_no_private_parts_of_jax_or_optax_and_no_tests_are_used():

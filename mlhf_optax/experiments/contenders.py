@@ -14,7 +14,7 @@ from optax import contrib
 
 from mlhf_optax.experiments.runs import MakeOptimizer, Program
 from mlhf_optax.gauss_newton import gauss_newton
-from mlhf_optax.pretrained.files import Pretrained
+from mlhf_optax.pretrained.loaded import Pretrained
 from mlhf_optax.tasks import Task
 
 

@@ -4,7 +4,8 @@ import os
 from importlib import resources
 from typing import Any
 
-from mlhf_optax.pretrained.files import Pretrained, decode, load_meta_params, save_meta_params
+from mlhf_optax.pretrained.files import decode, load_meta_params, save_meta_params
+from mlhf_optax.pretrained.loaded import Pretrained
 
 _ENDING = ".safetensors"
 
@@ -23,12 +24,24 @@ def load_pretrained(name_or_path: str | os.PathLike = "general") -> Pretrained:
 
     Raises:
       FileNotFoundError: if there is neither such a name nor such a file; it lists the names.
+      TypeError: for neither a name nor a path.
       ValueError: if a file is damaged, foreign or of another version.
 
     Example:
       >>> load_pretrained().record["optimizer"], load_pretrained("digits").record["optimizer"]
       ('mlhf_general', 'mlhf')
+      >>> load_pretrained()
+      Pretrained: MLHF general, one small LSTM for every tensor of any network chooses ...
+        meta-trained on: tiny tasks, 64 examples per batch, ...
+        size: 1,209 numbers in 5 arrays
+        recommends: learning_rate=1.0, num_cg_steps=2, max_growth=1.0, curvature_batch_size=0.25
+        use: .optimizer(predict_fn, loss_fn); .record tells how it was made
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(
+            f"`name_or_path` must be a name or a path, got {type(name_or_path).__name__}; the model goes to "
+            "`load_pretrained().optimizer(predict_fn, loss_fn)`"
+        )
     shipped = _shipped()
     if name_or_path in shipped:
         file = shipped[name_or_path]

@@ -5,20 +5,19 @@ tree), ``record`` (JSON: what the set was trained on and how to use it) and a di
 Files come from strangers too, so what a file may claim is bounded before it is decoded.
 """
 
-import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from mlhf_optax.learned import LearnedFamily, get_learned
+from mlhf_optax.pretrained.loaded import Pretrained
 from mlhf_optax.support.files import pack_arrays, unpack_arrays, write_atomically
 from mlhf_optax.support.layer_types import path_text
 
@@ -39,56 +38,6 @@ _MAX_ARRAYS = 1000
 _MAX_DEPTH = 32
 _MAX_STRUCTURE = 200
 _MAX_SIZE = 10**6
-
-
-class Pretrained(NamedTuple):
-    """Meta-parameters and the record of how they were made.
-
-    Attributes:
-      meta_params: what was learned.
-      record: what they were trained on and how to use them; at least ``optimizer``, ``task`` and
-        ``batch_size``.
-    """
-
-    meta_params: Any
-    record: dict[str, Any]
-
-    @property
-    def family(self) -> LearnedFamily:
-        """The learned optimizer that they belong to."""
-        return get_learned(self.record["optimizer"])
-
-    @property
-    def learning_rate(self) -> float | None:
-        """The learning rate that the record recommends; None for optimizers that learn theirs."""
-        return self.recommended.get("learning_rate")
-
-    @property
-    def recommended(self) -> dict[str, Any]:
-        """The arguments of the optimizer that the record recommends."""
-        return {name: self.record[name] for name in self.family.arguments if name in self.record}
-
-    @property
-    def optimizer(self) -> Callable[..., optax.GradientTransformationExtraArgs]:
-        """The learned optimizer with the arguments that the record recommends, a function.
-
-        Call ``optimizer(predict_fn, loss_fn, **changes)`` with ``predict_fn(params, batch) -> outputs``,
-        ``loss_fn(outputs, batch) -> scalar`` and further arguments, of :func:`mlhf_optax.mlhf` for example;
-        they take the place of recommended ones. Its signature shows all of them with their defaults, as
-        :func:`optax.inject_hyperparams` needs; name there what is not a number in ``static_args``.
-
-        Returns:
-          The function. What it returns needs ``update(grads, state, params, batch=batch)``.
-
-        Example:
-          >>> import jax.numpy as jnp
-          >>> from mlhf_optax import SquaredError, load_pretrained
-          >>> predict_fn = lambda params, batch: batch["x"] @ params["kernel"]
-          >>> tx = load_pretrained("digits").optimizer(predict_fn, SquaredError(), learning_rate=0.5)
-          >>> tx.init({"kernel": jnp.ones((3, 1))})[0].count
-          Array(0, dtype=int32)
-        """
-        return functools.partial(self.family.optimizer, self.meta_params, **self.recommended)
 
 
 def save_meta_params(path: str | os.PathLike, meta_params: Any, record: Mapping[str, Any]) -> Path:

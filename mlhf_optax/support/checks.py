@@ -1,8 +1,14 @@
 """Checks of arguments: an error names the argument, what is wanted and what came."""
 
+import difflib
+import functools
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Range(NamedTuple):
@@ -95,3 +101,44 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
       ValueError: `metric` must be one of 'identity', 'diagonal', got 'full'
     """
     require(value in choices, name, f"one of {', '.join(map(repr, choices))}", value)
+
+
+def check_known(function: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises TypeError for a name that is no argument, with the argument that is probably meant.
+
+    Args:
+      function: its name, for the error.
+      given: names of the arguments that came.
+      known: names of the arguments there are.
+
+    Example:
+      >>> check_known("mlhf", ["lr"], ["momentum", "learning_rate"])
+      Traceback (most recent call last):
+      TypeError: `mlhf` has no argument `lr`; did you mean `learning_rate`? It has momentum, learning_rate
+    """
+    known = list(known)
+    for name in given:
+        if name in known:
+            continue
+        short = [one for one in known if "".join(word[0] for word in one.split("_")) == name]
+        near = [*short, *difflib.get_close_matches(name, known)]
+        guess = f"; did you mean `{near[0]}`? It has" if near else "; it has"
+        raise TypeError(f"`{function}` has no argument `{name}`{guess} {', '.join(known)}")
+
+
+def suggests_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorates a function so that a wrong keyword gets the error of :func:`check_known`.
+
+    Example:
+      >>> suggests_arguments(lambda weight_decay=0.0: weight_decay)(wd=0.1)
+      Traceback (most recent call last):
+      TypeError: `<lambda>` has no argument `wd`; did you mean `weight_decay`? It has weight_decay
+    """
+    known = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        check_known(function.__name__, kwargs, known)
+        return function(*args, **kwargs)
+
+    return checked

@@ -25,6 +25,7 @@ from mlhf_optax.learned.backpropagation import (
 )
 from mlhf_optax.learned.literature import cells
 from mlhf_optax.support import trees
+from mlhf_optax.support.checks import POSITIVE, check_number
 from mlhf_optax.support.layer_types import check_leaves
 
 PARAM_UNITS = 10
@@ -157,7 +158,7 @@ def hierarchical(
 
     Source: Wichrowska et al. 2017, section 3.
     """
-    _require_rate(initial_rate)
+    check_number("initial_rate", initial_rate, POSITIVE)
 
     def init(params):
         check_leaves(params, "hierarchical")
@@ -236,11 +237,6 @@ def _features(scaled, squares, log_rate, mean_rate):
 
 def _mean(tree: Any) -> jax.Array:
     return jnp.asarray(trees.total([jnp.sum(x) for x in jax.tree.leaves(tree)]) / trees.size(tree))
-
-
-def _require_rate(rate: float) -> None:
-    if not 0 < rate < math.inf:
-        raise ValueError(f"`initial_rate` must be a positive number, got {rate}")
 
 
 @dataclasses.dataclass(frozen=True)

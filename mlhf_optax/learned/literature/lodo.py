@@ -4,7 +4,6 @@ Source: Liao, Dangovski, Foerster, Soljacic 2023, "Learning to Optimize Quasi-Ne
 arXiv 2210.06171, sections 3 and 4.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from mlhf_optax.support import trees
+from mlhf_optax.support.checks import DECAY, FROM_ONE, POSITIVE, check_number, require
 from mlhf_optax.support.layer_types import check_leaves
 
 _META_EPS = 1e-7
@@ -174,12 +174,7 @@ def _check(learning_rate: Any, momentum: Any, num_layers: int, block_size: int) 
             "`learning_rate` of `lodo` must be a number, got a schedule: the preconditioner learns the size "
             "of steps; use `optax.inject_hyperparams` if it has to change"
         )
-    if num_layers < 1 or block_size < 2:
-        raise ValueError(
-            "`num_layers` must be at least 1 and `block_size` at least 2, got "
-            f"num_layers={num_layers}, block_size={block_size}"
-        )
-    if isinstance(learning_rate, int | float) and not 0 < learning_rate < math.inf:
-        raise ValueError(f"`learning_rate` must be a positive number, got {learning_rate}")
-    if isinstance(momentum, int | float) and not 0 <= momentum < 1:
-        raise ValueError(f"`momentum` must be a number in [0, 1), got {momentum}")
+    check_number("num_layers", num_layers, FROM_ONE)
+    check_number("learning_rate", learning_rate, POSITIVE)
+    check_number("momentum", momentum, DECAY)
+    require(block_size >= 2, "block_size", "at least 2", block_size)

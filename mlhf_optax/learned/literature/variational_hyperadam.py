@@ -6,7 +6,7 @@ implemented it.
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import chex
 import jax
@@ -19,6 +19,7 @@ from mlhf_optax.learned.literature import cells
 from mlhf_optax.learned.literature.hyperadam import CANDIDATES, Moments, candidates, init_moments, normalised
 from mlhf_optax.learned.literature.rnnprop import adam_features
 from mlhf_optax.support import trees
+from mlhf_optax.support.checks import check_choice
 from mlhf_optax.support.layer_types import check_leaves
 
 KLReduction = Literal["sum", "mean"]
@@ -112,8 +113,7 @@ def variational_hyperadam(
       >>> bool(state[0].kl < 0.01), updates["kernel"].shape
       (True, (3, 2))
     """
-    if kl_reduction not in ("sum", "mean"):
-        raise ValueError(f"`kl_reduction` must be 'sum' or 'mean', got {kl_reduction!r}")
+    check_choice("kl_reduction", kl_reduction, get_args(KLReduction))
 
     def init(params):
         check_leaves(params, "variational_hyperadam")

@@ -8,10 +8,11 @@ linearization of the model (paper, section 2.2).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from mlhf_optax.support import placement
 
@@ -104,21 +105,172 @@ def loss_and_ggn(
         raise ValueError("`params` has no arrays, so there is no curvature to take; pass parameters")
     # What differs from device to device has derivatives of its own on each; they are averaged once, below.
     params = placement.mark_varying(params, axis_name)
-    outputs, push_forward = jax.linearize(lambda p: predict_fn(p, batch), params)
-    _check_scalar_loss(loss_fn, outputs, batch)
-    pull_back = jax.linear_transpose(push_forward, params)
-    curvature = output_curvature(loss_fn, outputs, batch)
+    outputs, push_forward, pull_back = _linearized(predict_fn, params, batch)
+    _check_scalar_loss(loss_fn, outputs.tree, batch)
+    curvature = _curvature_of_floats(loss_fn, outputs, batch)
+    _check_curved(curvature, outputs)
 
     def matvec(vector: chex.ArrayTree) -> chex.ArrayTree:
         # v -> J v -> H_l J v -> J^T H_l J v
-        product = pull_back(curvature(push_forward(placement.mark_varying(vector, axis_name))))[0]
+        product = pull_back(curvature(push_forward(placement.mark_varying(vector, axis_name))))
         return placement.mean_over(product, axis_name)
 
-    return placement.mean_over(loss_fn(outputs, batch), axis_name), matvec
+    return placement.mean_over(loss_fn(outputs.tree, batch), axis_name), matvec
+
+
+class _Outputs(NamedTuple):
+    """Outputs of a model.
+
+    Attributes:
+      tree: as the model returns them.
+      floats: the leaves that are differentiated.
+      merge: from such leaves to a tree; the others, predictions, masks and counters, are constants.
+    """
+
+    tree: Outputs
+    floats: list[jax.Array]
+    merge: Callable[[list[jax.Array]], Outputs]
+
+
+def _split(tree: Outputs) -> _Outputs:
+    leaves, treedef = jax.tree.flatten(tree)
+    is_float = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+
+    def merge(floats: list[jax.Array]) -> Outputs:
+        own = iter(floats)
+        return treedef.unflatten([next(own) if f else leaf for f, leaf in zip(is_float, leaves, strict=True)])
+
+    return _Outputs(tree, [leaf for f, leaf in zip(is_float, leaves, strict=True) if f], merge)
+
+
+def _linearized(
+    predict_fn: PredictFn, params: chex.ArrayTree, batch: Batch
+) -> tuple[_Outputs, Callable[[Any], list[jax.Array]], Callable[[list[jax.Array]], Any]]:
+    """Returns the outputs, ``v -> J v`` and ``u -> J^T u``, for the outputs that are floating-point."""
+
+    def floats(p: chex.ArrayTree) -> tuple[list[jax.Array], Outputs]:
+        outputs = _split(_noting(_PREDICT, predict_fn, p, batch))
+        return outputs.floats, outputs.tree
+
+    leaves, push_forward, tree = jax.linearize(floats, params, has_aux=True)
+    if not leaves:
+        raise ValueError(
+            "`predict_fn` returns no floating-point outputs, so there is nothing to take curvature of; "
+            "return logits, means or log-probabilities, not predictions"
+        )
+    outputs = _split(tree)
+    if _custom_rules(jax.make_jaxpr(push_forward)(params)):
+        return outputs, *_from_reverse_mode(floats, params, leaves)
+    transposed = jax.linear_transpose(push_forward, params)
+
+    def pull_back(u: list[jax.Array]) -> chex.ArrayTree:
+        try:
+            return transposed(u)[0]
+        except Exception as error:  # whatever has no transpose
+            raise ValueError(
+                "`predict_fn` has a forward-mode derivative only, but curvature takes both J v and J^T u. Of "
+                "`diffrax`, pass `adjoint=diffrax.DirectAdjoint()` (not `ForwardMode()`); in the place of "
+                "`lax.while_loop` use `lax.scan` or `lax.fori_loop` with a fixed number of steps"
+            ) from error
+
+    return outputs, push_forward, pull_back
+
+
+_CUSTOM_VJP = ("custom_lin", "custom_vjp_call", "custom_vjp_call_jaxpr")
+
+
+def _custom_rules(jaxpr: Any) -> list[str]:
+    """Returns the names of the ``jax.custom_vjp`` functions in a program, which JAX refuses only late."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    found = []
+    for equation in inner.eqns:
+        if equation.primitive.name in _CUSTOM_VJP:
+            found.append(str(equation.params.get("name", equation.primitive.name)))
+        for value in equation.params.values():
+            parts = value if isinstance(value, tuple | list) else [value]
+            for part in parts:
+                if hasattr(part, "eqns") or hasattr(part, "jaxpr"):
+                    found += _custom_rules(part)
+    return found
+
+
+def _from_reverse_mode(
+    floats: Callable, params: chex.ArrayTree, leaves: list[jax.Array]
+) -> tuple[Callable[[Any], list[jax.Array]], Callable[[list[jax.Array]], Any]]:
+    """Returns ``v -> J v`` and ``u -> J^T u`` of a model with ``jax.custom_vjp`` inside.
+
+    It tells ``J^T u`` alone. That is linear in u, so its transpose is ``J v``.
+    """
+    _, reverse, _ = jax.vjp(floats, params, has_aux=True)
+    zeros = [jnp.zeros_like(leaf) for leaf in leaves]
+    try:
+        _, pull_back = jax.linearize(lambda u: reverse(u)[0], zeros)
+        if _custom_rules(jax.make_jaxpr(pull_back)(zeros)):
+            raise TypeError("the backward rule is itself a custom one")
+        transposed = jax.linear_transpose(pull_back, zeros)
+        jax.eval_shape(transposed, params)
+    except Exception as error:  # whatever the rule does
+        names = ", ".join(sorted(set(_custom_rules(jax.make_jaxpr(floats)(params)))))
+        raise ValueError(
+            f"`predict_fn` uses `jax.custom_vjp` (in {names}), which has no forward-mode derivative, and its "
+            "backward rule cannot be differentiated either, so there is no curvature to take. Of `diffrax`, "
+            "pass `adjoint=diffrax.DirectAdjoint()`; in a function of your own use `jax.custom_jvp`, or "
+            "leave the custom rule out of the `predict_fn` that the optimizer gets"
+        ) from error
+    return lambda v: transposed(v)[0], pull_back
+
+
+def _curvature_of_floats(
+    loss_fn: LossFn, outputs: _Outputs, batch: Batch
+) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    """Returns the product with ``H_l`` on the leaves that are differentiated."""
+    if len(outputs.floats) == len(jax.tree.leaves(outputs.tree)):
+        product = output_curvature(loss_fn, outputs.tree, batch)
+        return lambda vector: jax.tree.leaves(product(outputs.merge(vector)))
+    of_floats = jax.grad(lambda floats: loss_fn(outputs.merge(floats), batch))
+    return jax.linearize(of_floats, outputs.floats)[1]
+
+
+def _check_curved(curvature: Callable[[list[jax.Array]], list[jax.Array]], outputs: _Outputs) -> None:
+    """Raises ValueError for a loss that is linear in all outputs: then no direction would see curvature."""
+    jaxpr: Any = jax.make_jaxpr(curvature)(outputs.floats).jaxpr
+    depends = set(jaxpr.invars)
+    is_reached = lambda variables: any(not hasattr(v, "val") and v in depends for v in variables)
+    for equation in jaxpr.eqns:
+        if is_reached(equation.invars):
+            depends.update(equation.outvars)
+    if not is_reached(jaxpr.outvars):
+        raise ValueError(
+            "`loss_fn` is linear in the outputs, so its curvature is zero and damping alone would set the "
+            "length of a step. For log-probabilities, as of a normalising flow, use "
+            "`mlhf_optax.NegativeLogLikelihood()`; else let `predict_fn` return what the loss is curved in"
+        )
+
+
+_PREDICT = "`predict_fn` is called as `predict_fn(params, batch)`, with the batch given to `update`"
+_LOSS = "`loss_fn` is called as `loss_fn(outputs, batch)`, with the outputs of `predict_fn(params, batch)`"
+
+
+def _noting(note: str, function: Callable, *args: Any) -> Any:
+    """Calls a function of the user; its errors say how it was called."""
+    try:
+        return function(*args)
+    except Exception as error:
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
 
 
 def _check_scalar_loss(loss_fn: LossFn, outputs: Outputs, batch: Batch) -> None:
-    shape = jax.eval_shape(loss_fn, outputs, batch)
+    try:
+        shape = _noting(_LOSS, jax.eval_shape, loss_fn, outputs, batch)
+    except (AttributeError, TypeError) as error:
+        if type(outputs) is not tuple:
+            raise
+        raise ValueError(
+            f"`loss_fn` fails on the outputs, which are a tuple of {len(outputs)}. If `predict_fn` returns "
+            "`(outputs, state)`, return the outputs alone, and read the state from the batch"
+        ) from error
     if not hasattr(shape, "shape") or shape.shape != ():
         raise ValueError(
             "`loss_fn(outputs, batch)` must return one scalar (reduce over the batch, for example with "

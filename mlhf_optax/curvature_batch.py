@@ -1,8 +1,10 @@
 """The part of a batch on which curvature is taken, and the checks that it can be cut."""
 
+import dataclasses
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Hashable, Sequence, Set
 from typing import Any
 
@@ -13,9 +15,35 @@ import numpy as np
 
 from mlhf_optax.curvature import Batch, LossFn, Outputs, PredictFn
 from mlhf_optax.support import placement
+from mlhf_optax.support.checks import POSITIVE_SHARE, check_number
 from mlhf_optax.support.layer_types import path_text
 
-CurvatureBatch = int | float | Callable[[Batch], Batch] | None
+
+@dataclasses.dataclass(frozen=True)
+class ShareOrAll:
+    """A fraction of the batch, or all of it where the batch is no list of examples.
+
+    The default of meta-parameters that were trained on a fraction: the points of a differential equation, a
+    graph, or a contrastive loss have curvature on the whole batch alone, and a warning says so.
+
+    Args:
+      fraction: in (0, 1].
+
+    Raises:
+      ValueError: for a fraction out of range.
+
+    Example:
+      >>> ShareOrAll(0.25).fraction
+      0.25
+    """
+
+    fraction: float
+
+    def __post_init__(self):
+        check_number("fraction", self.fraction, POSITIVE_SHARE)
+
+
+CurvatureBatch = int | float | ShareOrAll | Callable[[Batch], Batch] | None
 PerExample = Sequence[Hashable] | None
 
 
@@ -30,26 +58,28 @@ def curvature_subset(
 ) -> Batch:
     """Returns the part of ``batch`` on which curvature is taken.
 
-    A number of examples takes the first ones; a fraction takes examples at even distances, the first of
-    every four for 0.25. Of a batch sharded over devices that is the same share on each, and no example
-    moves. Mini-batches are drawn at random, so either is a random sample. Which arrays have one
-    entry per example is not guessed from their lengths: it is every array of the batch, or those that
-    ``per_example`` names. The claim is tested, with shapes alone, whenever this is traced: with more
-    entries in all per-example arrays, the model and the loss must still work and give as many more
-    outputs. Without ``per_example``, no array may take more entries by itself: an array that does, such
-    as a table of class weights as long as the batch, may be cut without any error.
+    A number of examples takes the first ones; a fraction takes examples at even distances. Of a batch sharded
+    over devices that is the same share on each, and no example moves. Mini-batches are drawn at random, so
+    either is a random sample.
+
+    Which arrays have one entry per example is not guessed from their lengths: it is every array of the batch,
+    or those that ``per_example`` names. The claim is tested, with shapes alone, whenever this is traced: with
+    more entries in all per-example arrays, the model and the loss must still work and give as many more
+    outputs. Without ``per_example``, no array may take more entries by itself: an array that does, such as a
+    table of class weights as long as the batch, may be cut without any error. The loss must be a mean: a sum
+    over a quarter of the examples has a quarter of the curvature.
 
     Args:
       predict_fn: ``predict_fn(params, batch) -> outputs``.
       params: parameters for ``predict_fn``.
       batch: pytree of arrays.
-      part: ``None`` (whole batch), a number of examples (``int`` >= 1), a fraction (``float`` in
-        (0, 1], rounded to at least one example, and to as many on every shard where the sharding is known:
-        outside ``jit`` and on meshes with explicit axes) or a function ``batch -> smaller batch``.
-      per_example: names at the top level of the batch (keys of a dict, fields of a dataclass or
-        NamedTuple, positions of a tuple) below which every array has one entry per example along its
-        first axis; all else, such as model state and keys, is kept whole. ``None``: every array of the
-        batch has.
+      part: ``None`` (whole batch), a number of examples (``int`` >= 1), a fraction (``float`` in (0, 1],
+        rounded to at least one example, and to as many on every shard where the sharding is known: outside
+        ``jit`` and on meshes with explicit axes), a :class:`ShareOrAll`, or a function ``batch -> smaller
+        batch``.
+      per_example: names at the top level of the batch (keys of a dict, fields of a dataclass or NamedTuple,
+        positions of a tuple) below which every array has one entry per example along its first axis; all
+        else, such as model state and keys, is kept whole. ``None``: every array of the batch has.
       loss_fn: ``loss_fn(outputs, batch) -> scalar``; with it, what only the loss reads is tested too.
 
     Returns:
@@ -57,8 +87,8 @@ def curvature_subset(
 
     Raises:
       TypeError: if ``part`` or ``per_example`` is of another type.
-      ValueError: if ``part`` is out of range, or the batch is not as ``per_example`` says; the message
-        names the array and the remedy.
+      ValueError: if ``part`` is out of range, or the batch is not as ``per_example`` says; the message names
+        the array and the remedy.
 
     Example:
       >>> import jax.numpy as jnp
@@ -73,7 +103,34 @@ def curvature_subset(
         return batch
     if callable(part):
         return part(batch)
+    if not isinstance(part, ShareOrAll):
+        return _cut(predict_fn, params, batch, part, per_example, loss_fn)
+    try:
+        return _cut(predict_fn, params, batch, part.fraction, per_example, loss_fn)
+    except NoListOfExamplesError as error:
+        reason = str(error).split(f"; {_REMEDY}")[0]
+        warnings.warn(
+            "curvature is taken on the whole batch, not on the default "
+            f"`curvature_batch_size`={part.fraction}: "
+            f"{reason}. Pass `curvature_batch_size=None` to say so, or, if the batch is a list of examples, "
+            f"name what has one entry per example, as in `per_example={_NAMES}`",
+            stacklevel=2,
+        )
+        return batch
 
+
+class NoListOfExamplesError(ValueError):
+    """A fraction was asked of a batch that cannot be cut by examples."""
+
+
+def _cut(
+    predict_fn: PredictFn,
+    params: chex.ArrayTree,
+    batch: Batch,
+    part: int | float,
+    per_example: PerExample,
+    loss_fn: LossFn | None,
+) -> Batch:
     def run(some: Batch) -> tuple[Outputs, Any]:
         outputs = predict_fn(params, some)
         return outputs, None if loss_fn is None else loss_fn(outputs, some)
@@ -81,6 +138,8 @@ def curvature_subset(
     is_cut = _is_per_example(batch, per_example)
     shapes = _output_shapes(run, batch, jax.tree.map(lambda _: 1, batch))
     size = _num_examples(batch, is_cut, shapes if per_example is None else None)
+    if not isinstance(size, int):  # under `jax.export`
+        return _symbolic_cut(batch, is_cut, part)
     count = part if isinstance(part, int) else max(1, round(part * size))
     if count > size:
         raise ValueError(
@@ -99,19 +158,33 @@ def curvature_subset(
     _check_longer_batch(run, batch, is_cut, shapes, times)
     if per_example is None:
         _check_every_length_counts(run, batch, shapes, times)
-    # The first of each of so many groups; one group takes the first examples of all.
-    groups = 1 if isinstance(part, int) else math.gcd(count, size)
-    take = lambda leaf: _first_of_each(leaf, groups, count // groups)
+    if loss_fn is not None:
+        _check_mean(predict_fn, loss_fn, params, batch, is_cut, size)
+    take = lambda leaf: leaf[:count] if isinstance(part, int) else _evenly(leaf, count)
     return jax.tree.map(lambda leaf, cut: take(leaf) if cut else leaf, batch, is_cut)
 
 
-def _first_of_each(leaf: Any, groups: int, count: int) -> Any:
-    """Returns the first examples of each group, group by group."""
-    if groups == 1:
-        return leaf[:count]
+def _evenly(leaf: Any, count: int) -> Any:
+    """Returns so many examples at even distances, the first one among them."""
+    size, rest = leaf.shape[0], leaf.shape[1:]
     # The compiler leaves groups where they are, if every device has whole ones; a slice with a stride moves.
-    rest = leaf.shape[1:]
-    return leaf.reshape(groups, leaf.shape[0] // groups, *rest)[:, :count].reshape(groups * count, *rest)
+    groups = math.gcd(count, size)
+    each = count // groups
+    at = slice(1) if each == 1 else np.arange(each) * (size // groups) // each
+    return leaf.reshape(groups, size // groups, *rest)[:, at].reshape(count, *rest)
+
+
+def _symbolic_cut(batch: Batch, is_cut: Any, part: int | float) -> Batch:
+    """Returns the part of a batch whose size is a symbol, which shapes cannot test."""
+    if isinstance(part, int):
+        return jax.tree.map(lambda leaf, cut: leaf[:part] if cut else leaf, batch, is_cut)
+    every = round(1 / part)
+    if abs(every * part - 1) > 1e-6:
+        raise ValueError(
+            f"`curvature_batch_size`={part} of a batch whose size is not known must be one over an integer, "
+            f"such as {1 / every:g}, or None for the whole batch"
+        )
+    return jax.tree.map(lambda leaf, cut: leaf[::every] if cut else leaf, batch, is_cut)
 
 
 def _check_even_share(part: float, count: int, size: int, batch: Batch, is_cut: Any) -> None:
@@ -121,7 +194,7 @@ def _check_even_share(part: float, count: int, size: int, batch: Batch, is_cut: 
     if count % shards:
         each = size // shards
         nearest = min(range(1, each + 1), key=lambda n: abs(n / each - part))
-        raise ValueError(
+        raise NoListOfExamplesError(
             f"`curvature_batch_size`={part} of {size} examples on {shards} shards is {count} examples, which "
             f"is not as many on each; {nearest / each:g} fits, {nearest} of the {each} on every shard"
         )
@@ -148,7 +221,7 @@ def check_curvature_batch(part: CurvatureBatch, per_example: Sequence[Hashable] 
                 "`per_example` has no effect if `curvature_batch_size` is a function, which cuts the batch "
                 "itself; pass one of them"
             )
-    if part is None or callable(part):
+    if part is None or callable(part) or isinstance(part, ShareOrAll):
         return
     if isinstance(part, bool) or not isinstance(part, int | float):
         raise TypeError(
@@ -166,8 +239,8 @@ def check_curvature_batch(part: CurvatureBatch, per_example: Sequence[Hashable] 
 
 _NAMES = '("image", "label")'
 _REMEDY = (
-    f"name what has one entry per example, as in `per_example={_NAMES}`, or pass a function "
-    "`batch -> smaller batch` as `curvature_batch_size`"
+    f"name what has one entry per example, as in `per_example={_NAMES}`, pass a function `batch -> smaller "
+    "batch` as `curvature_batch_size`, or None for the whole batch"
 )
 _Run = Callable[[Batch], tuple[Outputs, Any]]  # the outputs, and the loss if it is known
 
@@ -192,13 +265,13 @@ def _num_examples(batch: Batch, is_cut: Any, output_shapes: list[tuple[int, ...]
     if output_shapes is not None:
         source, size = "the outputs", output_shapes[0][0] if output_shapes and output_shapes[0] else 0
         if size == 0 or {shape[:1] for shape in output_shapes} != {(size,)}:
-            raise ValueError(
+            raise NoListOfExamplesError(
                 "`curvature_batch_size` needs outputs that share one leading batch dimension, got shapes "
                 f"{output_shapes}; {_REMEDY}"
             )
     for (path, _), shape in zip(cut, shapes, strict=True):
         if shape[:1] != (size,):
-            raise ValueError(
+            raise NoListOfExamplesError(
                 f"`curvature_batch_size` cuts per-example arrays, but '{path_text(path)}' of shape {shape} "
                 f"does not begin with the {size} examples of {source}; {_REMEDY}"
             )
@@ -225,9 +298,9 @@ def _check_longer_batch(
     try:
         longer = _output_shapes(run, batch, jax.tree.map(lambda cut: times if cut else 1, is_cut))
     except Exception as error:  # whatever the model raises
-        raise ValueError(message) from error
+        raise NoListOfExamplesError(message) from error
     if longer != [tuple(times * n if axis == 0 else n for axis, n in enumerate(shape)) for shape in shapes]:
-        raise ValueError(message)
+        raise NoListOfExamplesError(message)
 
 
 def _check_every_length_counts(run: _Run, batch: Batch, shapes: list[tuple[int, ...]], times: int) -> None:
@@ -239,11 +312,58 @@ def _check_every_length_counts(run: _Run, batch: Batch, shapes: list[tuple[int, 
         unread = treedef.unflatten([object() if j == i else other for j, other in enumerate(leaves)])
         is_free = _attempt(_output_shapes, run, batch, alone) == shapes
         if is_free and _attempt(jax.eval_shape, functools.partial(run, unread)) is None:
-            raise ValueError(
+            raise NoListOfExamplesError(
                 f"'{path_text(path)}' of shape {np.shape(leaf)} is as long as the batch, but model and loss "
                 "do not need it to be: it may be no per-example array, and `curvature_batch_size` would cut "
                 f"it unnoticed; {_REMEDY}"
             )
+
+
+def _check_mean(
+    predict_fn: PredictFn, loss_fn: LossFn, params: chex.ArrayTree, batch: Batch, is_cut: Any, size: int
+) -> None:
+    """Checks that a loss of twice as many examples, each of them twice, is not twice as large."""
+    if _is_sum(predict_fn, loss_fn, params, batch, is_cut, size):
+        raise NoListOfExamplesError(
+            "`loss_fn` adds up over the examples, and a part of the batch has a part of the sum's curvature; "
+            "take the mean over the examples, or pass `curvature_batch_size=None` for the whole batch"
+        )
+
+
+def _is_sum(
+    predict_fn: PredictFn, loss_fn: LossFn, params: chex.ArrayTree, batch: Batch, is_cut: Any, size: int
+) -> bool:
+    """Says whether the loss is a sum over examples, told from its values on made-up ones."""
+    examples = 2
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(predict_fn, params, batch)
+
+    def made_up(leaf: Any, like: tuple[int, ...]) -> Any:
+        dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.floating) or dtype == jnp.bool_:
+            return np.ones(like, dtype)  # weights and masks that count
+        return np.zeros(like, dtype)  # labels that exist
+
+    def of_batch(leaf: Any, cut: bool, times: int) -> Any:
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            return leaf
+        return made_up(leaf, (times * examples, *leaf.shape[1:]) if cut else leaf.shape)
+
+    def of_outputs(leaf: Any) -> Any:
+        rows = leaf.shape[0] // size * examples
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return random.normal(size=(rows, *leaf.shape[1:])).astype(leaf.dtype) if is_float else None
+
+    outputs = jax.tree.map(of_outputs, shapes)
+    twice = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf]), outputs)
+    given = lambda times: jax.tree.map(functools.partial(of_batch, times=times), batch, is_cut)
+    try:
+        with jax.ensure_compile_time_eval():
+            one = float(jax.jit(loss_fn)(outputs, given(1)))
+            two = float(jax.jit(loss_fn)(twice, given(2)))
+    except Exception:  # a loss that cannot be called on made-up examples tells nothing
+        return False
+    return math.isfinite(one) and one != 0 and abs(two / one - 2) < 1e-3
 
 
 def _attempt(function: Callable, *args: Any) -> Any:

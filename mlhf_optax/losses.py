@@ -51,7 +51,10 @@ def _weights(
     They sum to one, or to zero for an empty mask.
     """
     if mask is None:
-        return jnp.full(shape, 1.0 / max(1, math.prod(shape)), dtype), None
+        count = math.prod(shape)
+        if not isinstance(count, int):  # under `jax.export` with a size that is a symbol
+            return jnp.ones(shape, dtype) / jnp.asarray(count, dtype), None
+        return jnp.full(shape, 1.0 / max(1, count), dtype), None
     values = _mask_values(_get(batch, mask, "mask"), shape, dtype)
     return _normalized(values, jnp.sum(values)), values != 0
 

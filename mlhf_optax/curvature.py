@@ -185,13 +185,20 @@ def _custom_rules(jaxpr: Any) -> list[str]:
     found = []
     for equation in inner.eqns:
         if equation.primitive.name in _CUSTOM_VJP:
-            found.append(str(equation.params.get("name", equation.primitive.name)))
+            found.append(_function_name(equation))
         for value in equation.params.values():
             parts = value if isinstance(value, tuple | list) else [value]
             for part in parts:
                 if hasattr(part, "eqns") or hasattr(part, "jaxpr"):
                     found += _custom_rules(part)
     return found
+
+
+def _function_name(equation: Any) -> str:
+    """Returns the name of the function with the custom rule where the program tells it."""
+    jaxpr = equation.params.get("call_jaxpr")
+    info = getattr(getattr(jaxpr, "jaxpr", jaxpr), "debug_info", None)
+    return getattr(info, "func_src_info", "").split(" at ")[0] or equation.primitive.name
 
 
 def _from_reverse_mode(
@@ -263,7 +270,7 @@ def _noting(note: str, function: Callable, *args: Any) -> Any:
 
 def _check_scalar_loss(loss_fn: LossFn, outputs: Outputs, batch: Batch) -> None:
     try:
-        shape = _noting(_LOSS, jax.eval_shape, loss_fn, outputs, batch)
+        shape = jax.eval_shape(lambda z: _noting(_LOSS, loss_fn, z, batch), outputs)
     except (AttributeError, TypeError) as error:
         if type(outputs) is not tuple:
             raise

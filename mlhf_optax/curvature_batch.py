@@ -336,7 +336,7 @@ def _is_sum(
     """Says whether the loss is a sum over examples, told from its values on made-up ones."""
     examples = 2
     random = np.random.default_rng(0)
-    shapes = jax.eval_shape(predict_fn, params, batch)
+    shapes = jax.eval_shape(lambda: predict_fn(params, batch))
 
     def made_up(leaf: Any, like: tuple[int, ...]) -> Any:
         dtype = jnp.result_type(leaf)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mlhf_optax.curvature import Matvec
+from mlhf_optax.support import loops
 from mlhf_optax.support.trees import vdot
 
 
@@ -155,9 +156,9 @@ def pcg(
     if early_exit:
         indexed = (jnp.zeros((), jnp.int32), state)
         go_on = lambda c: (c[0] < num_steps) & is_active(c[1])
-        state = lax.while_loop(go_on, lambda c: (c[0] + 1, step(c[1])), indexed)[1]
+        state = loops.while_loop(go_on, lambda c: (c[0] + 1, step(c[1])), indexed)[1]
     elif num_steps:
-        state = lax.fori_loop(0, num_steps, lambda _, s: step(s), state, unroll=unroll)
+        state = loops.repeat(num_steps, step, state, unroll)
     norm = jnp.sqrt(lax.stop_gradient(vdot(state.r, state.r))).astype(jnp.float32)
     return state.x, state.r, Info(state.steps, norm, state.s_x)
 

@@ -244,7 +244,7 @@ def average_updates(momentum: float | jax.Array) -> optax.GradientTransformation
         next_average = lambda m, u: (momentum * m + (1 - momentum) * u).astype(m.dtype)
         average = jax.tree.map(next_average, state.average, updates)
         new = AverageUpdatesState(jnp.asarray(optax.safe_increment(state.num_averaged)), average)
-        sum_of_weights = 1 - jnp.asarray(momentum, jnp.result_type(float)) ** new.num_averaged
+        sum_of_weights = 1 - jax.lax.pow(jnp.asarray(momentum, jnp.result_type(float)), new.num_averaged)
         correct = lambda m, u: jnp.where(is_step, m / sum_of_weights, 0.0).astype(u.dtype)
         return jax.tree.map(correct, average, updates), trees.select(is_step, new, state)
 

@@ -1,8 +1,6 @@
 """GGN products against dense matrices built from full Jacobians, in float64."""
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,6 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from mlhf_optax.curvature import ggn_matvec, output_curvature
-from mlhf_optax.curvature_batch import check_curvature_batch, curvature_subset
 from mlhf_optax.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError
 
 pytestmark = pytest.mark.usefixtures("x64", "strict_ranks")
@@ -163,161 +160,126 @@ def test_a_loss_that_is_not_a_scalar_is_an_error(loss_fn):
         ggn_matvec(lambda p, b: p * b, loss_fn, jnp.ones(2), jnp.ones(2))
 
 
-# Part of the batch.
-
-PARAMS = jnp.ones((2, 3))
-SIZED = ("x", "y")
+# Models with rules of their own, and outputs that nothing differentiates.
 
 
-def squared(outputs, batch):
-    return jnp.mean((outputs - batch["y"][:, None]) ** 2)
+def dense_ggn(matvec, params):
+    flat, unravel = ravel_pytree(params)
+    return np.stack([ravel_pytree(matvec(unravel(row)))[0] for row in np.eye(flat.size)])
 
 
-def full_batch(**others):
-    return {"x": jnp.arange(16.0).reshape(8, 2), "y": jnp.arange(8.0), **others}
+@jax.custom_vjp
+def custom_tanh(x):
+    return jnp.tanh(x)
 
 
-def subset(part, batch, per_example=None, predict_fn=lambda p, b: b["x"] @ p, loss_fn=squared):
-    return curvature_subset(predict_fn, PARAMS, batch, part, per_example, loss_fn=loss_fn)
+custom_tanh.defvjp(lambda x: (jnp.tanh(x), jnp.tanh(x)), lambda y, ct: (ct * (1 - y**2),))
 
 
-@pytest.mark.parametrize(("part", "count"), [(None, 8), (3, 3), (8, 8), (0.25, 2), (1.0, 8), (0.01, 1)])
-def test_part_of_a_batch_is_at_even_distances_and_what_is_not_named_is_kept_whole(part, count):
-    taken = [0, 4] if part == 0.25 else list(range(count))
-    state = {"mean": jnp.ones(8), "key": jax.random.key(0), "n": 5, "mode": "train", "none": None}
-    unnamed, named = (
-        subset(part, full_batch()),
-        subset(part, full_batch(state=state, mask=None), ["x", "y", "mask"]),
-    )
-    for small in (unnamed, named, jax.jit(lambda batch: subset(part, batch))(full_batch())):
-        for name in SIZED:
-            np.testing.assert_array_equal(small[name], full_batch()[name][jnp.array(taken)])
-    assert named["state"] == state
-    assert named["mask"] is None
-    every_other = lambda batch: {"x": batch["x"][::2]}
-    np.testing.assert_array_equal(subset(every_other, full_batch())["x"], full_batch()["x"][::2])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit], ids=["plain", "remat", "jit"])
+def test_a_model_with_a_custom_vjp_has_the_same_product_as_the_model_without(wrap):
+    """Forward mode is refused by JAX; J v is the transpose of the rule's J^T u."""
+    _, loss_fn, params, batch = mlp_case()
+
+    def model(activation):
+        def layer(x, w):
+            return activation(x @ w)
+
+        def apply(p, batch):
+            hidden = wrap(layer)(batch["x"] + p["b"][None, :3], p["w"])
+            return jax.lax.map(lambda row: activation(row)[None] @ p["v"], hidden)[:, 0]
+
+        return apply
+
+    for in_jit in (lambda f: f, jax.jit):
+        own, plain = (
+            in_jit(lambda v, a=a: ggn_matvec(model(a), loss_fn, params, batch)(v))
+            for a in (custom_tanh, jnp.tanh)
+        )
+        vector = jax.tree.map(lambda x: normal(9, *x.shape), params)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), own(vector), plain(vector)
+        )
+    jacobian = jax.jacrev(lambda p: model(custom_tanh)(p, batch))(params)  # of its own rule
+    rows = np.concatenate([np.asarray(jacobian[name]).reshape(15, -1) for name in sorted(params)], 1)
+    outputs = model(jnp.tanh)(params, batch)
+    hessian = np.asarray(jax.hessian(lambda z: loss_fn(z, batch))(outputs)).reshape(15, 15)
+    matrix = dense_ggn(ggn_matvec(model(custom_tanh), loss_fn, params, batch), params)
+    np.testing.assert_allclose(matrix, rows.T @ hessian @ rows, rtol=1e-8, atol=1e-12)
 
 
-class Pair(NamedTuple):
-    x: jax.Array
-    y: jax.Array
-    scale: jax.Array
+def test_a_custom_vjp_whose_rule_cannot_be_differentiated_is_an_error_that_says_what_to_do():
+    @jax.custom_vjp
+    def solve(x):
+        return x**2
+
+    def backward(x, ct):
+        halve = lambda c: (c[0] + 1, c[1] * 0.5 + x * c[1])
+        return (jax.lax.while_loop(lambda c: c[0] < 3, halve, (0, ct))[1],)
+
+    solve.defvjp(lambda x: (x**2, x), backward)
+    message = r"`predict_fn` uses `jax.custom_vjp` \(in .*solve\).*DirectAdjoint\(\).*`jax.custom_jvp`"
+    predict = lambda p, b: solve(p * b["x"])
+    batch = {"x": jnp.arange(3.0), "label": jnp.zeros(3)}
+    with pytest.raises(ValueError, match=message):
+        ggn_matvec(predict, SquaredError(), jnp.ones(3), batch)
+
+
+def test_a_model_that_only_has_a_forward_mode_is_an_error_that_says_what_to_do():
+    go_on = lambda c: c[0] < 3
+    predict = lambda w, b: jax.lax.while_loop(go_on, lambda c: (c[0] + 1, jnp.sin(w * c[1])), (0, b))[1]
+    matvec = ggn_matvec(predict, lambda z, b: jnp.mean(z**2), jnp.ones(3), jnp.arange(3.0))
+    with pytest.raises(ValueError, match=r"forward-mode derivative only.*DirectAdjoint.*`lax.scan`"):
+        matvec(jnp.ones(3))
+
+
+def test_outputs_that_are_not_floating_are_constants():
+    predict, _, params, batch = mlp_case()
+    loss_fn = lambda z, b: jnp.mean(z["logits"][z["kept"]] ** 2 * (1 + z["class"][z["kept"], None]))
+    kept = np.array([0, 2, 3])
+
+    def with_predictions(p, batch):
+        logits = predict(p, batch)
+        return {"logits": logits, "class": jnp.argmax(logits, -1), "kept": kept, "mask": logits > 0}
+
+    classes = jnp.argmax(predict(params, batch), -1)
+    floats = lambda z, b: jnp.mean(z[kept] ** 2 * (1 + classes[kept, None]))
+    vector = jax.tree.map(lambda x: normal(9, *x.shape), params)
+    got = jax.jit(lambda v: ggn_matvec(with_predictions, loss_fn, params, batch)(v))(vector)
+    want = ggn_matvec(predict, floats, params, batch)(vector)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), got, want)
+    with pytest.raises(ValueError, match="`predict_fn` returns no floating-point outputs"):
+        ggn_matvec(lambda p, b: jnp.argmax(predict(p, b), -1), floats, params, batch)
+
+
+def test_a_pair_of_outputs_and_state_is_an_error_that_says_to_return_the_outputs():
+    predict, loss_fn, params, batch = mlp_case()
+    with pytest.raises(ValueError, match=r"a tuple of 2\. If `predict_fn` returns `\(outputs, state\)`"):
+        ggn_matvec(lambda p, b: (predict(p, b), {"count": 3}), loss_fn, params, batch)
 
 
 @pytest.mark.parametrize(
-    ("make", "names"), [(Pair, ("x", "y")), (lambda *leaves: leaves, (0, 1))], ids=["NamedTuple", "tuple"]
+    "loss_fn",
+    [
+        lambda z, b: -jnp.mean(z),
+        lambda z, b: jnp.sum(z * b["x"].sum()) / 5 + 3.0,
+        lambda z, b: jnp.mean(jnp.abs(z)),
+    ],
 )
-def test_names_are_fields_of_a_named_tuple_or_positions(make, names):
-    batch = make(jnp.ones((8, 2)), jnp.ones(8), jnp.ones(8))
-    predict_fn = lambda p, b: b[0] @ p * jnp.sum(b[2])
-    loss_fn = lambda z, b: jnp.mean((z - b[1][:, None]) ** 2)
-    small = subset(2, batch, names, predict_fn, loss_fn)
-    assert [leaf.shape for leaf in small] == [(2, 2), (2,), (8,)]
-    assert isinstance(small, type(batch))
+def test_a_loss_that_is_linear_in_the_outputs_is_an_error(loss_fn):
+    """Its curvature is zero: every step would have the length that damping says, and nothing would tell."""
+    predict, _, params, batch = mlp_case()
+    with pytest.raises(ValueError, match=r"`loss_fn` is linear in the outputs.*NegativeLogLikelihood"):
+        ggn_matvec(predict, loss_fn, params, batch)
+    # One output that is curved is enough.
+    ggn_matvec(predict, lambda z, b: loss_fn(z, b) + jnp.mean(z[:, 0] ** 2), params, batch)
 
 
-def test_examples_of_several_positions_may_give_flat_outputs_if_they_are_named():
-    batch = {"x": jnp.ones((4, 3, 2)), "y": jnp.ones((4, 3))}
-    predict_fn = lambda p, b: b["x"].reshape(-1, 2) @ p
-    loss_fn = lambda z, b: jnp.mean((z - b["y"].reshape(-1, 1)) ** 2)
-    assert subset(0.5, batch, SIZED, predict_fn, loss_fn)["x"].shape == (2, 3, 2)
-    with pytest.raises(
-        ValueError, match=r"'x' of shape \(4, 3, 2\) does not begin with the 12 examples of the"
-    ):
-        subset(0.5, batch, None, predict_fn, loss_fn)
-
-
-def test_a_model_may_work_on_groups_of_examples():
-    predict_fn = lambda p, b: (b["x"].reshape(-1, 4, 2) - b["x"].reshape(-1, 4, 2).mean(1, keepdims=True)) @ p
-    grouped = lambda p, b: predict_fn(p, b).reshape(-1, 3)
-    assert subset(4, full_batch(), predict_fn=grouped)["x"].shape == (4, 2)
-
-
-NORMED = lambda p, b: (b["x"] @ p)[..., None] * b["scale"][None, None]  # outputs of shape (8, 3, 8)
-NORMED_LOSS = lambda z, b: jnp.mean((z - b["y"][:, None, None]) ** 2)
-HIDDEN = lambda p, b: jnp.tanh(b["x"] @ jnp.ones((2, 8)) - b["mean"][None]) @ jnp.ones((8, 3)) * p.sum()
-REMEDY = r".*per_example=\(\"image\", \"label\"\)"
-
-
-@pytest.mark.parametrize("part", [1, 0.5])
-@pytest.mark.parametrize(
-    ("others", "predict_fn", "loss_fn", "message"),
-    [
-        ({"state": {"mean": jnp.ones(3)}}, None, squared, r"'state/mean' of shape \(3,\) does not begin"),
-        ({"n": 5}, None, squared, r"'n' of shape \(\) does not begin with the 8 examples of the outputs"),
-        # Model state that is as long as the batch, which a part of one example would broadcast.
-        ({"mean": jnp.ones(8)}, HIDDEN, squared, "model or the loss does not work"),
-        ({"scale": jnp.ones(8)}, NORMED, NORMED_LOSS, "gives other than as many more outputs"),
-        # Tables that are read at indices: shorter ones are read past their end.
-        ({"weight": jnp.ones(8)}, None, lambda z, b: squared(z, b) * b["weight"][b["y"].astype(int)].mean(),
-         r"'weight' of shape \(8,\) is as long as the batch, but model and loss"),
-        ({"table": jnp.ones((8, 3))}, lambda p, b: b["x"] @ p + b["table"][b["y"].astype(int)], squared,
-         r"'table' of shape \(8, 3\) is as long as the batch"),
-        ({"bank": jnp.ones((8, 2))}, lambda p, b: b["x"] @ p * b["bank"].sum(), squared,
-         r"'bank' of shape \(8, 2\) is as long as the batch"),
-    ],
-)  # fmt: skip
-def test_model_state_that_would_be_cut_is_an_error_unless_names_say_what_is(
-    others, predict_fn, loss_fn, message, part
-):
-    predict_fn, batch = predict_fn or (lambda p, b: b["x"] @ p), full_batch(**others)
-    cut = lambda batch: subset(part, batch, None, predict_fn, loss_fn)
-    for function in (cut, jax.jit(cut)):
-        with pytest.raises(ValueError, match=message + REMEDY):
-            function(batch)
-    small = subset(part, batch, SIZED, predict_fn, loss_fn)
-    jax.tree.map(np.testing.assert_array_equal, {name: small[name] for name in others}, others)
-    assert small["x"].shape[0] == small["y"].shape[0] < 8
-
-
-def test_a_forgotten_name_and_a_name_too_many_are_errors():
-    with pytest.raises(ValueError, match="a per-example array is not named" + REMEDY):
-        subset(1, full_batch(), ("x",))
-    with pytest.raises(ValueError, match="model or the loss does not work" + REMEDY):
-        subset(1, full_batch(mean=jnp.ones(8)), ("x", "y", "mean"), HIDDEN)
-    with pytest.raises(ValueError, match=r"'z' of shape \(3,\) does not begin with the 8 examples of other"):
-        subset(1, full_batch(z=jnp.ones(3)), ("x", "y", "z"))
-    with pytest.raises(ValueError, match=r"'key' of shape \(\) does not begin with"):
-        subset(1, {**full_batch(), "key": jax.random.key(0)}, ("key", "x"))
-    with pytest.raises(ValueError, match=r"`per_example` names image, label, but the batch has x, y"):
-        subset(1, full_batch(), ("image", "label", "x"))
-
-
-def test_an_error_of_the_model_itself_is_not_dressed_up():
-    with pytest.raises(KeyError, match="missing"):
-        subset(2, full_batch(), predict_fn=lambda p, b: b["missing"])
-
-
-@pytest.mark.parametrize("predict_fn", [lambda p, b: jnp.sum(b["x"]), lambda p, b: (b["x"], b["y"][:2])])
-def test_part_of_a_batch_needs_a_leading_dimension(predict_fn):
-    with pytest.raises(ValueError, match=r"share one leading batch dimension.*pass a function"):
-        subset(0.5, full_batch(), predict_fn=predict_fn, loss_fn=None)
-
-
-def test_part_of_a_batch_larger_than_the_batch_is_an_error():
-    with pytest.raises(ValueError, match=r"`curvature_batch_size`=9 is larger than the batch of 8"):
-        subset(9, full_batch())
-
-
-def test_part_of_a_batch_out_of_range_or_of_another_type_is_an_error():
-    for part in (0, -1, 0.0, 1.5, 2.0, -0.5, math.nan, math.inf):
-        with pytest.raises(ValueError, match=rf"`curvature_batch_size`.*got {part}"):
-            check_curvature_batch(part)
-    for part in (True, "half", np.array([1])):
-        with pytest.raises(TypeError, match=f"`curvature_batch_size` must be .* got {type(part).__name__}"):
-            check_curvature_batch(part)
-
-
-@pytest.mark.parametrize(
-    ("part", "names", "error", "message"),
-    [
-        (0.5, "image", TypeError, r"`per_example` must be names such as .*, got 'image'"),
-        (0.5, 3, TypeError, "`per_example` must be names such as .*, got 3"),
-        (0.5, (), ValueError, "`per_example` names nothing"),
-        (lambda batch: batch, ("image",), ValueError, "`per_example` has no effect"),
-    ],
-)  # fmt: skip
-def test_names_that_are_none_are_errors(part, names, error, message):
-    with pytest.raises(error, match=message):
-        check_curvature_batch(part, names)
-    check_curvature_batch(None, ("image",))
+def test_errors_of_a_users_own_functions_say_how_they_were_called():
+    predict, loss_fn, params, batch = mlp_case()
+    with pytest.raises(KeyError) as caught:
+        ggn_matvec(lambda p, b: b["missing"], loss_fn, params, batch)
+    assert any("`predict_fn(params, batch)`" in note for note in caught.value.__notes__)
+    with pytest.raises(TypeError) as caught:
+        ggn_matvec(predict, lambda params, batch: params["w"], params, batch)
+    assert any("`loss_fn(outputs, batch)`" in note for note in caught.value.__notes__)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlhf_optax.support import placement, trees
+from mlhf_optax.support import loops, placement, trees
 from mlhf_optax.support.checks import DECAY, FROM_ONE, NOT_NEGATIVE, check_fields
 
 
@@ -319,6 +319,8 @@ def cond_under_vmap(is_due: jax.Array, function: _Update, each_of_many: _Update,
       each_of_many: called in its place, once for each, under ``vmap``.
       tree: a tree of arrays.
     """
+    if loops.is_known(is_due, tree):
+        return function(tree) if is_due else tree
 
     @jax.custom_batching.custom_vmap
     def run(is_due, tree):

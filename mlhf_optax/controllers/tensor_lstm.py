@@ -31,7 +31,7 @@ from mlhf_optax.controllers.tensor_network import (
     run_network,
 )
 from mlhf_optax.controllers.units import initial_sizes, tensor_units, without_jump
-from mlhf_optax.support import placement, trees
+from mlhf_optax.support import loops, placement, trees
 
 _TINY = 1e-30
 
@@ -305,7 +305,7 @@ def _damped_start(view: View, signal: _Signal, metric: list[_Metric]) -> list[ja
     matrices = [i for i, own in enumerate(metric) if own.sides is not None]
     direction = jax.tree.leaves(view.direction)
     product = lambda i: metric[i].times(direction[i])
-    of_matrices = lax.cond(
+    of_matrices = loops.cond(
         signal.is_fresh, lambda: [product(i) for i in matrices], lambda: [before[i] for i in matrices]
     )
     known = dict(zip(matrices, of_matrices, strict=True))

@@ -122,7 +122,8 @@ def sum_of_weights(decay: Any, count: jax.Array) -> jax.Array:
       >>> sum_of_weights(0.5, jnp.array(2))
       Array(0.75, dtype=float32)
     """
-    return 1 - jnp.asarray(decay, jnp.float32) ** jnp.maximum(count, 1)
+    # Not `**`, which compiles a program for each exponent whose value it knows, without `jit`.
+    return 1 - lax.pow(jnp.asarray(decay, jnp.float32), jnp.maximum(count, 1))
 
 
 def _sum_of_squares(tree: chex.ArrayTree) -> Any:

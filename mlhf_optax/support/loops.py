@@ -1,0 +1,47 @@
+"""Control flow that Python decides where values are known.
+
+Without ``jit``, a function that is handed to ``lax.cond`` or a loop is a new one in every call, so every call
+compiles it anew. Where all values are known, branches and loops of Python do the same and compile nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.core import Tracer
+
+
+def is_known(*trees: Any) -> bool:
+    """Says whether all arrays of some trees have values, so that nothing traces them.
+
+    Example:
+      >>> is_known({"w": 1.0}), jax.make_jaxpr(lambda x: is_known(x) * x)(1.0).jaxpr.eqns[0].primitive.name
+      (True, 'mul')
+    """
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def cond(is_true: Any, if_true: Callable, if_false: Callable, *operands: Any) -> Any:
+    """``lax.cond``."""
+    if is_known(is_true):
+        return if_true(*operands) if is_true else if_false(*operands)
+    return lax.cond(is_true, if_true, if_false, *operands)
+
+
+def repeat(times: int, step: Callable[[Any], Any], state: Any, unroll: bool | int = 1) -> Any:
+    """Applies ``step`` to a state so many times: ``lax.fori_loop`` without the index."""
+    if is_known(state):
+        for _ in range(times):
+            state = step(state)
+        return state
+    return lax.fori_loop(0, times, lambda _, s: step(s), state, unroll=unroll)
+
+
+def while_loop(go_on: Callable[[Any], Any], step: Callable[[Any], Any], state: Any) -> Any:
+    """``lax.while_loop``."""
+    if is_known(state):
+        while go_on(state):
+            state = step(state)
+        return state
+    return lax.while_loop(go_on, step, state)

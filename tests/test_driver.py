@@ -79,6 +79,14 @@ def lines(folder, name):
     return found
 
 
+def saved(folder):
+    """The meta-iterations of the checkpoints, the newest first."""
+    names = [path.name for path in checkpoints.list_checkpoints(folder / "checkpoints")]
+    numbers = [int(name[11:19]) for name in names]
+    assert names == [f"checkpoint-{number:08d}.safetensors" for number in numbers]
+    return numbers
+
+
 def outcome(folder):
     """All that a run leaves but the time that it took."""
     last = checkpoints.list_checkpoints(folder / "checkpoints")[0]
@@ -106,8 +114,7 @@ def test_a_run_writes_metrics_validations_and_checkpoints_as_it_goes(tmp_path):
     assert [line["iteration"] for line in metrics] == list(range(1, 10))
     assert set(metrics[0]) == {"iteration", "l_p", "inner_loss"}
     assert [line["iteration"] for line in validations] == [3, 6, 9]
-    names = [path.name for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")]
-    assert names == [f"checkpoint-{number:08d}.safetensors" for number in (9, 8, 6)]
+    assert saved(tmp_path) == [9, 8, 6]
     # Looks at the metrics: every fifth, and where validation or checkpoint wait for the device anyway.
     assert [iteration for iteration, _ in seen] == [2, 3, 4, 5, 6, 8, 9]
     assert seen[-1][1]["inner_loss"] == metrics[-1]["inner_loss"]
@@ -147,8 +154,7 @@ def test_meta_parameters_that_are_not_finite_end_the_run_before_they_are_saved(t
     message = "no longer finite at meta-iteration 4; lower `meta_learning_rate` .* resume"
     with pytest.raises(FloatingPointError, match=message):
         run(tmp_path, step_fn=breaking)
-    names = [path.name for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")]
-    assert names == ["checkpoint-00000002.safetensors"]
+    assert saved(tmp_path) == [2]
 
 
 # Resuming.
@@ -212,9 +218,7 @@ def test_a_run_that_stops_early_is_whole_and_can_go_on(tmp_path, undisturbed):
     short = Schedule(iterations=9, checkpoint_every=4, validate_every=4, stop_after=3)
     done = run(tmp_path, short)
     assert int(done.state.iteration) == int(done.best_iteration) == 3  # validated and saved at the end
-    assert [path.stem for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")] == [
-        "checkpoint-00000003"
-    ]
+    assert saved(tmp_path) == [3]
     done = run(tmp_path, resume=True)
     assert int(done.state.iteration) == int(undisturbed[0].state.iteration)
     jax.tree.map(np.testing.assert_array_equal, done.state, undisturbed[0].state)
@@ -339,7 +343,7 @@ def test_a_full_disk_is_named_and_the_run_can_go_on(tmp_path, monkeypatch, undis
         patch.setattr(owner, name, full)
         with pytest.raises(OSError, match=r"cannot write .*(checkpoint|jsonl).*: No space left on device"):
             run(tmp_path)
-    assert len(checkpoints.list_checkpoints(tmp_path / "checkpoints")) > 0
+    assert saved(tmp_path)
     assert_undisturbed(run(tmp_path, resume=True), tmp_path, undisturbed)
 
 

@@ -1,5 +1,6 @@
 """Long-horizon meta-training against a plain loop, and what it owes to trainings that end or blow up."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -27,6 +28,12 @@ def draw(key, config=CONFIG):
     keys = jax.random.split(jax.random.key(key))
     x = jax.random.normal(keys[0], (config.num_pairs, config.truncation, 8, 3))
     return {"x": x, "y": x @ jnp.array([1.0, -2.0, 0.5])}
+
+
+@pytest.fixture(scope="module")
+def sgd():
+    """`init` and `step` for stochastic gradient descent, compiled once."""
+    return make_long_horizon_step([TASK], SGD, CONFIG)
 
 
 def copy(tree):
@@ -148,8 +155,8 @@ def test_the_estimate_has_the_sign_and_size_of_the_derivative_of_the_meta_loss()
     assert cosine > 0.95
 
 
-def test_noise_stays_from_start_to_end_and_then_a_fresh_pair_with_other_noise_begins():
-    init, step = make_long_horizon_step([TASK], SGD, CONFIG)
+def test_noise_stays_from_start_to_end_and_then_a_fresh_pair_with_other_noise_begins(sgd):
+    init, step = sgd
     state = init(jax.random.key(0), jnp.array(-3.0))
     assert len(set(np.asarray(state.pairs[0].horizon).tolist())) > 1  # staggered
     for number in range(8):
@@ -194,8 +201,8 @@ def test_it_learns_a_rate_on_two_tasks_of_very_different_scale():
     assert {"meta_loss_0", "meta_loss_1"} <= metrics.keys()
 
 
-def test_trainings_that_blow_up_count_as_the_ceiling_and_spoil_nothing():
-    init, step = make_long_horizon_step([TASK], SGD, CONFIG)
+def test_trainings_that_blow_up_count_as_the_ceiling_and_spoil_nothing(sgd):
+    init, step = sgd
     state = init(jax.random.key(0), jnp.array(5.0))  # a rate of 150
     for number in range(6):
         state, metrics = step(state, [draw(number)])
@@ -206,13 +213,11 @@ def test_trainings_that_blow_up_count_as_the_ceiling_and_spoil_nothing():
     assert float(state.meta_params) <= 5.0 + 1e-3
 
 
-def test_equal_seeds_give_equal_bits_and_the_state_is_one_pytree_that_goes_on():
-    init, step = make_long_horizon_step([TASK], SGD, CONFIG)
-
-    def run(state, numbers):
-        for number in numbers:
-            state, _ = step(state, [draw(number)])
-        return state
+def test_equal_seeds_give_equal_bits_and_the_state_is_one_pytree_that_goes_on(sgd):
+    init, step = sgd
+    run = lambda state, numbers: functools.reduce(
+        lambda s, number: step(s, [draw(number)])[0], numbers, state
+    )
 
     whole = run(init(jax.random.key(3), jnp.array(-3.0)), range(4))
     half = copy(run(init(jax.random.key(3), jnp.array(-3.0)), range(2)))
@@ -226,6 +231,8 @@ def test_equal_seeds_give_equal_bits_and_the_state_is_one_pytree_that_goes_on():
         ({"sigma": 0.0}, "`sigma` must be a positive number"),
         ({"horizons": (30, 10)}, "`horizons` must be two ascending numbers"),
         ({"horizon_exponent": -0.5}, "`horizon_exponent` must be a number >= 0, got -0.5"),
+        ({"final_rate_share": 1.5}, r"`final_rate_share` must be in \[0, 1\], got 1.5"),
+        ({"task_axis": "pmap"}, "`task_axis` must be one of 'auto', 'vmap', 'sequential', got 'pmap'"),
         ({"decay_iterations": 0}, "`decay_iterations` must be a positive number, or None"),
     ],
 )
@@ -234,10 +241,10 @@ def test_wrong_numbers_are_refused(wrong, match):
         LongHorizonConfig(**wrong)
 
 
-def test_wrong_tasks_and_batches_are_refused():
+def test_wrong_tasks_and_batches_are_refused(sgd):
     with pytest.raises(ValueError, match="`tasks` is empty"):
         make_long_horizon_step([], SGD, CONFIG)
-    init, step = make_long_horizon_step([TASK], SGD, CONFIG)
+    init, step = sgd
     state = init(jax.random.key(0), jnp.array(-3.0))
     with pytest.raises(ValueError, match="one entry per task, 1, got 2"):
         step(state, [draw(0), draw(0)])

@@ -200,3 +200,16 @@ def test_a_task_says_what_is_per_example_to_the_general_optimizer():
         update()
     task.per_example = ("image", "label")
     assert_finite(update())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"step_loss": "huge"}, "`step_loss` must be one of 'difference', 'relative', 'log', got 'huge'"),
+        ({"update_noise": 1.5}, r"`update_noise` must be in \[0, 1\], got 1.5"),
+        ({"same_batch_weight": -1.0}, "`same_batch_weight` must be a number >= 0, got -1.0"),
+    ],
+)
+def test_wrong_options_are_refused(wrong, match):
+    with pytest.raises(ValueError, match=match):
+        mlhf_optimizer(**wrong)

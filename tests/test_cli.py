@@ -125,6 +125,14 @@ def test_meta_parameters_may_be_given_for_one_of_several_optimizers(meta_trained
         assert (shipped.family, shipped.settings[0]["meta_params"]) == ("mlhf", "digits")
 
 
+def test_the_label_says_which_line_load_pretrained_gives():
+    general, digits = contenders("--optimizers", "mlhf_general,mlhf")
+    assert general.labels == ("MLHF general = load_pretrained()",)
+    assert digits.labels == ("MLHF",)
+    (other,) = contenders("--optimizers", "mlhf_general", "--cg-steps", "3")
+    assert other.labels == ("MLHF general",)
+
+
 def test_options_override_the_record(meta_params):
     options = "--learning-rate 2 --cg-steps 7 --curvature-batch-size 0.25 --optimizers mlhf,adam,muon"
     learned, adam, muon = contenders(*options.split(), "--batch-size", "32", "--meta-params", meta_params)

@@ -324,7 +324,7 @@ def test_recorded_steps_include_those_of_the_table_and_the_first_epochs(steps):
         ({"steps": [0, 3]}, "`steps` must ascend"),
         ({"steps": []}, "`steps` must ascend"),
         ({"contenders": [SGD, SGD]}, "names of optimizers must be unique"),
-        ({"task": dataclasses.replace(TASK, batch_size=31)}, "`batch_size` must lie between .*, 30, got 31"),
+        ({"task": dataclasses.replace(TASK, batch_size=31)}, "`batch_size` must be between .*, 30, got 31"),
     ],
 )
 def test_arguments_are_checked(options, message):

@@ -141,6 +141,13 @@ def test_the_table_says_who_is_below_whom():
     assert styles("adam fast") == ["bold green", "bold green", "", ""]  # the best of the others there
 
 
+def test_what_a_label_is_equal_to_stands_in_its_own_row_alone():
+    equal = LEARNED | {"label": "MLHF = f()"}
+    rows = rows_of(comparison_table(comparison(equal, EARLY), "title"))
+    assert ["MLHF", "=", "f()", "lr=0.5"] in [row[:4] for row in rows]
+    assert ["MLHF", "/", "that", "best"] in [row[:4] for row in rows]
+
+
 def test_a_learned_optimizer_that_diverged_does_not_look_good():
     lost = entry("mlhf", [2.0, None, 0.04, 0.02])
     row = next(

@@ -151,9 +151,10 @@ def compare(
     with contextlib.nullcontext() if folder is None else locked_folder(folder) as where:
         try:
             seconds = _measure_time(task, contenders, where, counter) if timed else {}
+            program = None
             for contender in contenders:
                 make = contender.program
-                program = make(task) if make else Program(task, contender.make_optimizer)
+                program = make(task) if make else Program(task, contender.make_optimizer, like=program)
                 count = len(contender.names)
                 size = group_size or (1 if program.is_sequential else count)
                 its_time = {"seconds_per_step": seconds.get(contender.names[0])}

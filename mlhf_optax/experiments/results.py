@@ -63,6 +63,11 @@ class Curve(NamedTuple):
         """Whether it is a learned optimizer."""
         return self.family in LEARNED
 
+    @property
+    def short_label(self) -> str:
+        """The label without what it is equal to: "MLHF" of "MLHF = what gives it"."""
+        return self.label.partition(" = ")[0]
+
     def loss_at(self, step: int) -> float:
         """Returns the training loss after ``step`` steps."""
         return self.train_loss[self.steps.index(step)]

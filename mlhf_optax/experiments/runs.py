@@ -30,11 +30,16 @@ class RunState(NamedTuple):
     opt_state: Any
 
 
+def start_params(task: Task, key: chex.PRNGKey) -> Any:
+    """Returns the parameters with which the run with ``key`` starts, whatever the optimizer."""
+    return task.init_fn(jax.random.fold_in(key, 0))
+
+
 def init_run(
     task: Task, make_optimizer: MakeOptimizer, hyperparameters: Hyperparameters, key: chex.PRNGKey
 ) -> RunState:
     """Returns the state of a run before its first step; ``key`` decides the parameters."""
-    params = task.init_fn(jax.random.fold_in(key, 0))
+    params = start_params(task, key)
     return RunState(params, make_optimizer(**hyperparameters).init(params))
 
 
@@ -109,14 +114,22 @@ class Program:
       task: what to train; mini-batches have its ``batch_size``.
       make_optimizer: returns the optimizer for given hyperparameters; its ``update`` gets ``batch=``.
       sequential: run trainings one after the other; where that is faster if None.
+      like: a program of the same task: what does not depend on the optimizer is taken from it, and so is
+        compiled once.
     """
 
-    def __init__(self, task: Task, make_optimizer: MakeOptimizer, sequential: bool | None = None):
+    def __init__(
+        self,
+        task: Task,
+        make_optimizer: MakeOptimizer,
+        sequential: bool | None = None,
+        like: "Program | None" = None,
+    ):
         self.task = task
         self.is_sequential = runs_in_sequence(task) if sequential is None else sequential
 
         def init(setting, seed, _):
-            return init_run(task, make_optimizer, setting[1], jax.random.key(seed["seed"]))
+            return RunState(seed["params"], make_optimizer(**setting[1]).init(seed["params"]))
 
         # The data are arguments, not constants of the compiled program, which would copy them.
         def step(setting, seed, state, examples, number):
@@ -124,14 +137,24 @@ class Program:
             batch = draw_batch(task, examples, seed["batch"], key)
             return run_step(task, make_optimizer, setting[1], batch, state)
 
-        def ready(setting, seed, state, examples):
-            return state.params, evaluation_state(task, state.params, examples)
+        def ready(setting, seed, params, examples):
+            return params, evaluation_state(task, params, examples)
 
         def judge(measure):
             return self.over_runs(lambda setting, seed, run, part: measure(task, run[0], part, run[1]))
 
         self.init = self.over_runs(init)
         self.step = self.over_runs(step, donate=True)
+        if like is not None and like.is_sequential == self.is_sequential:
+            self.start, self.ready, self.loss, self.accuracy = (
+                like.start,
+                like.ready,
+                like.loss,
+                like.accuracy,
+            )
+            return
+        # Parameters of all seeds, leaves (S, ...).
+        self.start = jax.jit(jax.vmap(lambda seed: start_params(task, jax.random.key(seed))))
         self.ready, self.loss, self.accuracy = self.over_runs(ready), judge(mean_loss), judge(accuracy)
 
     def over_runs(self, one: Callable, donate: bool = False, jit: bool = True) -> Callable:
@@ -197,7 +220,8 @@ class RunGrid:
         # Only numbers of examples are handed over; the examples lie on the device.
         self._orders = np.stack([draw_order(task, jax.random.key(seed), num_steps) for seed in seeds])
         nothing = [[None] * self.num_seeds] * self.num_settings if program.is_sequential else None
-        self.state = program.init(self._settings, self._seeds, nothing)
+        starts = {**self._seeds, "params": program.start(self._seeds["seed"])}
+        self.state = program.init(self._settings, starts, nothing)
         self.steps_done = 0
 
     def step(self) -> None:
@@ -224,11 +248,14 @@ class RunGrid:
         jax.block_until_ready(self.state)
 
     def _mean(self, measure: Callable, examples: Examples) -> np.ndarray:
-        ready = self._program.ready(self._settings, self._seeds, self.state, self._train)
+        params = jax.tree.map(lambda run: run.params, self.state, is_leaf=lambda x: isinstance(x, RunState))
+        # Only numbers of settings are told: what is judged does not depend on the optimizer.
+        settings = (self._settings[0], {})
+        ready = self._program.ready(settings, self._seeds, params, self._train)
         total = num_examples(examples)
         mean = np.zeros((self.num_settings, self.num_seeds))
         for start in range(0, total, _EVALUATION_CHUNK):
             chunk = jax.tree.map(lambda leaf: leaf[start : start + _EVALUATION_CHUNK], examples)  # noqa: B023
-            value = measure(self._settings, self._seeds, ready, chunk)
+            value = measure(settings, self._seeds, ready, chunk)
             mean += np.asarray(jax.device_get(value)) * (num_examples(chunk) / total)
         return mean

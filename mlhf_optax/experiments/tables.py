@@ -179,7 +179,7 @@ def _verdict(
         slower = f"{curve.seconds_per_step / fastest:.1f}x" if fastest and curve.seconds_per_step else "-"
         ratios = [f"{format_ratio(*pair)}x".replace("dx", "d") for pair in pairs]
         signs = [*(a < b for a, b in pairs), points >= -0.5]
-        rows.append(_Row([f"{curve.label} / that best", *ratios, f"{points:+.1f}", slower], signs))
+        rows.append(_Row([f"{curve.short_label} / that best", *ratios, f"{points:+.1f}", slower], signs))
         if unit == "epoch" and fastest and curve.seconds_per_step:
             rows += _by_time(curve, others, steps)
     return rows
@@ -193,4 +193,4 @@ def _by_time(curve: Curve, others: Sequence[Curve], steps: Sequence[int]) -> lis
     pairs = [(curve.loss_at(step), by_time[step]) for step in steps]
     ratios = [f"{format_ratio(*pair)}x" if math.isfinite(pair[1]) else "-" for pair in pairs]
     signs = [own < other if math.isfinite(other) else None for own, other in pairs]
-    return [_Row([f"{curve.label} / best at equal time", *ratios, "", ""], [*signs, None])]
+    return [_Row([f"{curve.short_label} / best at equal time", *ratios, "", ""], [*signs, None])]

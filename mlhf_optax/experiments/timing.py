@@ -5,18 +5,21 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from mlhf_optax.experiments.runs import (
     Hyperparameters,
     MakeOptimizer,
+    RunState,
     augmentation_key,
     draw_batch,
     draw_order,
-    init_run,
     run_step,
+    start_params,
 )
 from mlhf_optax.meta_training import runs_in_sequence
 from mlhf_optax.tasks import Task
@@ -140,13 +143,18 @@ def seconds_per_step(
         raise ValueError(
             f"`num_steps` and `repeats` must be at least 1, got num_steps={num_steps}, repeats={repeats}"
         )
-    stretches = {name: _stretch(task, *given, num_steps) for name, given in optimizers.items()}
+    start = jax.jit(lambda key: start_params(task, key))  # compiled once for all of them
+    stretches = {name: _stretch(task, start, *given, num_steps) for name, given in optimizers.items()}
     times = interleaved(stretches, repeats=repeats, calls=1)
     return {name: timing.median / num_steps for name, timing in times.items()}
 
 
 def _stretch(
-    task: Task, make_optimizer: MakeOptimizer, hyperparameters: Hyperparameters, num_steps: int
+    task: Task,
+    start: Callable[[chex.PRNGKey], Any],
+    make_optimizer: MakeOptimizer,
+    hyperparameters: Hyperparameters,
+    num_steps: int,
 ) -> Thunk:
     """Returns a function that takes ``num_steps`` steps of one run and waits for the last one."""
     examples = jax.tree.map(jnp.asarray, task.data.train)
@@ -161,7 +169,9 @@ def _stretch(
         return run_step(task, make_optimizer, hyper, batch, state)
 
     step = jax.jit(take_step, donate_argnums=3)
-    state = jax.jit(lambda hyper: init_run(task, make_optimizer, hyper, key))(hyperparameters)
+    params = start(key)
+    opt_state = jax.jit(lambda hyper, params: make_optimizer(**hyper).init(params))(hyperparameters, params)
+    state = RunState(params, opt_state)
 
     def run() -> None:
         nonlocal state

@@ -1,6 +1,7 @@
 """``mlhf-optax train``: trains a task with many optimizers and compares them."""
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from mlhf_optax.support.checks import FROM_ONE, POSITIVE, check_fields, require
 from mlhf_optax.tasks import Task, check_batch_size, get_task, num_examples
 
 _RATES = rates_per_decade(1e-3, 1.0)  # for optimizers that the paper's grid does not have
+_SHIPPED = inspect.signature(load_pretrained).parameters["name_or_path"].default
 _ARGUMENTS = ("learning_rate", "num_cg_steps", "curvature_batch_size")  # of learned optimizers
 
 
@@ -139,7 +141,12 @@ def _learned_contenders(task: Task, options: Train) -> list[Contender]:
     for family in wanted:
         source, pretrained = found.get(family) or _shipped_meta_params(task, family)
         own = {name: value for name, value in changes.items() if name in LEARNED[family].arguments}
-        contenders.append(learned_contender(task, pretrained, source=source, **own))
+        contender = learned_contender(task, pretrained, source=source, **own)
+        if source == _SHIPPED and not own:
+            # So that table and figure say which line a user gets who types this.
+            label = f"{contender.labels[0]} = load_pretrained()"
+            contender = dataclasses.replace(contender, labels=(label,))
+        contenders.append(contender)
     return contenders
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -296,6 +297,15 @@ def test_every_table_is_whole_and_ends_with_its_origin_and_none_is_left_out():
         assert len(table.note) <= 260  # two lines
         assert table.markdown()[-1].endswith(f"{table.about['date'][:10]}.")
         assert f"<!-- table {name} -->" in texts
+
+
+def test_what_the_page_of_the_benchmarks_links_to_is_there():
+    text = (tables.HERE / "README.md").read_text()
+    targets = re.findall(r"\]\((?!https?://|#)([^)\s]+)\)", text)
+    assert len(targets) > 10
+    assert [target for target in targets if not (tables.HERE / target).exists()] == []
+    figures = {path.relative_to(tables.HERE).as_posix() for path in tables.HERE.glob("*/figures/*")}
+    assert figures - {*targets} == {"held_out/figures/held-out.png"}  # in the README of the project
 
 
 def test_the_digits_are_those_of_the_first_release():

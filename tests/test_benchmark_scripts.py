@@ -63,8 +63,8 @@ RUNS = {
     "bowl": (lodo_tasks, ["--task", "bowl", "--steps", "20"], "bowl.json"),
     "pixels": (lodo_tasks, ["--task", "pixels", "--steps", "20"], "pixels.json"),
     "step": (step_time, [*SPEED, "--tasks", "linear", "--batches", "4"], "results.json figure.png"),
-    "memory": (step_memory, SPEED, "results.json"),
-    "meta step": (meta_step_time, SPEED, "results.json"),
+    "memory": (step_memory, SPEED, "results.json figure.png"),
+    "meta step": (meta_step_time, [*SPEED, "--tasks", "digits-mlp"], "results.json figure.png"),
     "scaling": (
         scaling,
         [*SPEED, "--devices", "1", "--batch", "8", "--width", "4", "--cg-steps", "1", "--timed"],

@@ -35,6 +35,7 @@ from mlhf_optax.experiments.progress import comparison_bar
 from mlhf_optax.experiments.scripts import (
     Table,
     command_line,
+    draw_panels,
     finite_or_none,
     parse_options,
     save_drawing,
@@ -325,19 +326,13 @@ def draw(figure: Any, content: dict[str, Any]) -> None:
 def draw_learned(figure: Any, content: dict[str, Any]) -> None:
     """Draws loss against steps, an axis per task and a line per learned optimizer."""
     rows = [row for row in content["rows"] if len(row["learned"]) > 1]
-    figure.set_size_inches(9, 2.5 * math.ceil(len(rows) / 3))
-    grid = figure.subplots(math.ceil(len(rows) / 3), 3, squeeze=False).flat
-    for axes in grid[len(rows) :]:
-        axes.set_axis_off()
-    for axes, row in zip(grid[: len(rows)], rows, strict=True):
-        lines = row["learned"] | {"best tuned Adam": row["best_adam"]}
-        for label, losses in lines.items():
-            style = {"color": "black", "linestyle": "--"} if label == "best tuned Adam" else {}
-            axes.plot(row["steps"], [math.nan if x is None else x for x in losses], label=label, **style)
-        axes.set(xscale="log", yscale="log", title=row["task"], xlabel="steps", ylabel="training loss")
-        axes.set_ylim(1e-7, 1e2)  # what has diverged would flatten all else
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
+    lines = lambda row: row["learned"] | {"best tuned Adam": row["best_adam"]}
+    panels = {
+        row["task"]: {label: (row["steps"], losses) for label, losses in lines(row).items()} for row in rows
+    }
+    # What has diverged would flatten all else.
+    scales = {"xscale": "log", "yscale": "log", "ylim": (1e-7, 1e2)}
+    draw_panels(figure, panels, xlabel="steps", ylabel="training loss", **scales)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from mlhf_optax.experiments.progress import progress_bar
 from mlhf_optax.experiments.scripts import (
     Table,
     command_line,
+    draw_panels,
     finite_or_none,
     parse_options,
     save_drawing,
@@ -317,17 +318,12 @@ TABLES = {
 
 def draw(figure: Any, content: dict[str, Any]) -> None:
     """Draws the mean losses by step, an axis for every activation and length, a line for every optimizer."""
-    rows = content["rows"]
-    panels = list(dict.fromkeys((row["activation"], row["steps"]) for row in rows))
-    figure.set_size_inches(2.6 * len(panels), 2.8)
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for row in rows:
-            if (row["activation"], row["steps"]) == panel:
-                losses = [math.nan if loss is None else loss for loss in row["curve"]]
-                axes.plot(row["curve_steps"], losses, label=row["optimizer"], linewidth=1.2)
-        axes.set(xscale="log", yscale="log", xlabel="steps", title=f"{panel[0]}, {panel[1]} steps")
-    figure.axes[0].set_ylabel("training loss, nats")
-    figure.axes[0].legend(fontsize=6)
+    panels: dict[str, dict[str, Any]] = {}
+    for row in content["rows"]:
+        title = f"{row['activation']}, {row['steps']} steps"
+        panels.setdefault(title, {})[row["optimizer"]] = (row["curve_steps"], row["curve"])
+    scales = {"xscale": "log", "yscale": "log"}
+    draw_panels(figure, panels, xlabel="steps", ylabel="training loss, nats", **scales)
 
 
 if __name__ == "__main__":

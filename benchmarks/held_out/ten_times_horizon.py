@@ -11,7 +11,6 @@ What is finished is kept: ``--resume`` goes on after a stop. ``--quick`` takes m
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from mlhf_optax.experiments.progress import comparison_bar
 from mlhf_optax.experiments.scripts import (
     Table,
     command_line,
+    draw_panels,
     finite_or_none,
     parse_options,
     save_drawing,
@@ -158,20 +158,11 @@ TABLES = {"ten_times_horizon": lambda folder: table(*saved(folder, "ten_times_ho
 
 def draw(figure: Any, content: dict[str, Any]) -> None:
     """Draws the loss against steps, an axis per task."""
-    tasks = list(dict.fromkeys(row["task"] for row in content["rows"]))
-    figure.set_size_inches(9, 2.5 * math.ceil(len(tasks) / 3))
-    grid = figure.subplots(math.ceil(len(tasks) / 3), 3, squeeze=False).flat
-    for axes in grid[len(tasks) :]:
-        axes.set_axis_off()
-    for axes, task in zip(grid[: len(tasks)], tasks, strict=True):
-        for row in content["rows"]:
-            if row["task"] == task:
-                losses = [math.nan if loss is None else loss for loss in row["losses"]]
-                axes.plot(row["steps"], losses, label=row["optimizer"], linewidth=0.8)
-        axes.axvline(3000, color="grey", linewidth=0.8, linestyle=":")
-        axes.set(yscale="log", title=task, xlabel="steps", ylabel="training loss")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7)
+    panels: dict[str, dict[str, Any]] = {}
+    for row in content["rows"]:
+        panels.setdefault(row["task"], {})[row["optimizer"]] = (row["steps"], row["losses"])
+    for axes in draw_panels(figure, panels, yscale="log", xlabel="steps", ylabel="training loss"):
+        axes.axvline(3000, color="grey", linewidth=0.8, linestyle=":")  # where meta-training ends
 
 
 if __name__ == "__main__":

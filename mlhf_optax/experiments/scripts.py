@@ -72,6 +72,32 @@ def save_drawing(path: Path, draw: Callable[..., None], content: Any) -> None:
     figure.savefig(path, dpi=150)
 
 
+def draw_panels(figure: Any, panels: Mapping[str, Mapping[str, Any]], **axis: Any) -> list[Any]:
+    """Draws an axis per panel, three in a row, and in it a line per label, with one legend below all.
+
+    Args:
+      figure: of matplotlib.
+      panels: by title and label, a pair of what lies along the axes; None is a gap.
+      **axis: what `axes.set` takes, for all axes.
+
+    Returns:
+      The axes that are drawn on.
+    """
+    rows = math.ceil(len(panels) / 3)
+    figure.set_size_inches(9, 2.5 * rows)
+    grid = list(figure.subplots(rows, 3, squeeze=False).flat)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, lines) in zip(grid, panels.items(), strict=False):
+        for label, (steps, values) in lines.items():
+            known = [math.nan if value is None else value for value in values]
+            axes.plot(steps, known, label=label, linewidth=1)
+        axes.set(title=title, **axis)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
+    return grid[: len(panels)]
+
+
 class Table(NamedTuple):
     """A table with a note on what it shows.
 

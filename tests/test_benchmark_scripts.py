@@ -61,7 +61,6 @@ RUNS = {
         "results.json figure.png",
     ),
     "bowl": (lodo_tasks, ["--task", "bowl", "--steps", "20"], "bowl.json"),
-    "pixels": (lodo_tasks, ["--task", "pixels", "--steps", "20"], "pixels.json"),
     "step": (step_time, [*SPEED, "--tasks", "linear", "--batches", "4"], "results.json figure.png"),
     "memory": (step_memory, SPEED, "results.json figure.png"),
     "meta step": (meta_step_time, [*SPEED, "--tasks", "digits-mlp"], "results.json figure.png"),
@@ -94,9 +93,6 @@ def tiny(monkeypatch, tmp_path):
         return Dataset(part, part, part)
 
     monkeypatch.setattr(mnist, "load_mnist", noise)
-    monkeypatch.setattr(lodo_tasks, "load_mnist", noise)
-    chosen = {name: lodo_tasks.OPTIMIZERS["pixels"][name] for name in ("adam, rate 0.01", "lodo, rate 0.3")}
-    monkeypatch.setitem(lodo_tasks.OPTIMIZERS, "pixels", chosen)
     monkeypatch.setitem(step_time.NETWORKS, "linear", (MLP(()), (2, 2, 1), (8,)))
     monkeypatch.setitem(sys.modules, "somax", None)
     monkeypatch.setattr(step_memory, "in_fresh_process", lambda script, worker, environment: [1.0, 2.0])

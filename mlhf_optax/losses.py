@@ -24,6 +24,7 @@ import numpy as np
 from jax.core import Tracer
 
 from mlhf_optax.support import trees
+from mlhf_optax.support.checks import DECAY, check_fields
 
 Getter = Hashable | Callable[[Any], Any]
 
@@ -128,8 +129,7 @@ class SoftmaxCrossEntropy:
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"`label_smoothing` must lie in [0, 1), got {self.label_smoothing}")
+        check_fields(self, DECAY, "label_smoothing")
 
     def __call__(self, outputs: jax.Array, batch: Any) -> jax.Array:
         """Returns the mean loss, a scalar in nats per position."""

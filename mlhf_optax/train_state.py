@@ -12,9 +12,13 @@ from flax.training import train_state
 class TrainState(train_state.TrainState):
     """Flax's ``TrainState`` for optimizers that need the batch, as :func:`mlhf_optax.mlhf` does.
 
-    Everything else is Flax's own: ``create``, extra fields in subclasses (``batch_stats``, keys),
-    keywords of ``apply_gradients`` that replace fields. Optimizers that need no batch work, too, and so
-    does ``optax.MultiSteps`` around either kind.
+    It differs from Flax's in one argument, ``apply_gradients(grads=..., batch=...)``. All else is Flax's own:
+    ``create``, extra fields in subclasses (``batch_stats``, keys), and keywords of ``apply_gradients`` that
+    replace fields. Optimizers that need no batch work, too, and so does ``optax.MultiSteps`` around either.
+
+    The optimizer calls ``predict_fn(params, batch)`` itself. So what the model needs beside its parameters
+    rides in the batch: hand over ``{**batch, "batch_stats": state.batch_stats}``, and with dropout the key
+    that the gradient was taken with.
 
     Args:
       step: number of calls of ``apply_gradients``.

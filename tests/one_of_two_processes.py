@@ -26,7 +26,7 @@ def main(port, processes, own, devices, folder, task):
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{port}", processes, own)
-    import eight_devices as checks  # makes a mesh of the devices, which are known only now
+    import many_devices as checks  # makes a mesh of the devices, which are known only now
 
     def write(tree):
         """Writes arrays that all devices have."""

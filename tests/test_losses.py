@@ -288,5 +288,5 @@ def test_a_mask_of_another_shape_is_an_error():
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, float("nan")])
 def test_label_smoothing_out_of_range_is_an_error(smoothing):
-    with pytest.raises(ValueError, match=r"`label_smoothing` must lie in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"`label_smoothing` must be in \[0, 1\)"):
         SoftmaxCrossEntropy(label_smoothing=smoothing)

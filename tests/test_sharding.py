@@ -9,12 +9,14 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 FOLDER = pathlib.Path(__file__).parent
 QUICKLY_COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # devices are compared with one another
 
 
-def test_on_eight_devices():
+@pytest.mark.parametrize("checks", ["steps", "meta_training"])
+def test_on_eight_devices(checks):
     # First, as XLA reads no flag behind one that it takes for an argument.
     flags = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
     done = subprocess.run(
@@ -27,7 +29,7 @@ def test_on_eight_devices():
             "0",
             "-p",
             "no:cacheprovider",
-            FOLDER / "eight_devices.py",
+            FOLDER / f"eight_devices_{checks}.py",
         ],
         cwd=FOLDER.parent,
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | QUICKLY_COMPILED,

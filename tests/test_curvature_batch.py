@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlhf_optax import SoftmaxCrossEntropy, SquaredError, gauss_newton
+from mlhf_optax import SoftmaxCrossEntropy, SquaredError, gauss_newton, load_pretrained
 from mlhf_optax.curvature_batch import ShareOrAll, check_curvature_batch, curvature_subset
 
 PARAMS = jnp.ones((2, 3))
@@ -248,6 +248,31 @@ def test_with_the_default_a_batch_that_cannot_be_cut_gives_curvature_on_all_of_i
     with pytest.raises(ValueError, match=r"None`? for the whole batch$"):
         cut(0.25)
     assert cut(None) is batch
+
+
+@pytest.mark.parametrize("case", CANNOT_BE_CUT)
+def test_the_optimizer_of_the_shelf_trains_on_such_a_batch_and_warns_once(case):
+    batch, predict_fn, loss_fn = CANNOT_BE_CUT[case]
+    tx = load_pretrained().optimizer(predict_fn, loss_fn)
+    params, losses = 0.5 * PARAMS, []
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        loss, grads = jax.value_and_grad(lambda p: loss_fn(predict_fn(p, batch), batch))(params)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return params + updates, state, loss
+
+    with pytest.warns(UserWarning, match="on the whole batch"):
+        compiled = step.lower(params, state).compile()
+    for _ in range(5):
+        params, state, loss = compiled(params, state)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match="None"):
+        load_pretrained().optimizer(predict_fn, loss_fn, curvature_batch_size=0.25).update(
+            params, state, params, batch=batch
+        )
 
 
 def test_a_loss_that_is_a_mean_passes_whatever_it_reads():

@@ -27,6 +27,7 @@ from mlhf_optax import (
     save_meta_params,
 )
 from mlhf_optax.controllers.lstm_settings import LogFeatures, Multiply, Softplus, Unit
+from mlhf_optax.curvature_batch import ShareOrAll
 from mlhf_optax.learned import LEARNED
 from mlhf_optax.support.files import pack_arrays, unpack_arrays
 
@@ -196,6 +197,8 @@ def test_the_optimizer_shows_all_arguments_with_the_defaults_of_the_record_and_e
         assert own == ["meta_params", *shown]
         assert list(shown)[:2] == ["predict_fn", "loss_fn"]
         for argument, value in load_pretrained(name).recommended.items():
+            if argument == "curvature_batch_size" and isinstance(value, float):
+                value = ShareOrAll(value)  # a share that the user has not set
             assert shown[argument].default == value
             assert f"{argument}={value!r}" in " ".join(inspect.getdoc(optimizer).split())
         explained = re.findall(r"^  (\w+): ", optimizer.__doc__, re.MULTILINE)

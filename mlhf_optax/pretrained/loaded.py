@@ -10,6 +10,7 @@ import jax
 import optax
 
 from mlhf_optax.curvature import LossFn, PredictFn
+from mlhf_optax.curvature_batch import ShareOrAll
 from mlhf_optax.learned import LEARNED, LearnedFamily, get_learned
 from mlhf_optax.support.checks import check_known
 
@@ -91,7 +92,7 @@ class Pretrained(NamedTuple):
           Traceback (most recent call last):
           TypeError: `optimizer` has no argument `lr`; did you mean `learning_rate`? ...
         """
-        return _optimizer_of(self.family, self.meta_params, self.recommended)
+        return _optimizer_of(self.family, self.meta_params, _defaults(self.recommended))
 
     def __repr__(self) -> str:
         record, name = self.record, str(self.record.get("optimizer"))
@@ -108,6 +109,13 @@ class Pretrained(NamedTuple):
                 "  use: .optimizer(predict_fn, loss_fn); .record tells how it was made",
             )
         )
+
+
+def _defaults(recommended: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the defaults that the record recommends; a share that nobody set may be all of it."""
+    share = recommended.get("curvature_batch_size")
+    of_share = {"curvature_batch_size": ShareOrAll(share)} if isinstance(share, float) else {}
+    return {**recommended, **of_share}
 
 
 def _optimizer_of(family: LearnedFamily, meta_params: Any, recommended: Mapping[str, Any]) -> OptimizerFn:

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
 
@@ -344,9 +343,3 @@ def test_commands_are_shown_with_the_places_of_today():
         "`python benchmarks/speed/step_time.py --json benchmarks/speed/results/step_time.json`; "
         "benchmarks/gone.py"
     )
-
-
-def test_the_shipped_tables_are_up_to_date():
-    script = [sys.executable, str(tables.HERE / "tables.py"), "--check"]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

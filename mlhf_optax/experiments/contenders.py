@@ -15,6 +15,7 @@ from optax import contrib
 from mlhf_optax.experiments.runs import MakeOptimizer, Program
 from mlhf_optax.gauss_newton import gauss_newton
 from mlhf_optax.pretrained.loaded import Pretrained
+from mlhf_optax.support.checks import FROM_ONE, check_number
 from mlhf_optax.tasks import Task
 
 
@@ -180,8 +181,7 @@ def grid_contenders(
     if unknown := sorted(set(families) - set(known)):
         raise ValueError(f"`families` must be among {known}, got {unknown}")
     for name, size in (("batch_size", batch_size), ("baseline_batch_size", baseline_batch_size)):
-        if size < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {size}")
+        check_number(name, size, FROM_ONE)
     if rates is not None and not len(rates):
         raise ValueError("`rates` is empty; give at least one learning rate, or None for the paper's grid")
     scaled = [rate * batch_size / baseline_batch_size for rate in PAPER_RATES]

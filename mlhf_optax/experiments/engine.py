@@ -24,6 +24,7 @@ from mlhf_optax.experiments.results import MEASURES, Comparison, finite_or_none,
 from mlhf_optax.experiments.runs import Program, RunGrid
 from mlhf_optax.experiments.timing import seconds_per_step
 from mlhf_optax.meta_training.checkpoints import load_last_checkpoint, save_checkpoint
+from mlhf_optax.support.checks import FROM_ONE, check_number
 from mlhf_optax.support.files import locked_folder
 from mlhf_optax.tasks import Task, num_examples
 
@@ -80,8 +81,7 @@ def epoch_steps(task: Task, num_epochs: int, count: int = 30) -> tuple[int, ...]
 
 
 def _spaced(name: str, last: int, count: int) -> set[int]:
-    if last < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {last}")
+    check_number(name, last, FROM_ONE)
     return {*np.geomspace(1, last, count).round().astype(int).tolist(), last}
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,22 +103,11 @@ def meta_train_on_tiny_tasks(
     made |= {"tasks": names, "validation_tasks": [task.name for task in validation_tasks]}
     made |= {"validation_steps": list(validation_steps), "config": dataclasses.asdict(config)}
     made["config"]["horizons"] = list(config.horizons)
-    shape = (config.num_pairs, config.truncation)
-
-    spread = make_spread(mesh, None, config.num_pairs, "num_pairs")
-    algorithm = mt.make_long_horizon_step(tasks, learned, config, mesh=mesh)
-
-    def sample(key):
-        keys = jax.random.split(key, len(tasks))
-        batches = tuple(task.draw(own, shape) for task, own in zip(tasks, keys, strict=True))
-        # Every device draws what its own pairs see.
-        return batches if spread is None else jax.lax.with_sharding_constraint(batches, spread.cut)
-
     done = mt.meta_train(
         None,
         None,
         initial(learned),
-        sample,
+        _sampler(tasks, config, mesh),
         _Validator(validation_tasks, learned, untrained, validation_steps, config.loss_floor),
         output,
         schedule,
@@ -125,12 +115,28 @@ def meta_train_on_tiny_tasks(
         resume=resume,
         about={"optimizer": family.name, **made},
         progress=on_progress,
-        algorithm=algorithm,
+        algorithm=mt.make_long_horizon_step(tasks, learned, config, mesh=mesh),
     )
     made |= {"stopped_after": schedule.last, "seed": seed}
     about = {"task": "tiny tasks", "trained_on": ", ".join(names), "batch_size": tasks[0].batch_size}
     record = make_record(about, family, options, output, done, made, command)
     return save_meta_params(output / "meta_params", done.best_meta_params, record)
+
+
+def _sampler(
+    tasks: Sequence[Task], config: mt.LongHorizonConfig, mesh: jax.sharding.Mesh | None
+) -> Callable[[chex.PRNGKey], Any]:
+    """Returns ``sample(key)``: for every task the mini-batches of all its pairs."""
+    spread = make_spread(mesh, None, config.num_pairs, "num_pairs")
+    shape = (config.num_pairs, config.truncation)
+
+    def sample(key):
+        keys = jax.random.split(key, len(tasks))
+        batches = tuple(task.draw(own, shape) for task, own in zip(tasks, keys, strict=True))
+        # Every device draws what its own pairs see.
+        return batches if spread is None else jax.lax.with_sharding_constraint(batches, spread.cut)
+
+    return sample
 
 
 class _Validator:

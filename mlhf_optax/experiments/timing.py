@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import chex
@@ -144,7 +146,11 @@ def seconds_per_step(
             f"`num_steps` and `repeats` must be at least 1, got num_steps={num_steps}, repeats={repeats}"
         )
     start = jax.jit(lambda key: start_params(task, key))  # compiled once for all of them
-    stretches = {name: _stretch(task, start, *given, num_steps) for name, given in optimizers.items()}
+    pairs = {name: _stretch(task, start, *given, num_steps) for name, given in optimizers.items()}
+    # XLA does not hold Python's lock, so that several programs are compiled at once, before any is timed.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda pair: pair[1].compile(), pairs.values()))
+    stretches = {name: run for name, (run, _) in pairs.items()}
     times = interleaved(stretches, repeats=repeats, calls=1)
     return {name: timing.median / num_steps for name, timing in times.items()}
 
@@ -155,8 +161,11 @@ def _stretch(
     make_optimizer: MakeOptimizer,
     hyperparameters: Hyperparameters,
     num_steps: int,
-) -> Thunk:
-    """Returns a function that takes ``num_steps`` steps of one run and waits for the last one."""
+) -> tuple[Thunk, jax.stages.Lowered]:
+    """Returns a function that takes ``num_steps`` steps of one run and waits for them, and its program.
+
+    The function runs what the program's ``compile`` made.
+    """
     examples = jax.tree.map(jnp.asarray, task.data.train)
     key = jax.random.key(0)
     # Traced as in a training over many settings: constants could be folded into a faster program.
@@ -179,7 +188,7 @@ def _stretch(
             state = step(hyperparameters, examples, indices, state)
         jax.block_until_ready(state)
 
-    return run
+    return run, step.lower(hyperparameters, examples, batches[0], state)
 
 
 def _calls_that_last(thunk: Thunk, seconds: float) -> int:

@@ -8,11 +8,17 @@ A comment in the line before a block says how:
 
 import importlib.util
 import re
+import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
+import optax
 import pytest
+
+import mlhf_optax
 
 _BLOCKS = re.compile(
     r"^#+ (?P<heading>[^\n]+)$|(?P<notes>(?:^<!--[^\n]*-->\n)*)^```python\n(?P<code>.*?)^```$", re.M | re.S
@@ -28,17 +34,21 @@ class Example(NamedTuple):
     needs: tuple[str, ...]
 
     def run(self, capsys) -> list[float]:
-        """Runs it, and returns the losses that it prints."""
+        """Runs it as a script in the current folder, and returns the losses that it prints."""
         for library in self.needs:
             if importlib.util.find_spec(library) is None:
                 pytest.skip(f"{library} is not installed")
         before = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_compilation_cache_dir")}
+        script, arguments = Path("example.py"), sys.argv
+        script.write_text(self.code, encoding="utf-8")
         try:
-            exec(compile(self.code, str(self.page), "exec"), {"__name__": "__main__"})
+            sys.argv = [str(script)]
+            runpy.run_path(str(script), run_name="__main__")
         finally:
+            sys.argv = arguments
             for name, value in before.items():  # which some of them set
                 jax.config.update(name, value)
-        return [float(number) for number in re.findall(r"loss (\S+)", capsys.readouterr().out)]
+        return [float(number) for number in re.findall(r"loss (\d\S*)", capsys.readouterr().out)]
 
     def parameter(self):
         """Returns it as a parameter of a test."""
@@ -60,6 +70,14 @@ def find_examples(page: Path) -> list[Example]:
         else:
             found.append(Example(page, heading, match["code"], needs))
     return found
+
+
+def loss_of_adam(example: Example, monkeypatch, capsys) -> float:
+    """Returns the last loss of an example with untuned Adam in the place of `load_pretrained()`."""
+    adam = optax.with_extra_args_support(optax.adam(1e-3))
+    stand_in = SimpleNamespace(optimizer=lambda predict_fn, loss_fn, **arguments: adam)
+    monkeypatch.setattr(mlhf_optax, "load_pretrained", lambda: stand_in)
+    return example.run(capsys)[-1]
 
 
 def find_links(page: Path) -> list[str]:

@@ -5,10 +5,10 @@ import runpy
 from pathlib import Path
 
 import pytest
-from examples import find_examples, find_links
+from examples import find_examples, find_links, loss_of_adam
 
 import mlhf_optax
-from mlhf_optax import learned, list_pretrained
+from mlhf_optax import StepInfo, learned, list_pretrained
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -27,11 +27,16 @@ def test_example_runs_and_its_loss_falls(example, tmp_path, monkeypatch, capsys)
     losses = example.run(capsys)
     if losses:
         assert losses[-1] < 0.5 * losses[0]
+        if "load_pretrained().optimizer" in example.code and '"info"' not in example.code:  # Adam has none
+            assert losses[-1] < loss_of_adam(example, monkeypatch, capsys)
     else:
-        assert re.search(r"^assert ", example.code, re.M), "an example shows a loss that falls, or asserts"
+        assert re.search(r"^ *assert ", example.code, re.M), "an example shows a loss that falls, or asserts"
 
 
-def test_every_guide_has_an_example():
+def test_there_is_an_example_for_every_kind_of_user():
+    headings = {example.heading for example in EXAMPLES}
+    assert {"Flax linen", "Flax nnx", "Any function", "Many devices", "In your own loop"} <= headings
+    assert {"A new controller", "A new learned optimizer", "A new benchmark"} <= headings
     with_example = {example.page for example in EXAMPLES}
     guides = {page for page in PAGES if page.parent.name == "guides" and page.stem not in ("index", "rl")}
     assert guides <= with_example
@@ -42,6 +47,13 @@ def test_every_public_name_is_in_the_reference():
     listed = set(re.findall(r":: mlhf_optax\.(\w+)$", text, re.M))
     public = {name for name in vars(mlhf_optax) if name[0] != "_" and callable(getattr(mlhf_optax, name))}
     assert public | {"PAPER_SETTINGS", "AUTHORS_SETTINGS", "TrainState"} <= listed
+
+
+def test_the_table_of_the_info_names_its_fields():
+    section = (DOCS / "reading-info.md").read_text(encoding="utf-8").split("## The fields")[1]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert named == list(StepInfo._fields)
 
 
 def test_the_walks_through_the_code_lead_through_what_is_there():

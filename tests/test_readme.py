@@ -1,71 +1,39 @@
-"""Every example of the READMEs runs as it is printed, and trains."""
+"""The README: its example runs as printed and trains, its numbers are those of the records."""
 
-import re
+import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import optax
 import pytest
+from examples import find_examples, find_links, loss_of_adam
 
 import mlhf_optax
-from mlhf_optax import StepInfo, learned
+from mlhf_optax import learned
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT, OF_BENCHMARKS = (
-    (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in ("", "benchmarks")
-)
+README, OF_BENCHMARKS = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+EXAMPLES = find_examples(README) + find_examples(OF_BENCHMARKS)
 
 
-def find_examples(text):
-    """Returns heading and code of every fenced Python block."""
-    found, heading = [], "start"
-    for match in re.finditer(r"^#+ (?P<heading>[^\n]+)$|^```python\n(?P<code>.*?)^```$", text, re.M | re.S):
-        if match["heading"]:
-            heading = match["heading"]
-        else:
-            found.append((heading, match["code"]))
-    return found
-
-
-EXAMPLES = find_examples(TEXT) + find_examples(OF_BENCHMARKS)
-
-
-def losses_of(code, capsys):
-    """Runs an example and returns the losses that it prints."""
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
-    return [float(number) for number in re.findall(r"loss (\S+)", capsys.readouterr().out)]
-
-
-@pytest.mark.parametrize("code", [pytest.param(code, id=heading) for heading, code in EXAMPLES])
-def test_example_runs_and_its_loss_falls(code, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("example", [example.parameter() for example in EXAMPLES])
+def test_example_runs_and_its_loss_falls(example, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # One of them adds an optimizer; other tests look at those that are there.
     monkeypatch.setattr(learned, "LEARNED", dict(learned.LEARNED))
-    losses = losses_of(code, capsys)
+    losses = example.run(capsys)
     assert len(losses) >= 20
     assert losses[-1] < 0.5 * losses[0]
-    if "load_pretrained().optimizer" in code:
-        adam = optax.with_extra_args_support(optax.adam(1e-3))
-        stand_in = SimpleNamespace(optimizer=lambda predict_fn, loss_fn: adam)
-        monkeypatch.setattr(mlhf_optax, "load_pretrained", lambda: stand_in)
-        assert losses[-1] < 0.5 * losses_of(code, capsys)[-1]
+    if "load_pretrained().optimizer" in example.code:
+        assert losses[-1] < 0.5 * loss_of_adam(example, monkeypatch, capsys)
 
 
-def test_there_is_an_example_for_every_kind_of_user():
-    headings = " ".join(heading for heading, _ in EXAMPLES)
-    for word in ("linen", "nnx", "Any function", "Meta-training", "Learned optimizers of the literature"):
-        assert word in headings
-
-
-def test_the_table_of_the_info_names_its_fields():
-    section = TEXT.split("## Reading the state")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| `")]
-    named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
-    assert named == list(StepInfo._fields)
+def test_the_first_example_is_ten_lines():
+    (first, *_) = find_examples(README)
+    assert len(first.code.split("\n\n")[0].splitlines()) == 10
 
 
 def test_the_numbers_are_those_of_the_results():
@@ -74,12 +42,34 @@ def test_the_numbers_are_those_of_the_results():
     assert done.returncode == 0, done.stderr
 
 
+TASKS = {
+    "784-512-512-512-10, 128": ("mlp-784-512x3-10", 128),
+    "the same, 1,024": ("mlp-784-512x3-10", 1024),
+    "CUDA-convnet, 128": ("cuda-convnet", 128),
+    "transformer, 128": ("transformer", 128),
+    "ResNet of 9 blocks, 128": ("resnet9", 128),
+}
+
+
+@pytest.mark.parametrize("line", TASKS)
+def test_the_costs_are_those_of_the_record(line):
+    record = json.loads((ROOT / "benchmarks/speed/results/step_time.json").read_text(encoding="utf-8"))
+    rows = {row["optimizer"]: row for row in record["rows"] if (row["task"], row["batch"]) == TASKS[line]}
+    (cells,) = (row for row in TEXT.splitlines() if row.startswith(f"| {line} |"))
+    written = [float(cell.split()[0]) for cell in cells.split("|")[2:-1]]
+    steps = [1000 * rows[name]["seconds"] for name in ("sgd", "adam", "general")]
+    first = [
+        rows[optimizer]["compile_seconds"] + rows[optimizer]["seconds"] for optimizer in ("adam", "general")
+    ]
+    assert written == pytest.approx([*steps, *first], rel=0.02, abs=0.05)
+
+
 def test_it_is_short_enough_to_be_read():
-    assert len(TEXT.splitlines()) <= 250
+    assert len(TEXT.splitlines()) <= 145
 
 
-def test_links_into_the_project_lead_somewhere():
-    targets = re.findall(r"\]\((?!https?://|#)([^)\s]+)\)", TEXT)
+def test_links_lead_somewhere():
+    targets = find_links(README)
     assert targets
     installed = Path(mlhf_optax.__file__).parents[1]
     for target in targets:

@@ -1,6 +1,5 @@
 """Meta-Learning with Hessian-Free (MLHF) as an optax gradient transformation."""
 
-import importlib
 from typing import TYPE_CHECKING
 
 from mlhf_optax.controllers.coordinate_lstm import MetaParams as MetaParams
@@ -11,6 +10,7 @@ from mlhf_optax.controllers.lstm_settings import AUTHORS_SETTINGS as AUTHORS_SET
 from mlhf_optax.controllers.lstm_settings import PAPER_SETTINGS as PAPER_SETTINGS
 from mlhf_optax.controllers.lstm_settings import Settings as Settings
 from mlhf_optax.curvature import ggn_matvec as ggn_matvec
+from mlhf_optax.curvature_batch import ShareOrAll as ShareOrAll
 from mlhf_optax.damped_step import DampedStepState as DampedStepState
 from mlhf_optax.damped_step import scale_by_damped_step as scale_by_damped_step
 from mlhf_optax.gauss_newton import gauss_newton as gauss_newton
@@ -33,6 +33,7 @@ from mlhf_optax.pretrained.files import save_meta_params as save_meta_params
 from mlhf_optax.pretrained.loaded import Pretrained as Pretrained
 from mlhf_optax.step_info import StepInfo as StepInfo
 from mlhf_optax.support.layer_types import layer_types as layer_types
+from mlhf_optax.support.lazy import lazy_names
 from mlhf_optax.transforms import limit_growth as limit_growth
 from mlhf_optax.transforms import limit_update_ratio as limit_update_ratio
 
@@ -43,20 +44,12 @@ if TYPE_CHECKING:
     from mlhf_optax.learned.literature.lodo import lodo as lodo
     from mlhf_optax.train_state import TrainState as TrainState
 
-# Loaded when asked for: one needs Flax, which is slow to import, the others are for comparisons.
-_LAZY = {
-    "LODOState": "mlhf_optax.learned.literature.lodo",
-    "TrainState": "mlhf_optax.train_state",
-    "lodo": "mlhf_optax.learned.literature.lodo",
-}
-
-
-def __getattr__(name: str):
-    if name in _LAZY:
-        value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__():
-    return sorted({*globals(), *_LAZY})
+# One needs Flax, which is slow to import; the others are for comparisons.
+__getattr__, __dir__ = lazy_names(
+    globals(),
+    {
+        "LODOState": "mlhf_optax.learned.literature.lodo",
+        "TrainState": "mlhf_optax.train_state",
+        "lodo": "mlhf_optax.learned.literature.lodo",
+    },
+)

@@ -72,6 +72,11 @@ def test_links_of_the_pages_lead_somewhere():
             assert (page.parent / target).is_file(), f"{page.name} links to {target}, which is not there"
 
 
+def test_the_figures_of_the_info_are_drawn_by_their_script(tmp_path):
+    runpy.run_path(str(DOCS / "plot_info.py"))["main"](tmp_path, 3)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (DOCS / "figures").iterdir()}
+
+
 def test_there_is_a_card_for_each_set_of_meta_parameters(tmp_path):
     runpy.run_path(str(DOCS / "cards.py"))["write"](tmp_path)
     text = (tmp_path / "cards.md").read_text(encoding="utf-8")

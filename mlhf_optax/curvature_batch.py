@@ -160,8 +160,8 @@ def _cut(
         _check_every_length_counts(run, batch, shapes, times)
     if loss_fn is not None:
         _check_mean(predict_fn, loss_fn, params, batch, is_cut, size)
-    take = lambda leaf: leaf[:count] if isinstance(part, int) else _evenly(leaf, count)
-    return jax.tree.map(lambda leaf, cut: take(leaf) if cut else leaf, batch, is_cut)
+    take = placement.first_entries if isinstance(part, int) else _evenly
+    return jax.tree.map(lambda leaf, cut: take(leaf, count) if cut else leaf, batch, is_cut)
 
 
 def _evenly(leaf: Any, count: int) -> Any:

@@ -155,7 +155,7 @@ def _shielded(is_valid: jax.Array, batch: Any) -> Any:
 
     def shield(leaf):
         is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        return jnp.where(is_valid, leaf, jnp.zeros_like(leaf)) if is_float else leaf
+        return trees.zero_unless(is_valid, leaf) if is_float else leaf
 
     return jax.tree.map(shield, batch)
 

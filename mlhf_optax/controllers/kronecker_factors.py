@@ -164,6 +164,10 @@ def init_sides(shape: tuple[int, ...], block: int) -> Sides | None:
 
 def average_sides(sides: Sides, gradient: jax.Array, decay: float) -> Sides:
     """Adds the outer products of a gradient to the running means."""
+    return placement.placed_by_compiler(functools.partial(_averaged, decay=decay), sides, gradient)
+
+
+def _averaged(sides: Sides, gradient: jax.Array, decay: float) -> Sides:
     matrix = gradient.astype(jnp.float32).reshape(matrix_shape(gradient.shape))
     if all(side.factor.shape[0] == 1 for side in sides):
         matrix = placement.replicated(matrix)  # no larger than the factors; else it would be gathered twice
@@ -214,8 +218,12 @@ def refresh_sides(
 
 def times_sides(sides: Sides, vector: jax.Array, inverse: bool = False) -> jax.Array:
     """Returns ``L^power V R^power`` for a tensor V, or the product with the inverse, in its dtype."""
-    x = vector.reshape(matrix_shape(vector.shape)).astype(jnp.float32)
     left, right = (side.inverse if inverse else side.power for side in sides)
+    return placement.placed_by_compiler(_times, left, right, vector, like=vector)
+
+
+def _times(left: jax.Array, right: jax.Array, vector: jax.Array) -> jax.Array:
+    x = vector.reshape(matrix_shape(vector.shape)).astype(jnp.float32)
     x = _times_right_blocks(right, _times_left_blocks(left, x))
     return x.reshape(vector.shape).astype(vector.dtype)
 

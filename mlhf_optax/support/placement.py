@@ -33,8 +33,11 @@ def zeros_like(param: Any, dtype: Any = None, leading: tuple[int, ...] = ()) -> 
       >>> zeros_like(jnp.ones((3, 2)), leading=(4,)).shape
       (4, 3, 2)
     """
+    # Weakly typed arrays, such as `jnp.full(n, 0.0)`, have strongly typed zeros, as a step returns them.
+    dtype = jnp.result_type(param) if dtype is None else dtype
     if not isinstance(param, Tracer):
-        zeros = jnp.zeros_like(param, dtype)
+        # Said, as JAX forgets where a weakly typed array lies.
+        zeros = jnp.zeros_like(param, dtype, device=_sharding_on_mesh(param))
         return jnp.broadcast_to(zeros, (*leading, *jnp.shape(param))) if leading else zeros
     like = jnp.broadcast_to(param, (*leading, *param.shape))
     # A constant depends on nothing, so by itself the compiler would put all of it on every device.
@@ -119,6 +122,20 @@ def num_shards(array: Any) -> int:
     return math.prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
 
 
+def first_entries(array: Any, count: int) -> Any:
+    """Returns the first entries along the first axis.
+
+    Those that cannot be cut evenly over the shards are whole on every device of a mesh with explicit axes,
+    where JAX refuses the slice; on others the compiler decides.
+
+    Example:
+      >>> first_entries(jnp.arange(4), 2)
+      Array([0, 1], dtype=int32)
+    """
+    first = lambda entries: entries[:count]
+    return placed_by_compiler(first, array) if count % num_shards(array) else first(array)
+
+
 def is_on_mesh(array: jax.Array) -> bool:
     """Returns whether an array that ``jit`` traces is known to lie on several devices."""
     mesh = _mesh_of(array)
@@ -136,6 +153,29 @@ def replicated(array: jax.Array) -> jax.Array:
     """
     mesh = _mesh_of(array)
     return array if mesh is None else _constrained(array, mesh, jax.P())
+
+
+def placed_by_compiler(function: Callable[..., Any], *arguments: Any, like: jax.Array | None = None) -> Any:
+    """Returns ``function(*arguments)``, in which the compiler says where each array lies.
+
+    On a mesh with explicit axes JAX refuses reshapes and products for which it cannot tell where the result
+    lies. On other meshes, and without one, the function is just called.
+
+    Args:
+      function: of arrays; it must get all of them as arguments.
+      *arguments: trees of arrays.
+      like: the result lies as this array, of the same number of axes; whole on every device if None.
+
+    Example:
+      >>> placed_by_compiler(jnp.ravel, jnp.eye(2))
+      Array([1., 0., 0., 1.], dtype=float32)
+    """
+    meshes = [_explicit_mesh_of(leaf) for leaf in jax.tree.leaves(arguments)]
+    mesh = next((mesh for mesh in meshes if mesh is not None), None)
+    if mesh is None:
+        return function(*arguments)
+    spec = jax.P() if like is None else jax.typeof(like).sharding.spec
+    return jax.sharding.auto_axes(function, out_sharding=jax.NamedSharding(mesh, spec))(*arguments)
 
 
 def split_over_devices(
@@ -201,6 +241,19 @@ def _mesh_of(array: Any) -> jax.sharding.AbstractMesh | None:
     if not isinstance(array, Tracer) or mesh is None or mesh.empty:
         return None
     return None if jax.sharding.AxisType.Manual in mesh.axis_types else mesh
+
+
+def _explicit_mesh_of(array: Any) -> jax.sharding.AbstractMesh | None:
+    """Returns the mesh in the type of an array, traced or not, if the type says where the array lies."""
+    mesh = getattr(jax.typeof(array).sharding, "mesh", None)
+    kinds = () if mesh is None or mesh.empty else mesh.axis_types
+    is_explicit = jax.sharding.AxisType.Explicit in kinds and jax.sharding.AxisType.Manual not in kinds
+    return mesh if is_explicit else None
+
+
+def _sharding_on_mesh(array: Any) -> jax.NamedSharding | None:
+    sharding = getattr(array, "sharding", None)
+    return sharding if isinstance(sharding, jax.NamedSharding) else None
 
 
 def _constrained(array: jax.Array, mesh: jax.sharding.AbstractMesh, spec: jax.P) -> jax.Array:

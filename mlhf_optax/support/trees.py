@@ -86,7 +86,8 @@ def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
 
 def zero_unless(condition: jax.Array, tree: Any) -> Any:
     """Returns the tree, or zeros in its place unless the condition holds."""
-    return jax.tree.map(lambda x: jnp.where(condition, x, jnp.zeros_like(x)), tree)
+    # One zero for all of an array: zeros would have to lie on the devices as it does.
+    return jax.tree.map(lambda x: jnp.where(condition, x, lax.full_like(x, 0, shape=())), tree)
 
 
 def running_mean(mean: Any, new: Any, share: Any) -> Any:

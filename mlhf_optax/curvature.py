@@ -7,12 +7,14 @@ pass, a product with ``H_l`` and a reverse-mode pass; all products of one step s
 linearization of the model (paper, section 2.2).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from mlhf_optax.support import placement
 
@@ -49,7 +51,7 @@ def output_curvature(loss_fn: LossFn, outputs: Outputs, batch: Batch) -> Matvec:
     return jax.linearize(jax.grad(lambda z: loss_fn(z, batch)), outputs)[1]
 
 
-def ggn_matvec(predict_fn: PredictFn, loss_fn: LossFn, params: chex.ArrayTree, batch: Batch) -> Matvec:
+def ggn_matvec(predict_fn: PredictFn, loss_fn: LossFn, params: chex.ArrayTree, batch: Batch) -> "GGN":
     """Linearizes the model once and returns ``v -> G v`` for the GGN ``G = J^T H_l J``.
 
     The result is linear and symmetric positive semidefinite when the loss is convex, can be used
@@ -96,7 +98,7 @@ def loss_and_ggn(
     params: chex.ArrayTree,
     batch: Batch,
     axis_name: placement.AxisName = None,
-) -> tuple[jax.Array, Matvec]:
+) -> tuple[jax.Array, "GGN"]:
     """Returns the loss at ``params``, which the linearization has the outputs for, and :func:`ggn_matvec`.
 
     With ``axis_name`` both are means over that mapped axis.
@@ -115,7 +117,47 @@ def loss_and_ggn(
         product = pull_back(curvature(push_forward(placement.mark_varying(vector, axis_name))))
         return placement.mean_over(product, axis_name)
 
-    return placement.mean_over(loss_fn(outputs.tree, batch), axis_name), matvec
+    def matrix() -> jax.Array:
+        # Columns of J by forward mode, so that no product goes back through the model.
+        flat, unravel = ravel_pytree(params)
+        units = jnp.eye(flat.size, dtype=flat.dtype)
+        of_unit = lambda unit: push_forward(placement.mark_varying(unravel(unit), axis_name))
+        jacobian = jax.lax.map(of_unit, units, batch_size=_COLUMNS_AT_ONCE)
+        curved = jax.vmap(curvature)(jacobian)
+        rows = lambda tree: jnp.concatenate([leaf.reshape(flat.size, -1) for leaf in tree], axis=1)
+        return placement.mean_over(rows(jacobian) @ rows(curved).T, axis_name)
+
+    return placement.mean_over(loss_fn(outputs.tree, batch), axis_name), GGN(matvec, matrix)
+
+
+_COLUMNS_AT_ONCE = 256
+
+
+class GGN:
+    """A product with the GGN, which can also be asked for the whole matrix.
+
+    Args:
+      matvec: the product.
+      make_matrix: works out the matrix, shape (N, N), in the order of ``ravel_pytree``.
+
+    Example:
+      >>> ggn = ggn_matvec(lambda w, b: b * w, lambda z, b: jnp.sum(z**2), jnp.ones(2), jnp.array([1.0, 2.0]))
+      >>> ggn(jnp.ones(2)), ggn.matrix
+      (Array([2., 8.], dtype=float32), Array([[2., 0.],
+             [0., 8.]], dtype=float32))
+    """
+
+    def __init__(self, matvec: Matvec, make_matrix: Callable[[], jax.Array]):
+        self._matvec, self._make_matrix = matvec, make_matrix
+
+    def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
+        """Returns the product with a vector."""
+        return self._matvec(vector)
+
+    @functools.cached_property
+    def matrix(self) -> jax.Array:
+        """The matrix; N derivatives of the model in forward mode, worked out once."""
+        return self._make_matrix()
 
 
 class _Outputs(NamedTuple):

@@ -16,7 +16,7 @@ from mlhf_optax.curvature import LossFn, PredictFn
 from mlhf_optax.curvature_batch import CurvatureBatch, PerExample
 from mlhf_optax.damped_step import scale_by_damped_step
 from mlhf_optax.model import Model
-from mlhf_optax.solvers import TolerancePCG
+from mlhf_optax.solvers import Solver, TolerancePCG
 from mlhf_optax.support.placement import AxisName
 
 Damping = optax.ScalarOrSchedule | LevenbergMarquardt
@@ -30,6 +30,7 @@ def scale_by_hessian_free(
     num_cg_steps: int = 20,
     tolerance: float | jax.Array = 1e-5,
     early_exit: bool = True,
+    solver: Solver | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the gradient g by the Hessian-free direction d, in the sign of the gradient.
 
@@ -48,6 +49,8 @@ def scale_by_hessian_free(
       num_cg_steps: largest number of CG steps; each costs a GGN product.
       tolerance: absolute norm of the residual at which CG stops.
       early_exit: leave the CG loop at the tolerance (:class:`mlhf_optax.solvers.TolerancePCG`).
+      solver: another solver in the place of CG with these settings, such as
+        :class:`mlhf_optax.solvers.Exact`; None for CG.
 
     Returns:
       A transformation whose ``update(grads, state, params, *, batch)`` needs the batch; its state is a
@@ -77,7 +80,7 @@ def scale_by_hessian_free(
         _controller(damping, step_size),
         model,
         name="hessian_free",
-        solver=TolerancePCG(num_cg_steps, tolerance, early_exit),
+        solver=TolerancePCG(num_cg_steps, tolerance, early_exit) if solver is None else solver,
     )
 
 
@@ -93,6 +96,7 @@ def hessian_free(
     per_example: PerExample = None,
     axis_name: AxisName = None,
     early_exit: bool = True,
+    solver: Solver | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Hessian-free optimization: :func:`scale_by_hessian_free` and the learning rate.
 
@@ -112,6 +116,7 @@ def hessian_free(
       per_example: what of the batch has one entry per example.
       axis_name: axis along which batches differ.
       early_exit: leave the CG loop at the tolerance.
+      solver: another solver in the place of CG.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`; call ``update(grads, state, params, batch=batch)``.
@@ -139,6 +144,7 @@ def hessian_free(
         num_cg_steps=num_cg_steps,
         tolerance=tolerance,
         early_exit=early_exit,
+        solver=solver,
     )
     return optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
 

@@ -6,7 +6,7 @@ from typing import Any
 import chex
 import jax
 
-from mlhf_optax.curvature import Batch, LossFn, Matvec, PredictFn, loss_and_ggn
+from mlhf_optax.curvature import GGN, Batch, LossFn, PredictFn, loss_and_ggn
 from mlhf_optax.curvature_batch import (
     CurvatureBatch,
     PerExample,
@@ -73,7 +73,7 @@ class Model:
         part, names = self.curvature_batch_size, self.per_example
         return curvature_subset(self.predict_fn, params, batch, part, names, loss_fn=self.loss_fn)
 
-    def linearized(self, params: chex.ArrayTree, batch: Batch) -> tuple[jax.Array, Matvec]:
+    def linearized(self, params: chex.ArrayTree, batch: Batch) -> tuple[jax.Array, GGN]:
         """Returns loss and GGN product on the part of the batch for curvature; linearizes the model once."""
         part: Any = self.curvature_batch(params, batch)
         return loss_and_ggn(self.predict_fn, self.loss_fn, params, part, self.axis_name)

@@ -9,23 +9,25 @@ from typing import Any, NamedTuple, Protocol
 import chex
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from mlhf_optax.controllers.protocol import Operators
-from mlhf_optax.curvature import Matvec
+from mlhf_optax.curvature import GGN, Matvec
 from mlhf_optax.pcg import check_num_steps, pcg
+from mlhf_optax.support.checks import FROM_ONE, check_number
 
 
 class System(NamedTuple):
     """The system of one step.
 
     Attributes:
-      ggn: product with G.
+      ggn: product with G, and its matrix if asked for.
       operators: damping S and preconditioner P.
       right_hand_side: b, shaped like the parameters; the gradient for most controllers.
       start: where an iterative solver starts; None is zero.
     """
 
-    ggn: Matvec
+    ggn: GGN
     operators: Operators
     right_hand_side: chex.ArrayTree
     start: chex.ArrayTree | None = None
@@ -118,6 +120,65 @@ class TolerancePCG:
         """Returns the direction where the residual is as small as asked for, or after ``num_steps`` steps."""
         return _pcg_solution(
             system, num_steps=self.num_steps, tolerance=self.tolerance, early_exit=self.early_exit
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """Cholesky factorization of the whole matrix, for small networks and fits to measurements.
+
+    For N parameters it takes N derivatives of the model in forward mode and about ``N^3 / 3`` operations.
+    Rows and columns are scaled to a diagonal of ones first, and one step of iterative refinement follows.
+    Where the matrix is singular to rounding, the direction is not finite and the step is skipped; damping has
+    to grow then, as with :meth:`mlhf_optax.LevenbergMarquardt.without_noise`.
+
+    Args:
+      max_parameters: largest N, as the matrix has ``N^2`` numbers.
+
+    Raises:
+      ValueError: for a number below 1, and from ``solve`` for more parameters.
+
+    Example:
+      >>> from mlhf_optax import Model, SquaredError, scale_by_damped_step
+      >>> from mlhf_optax.controllers import scheduled
+      >>> model = Model(lambda w, batch: batch["x"] @ w, SquaredError())
+      >>> batch = {"x": jnp.array([[2.0, 1.0], [0.0, 1.0]]), "label": jnp.ones(2)}
+      >>> tx = scale_by_damped_step(scheduled(0.0), model, solver=Exact())
+      >>> params = jnp.zeros(2)
+      >>> tx.update(jax.grad(model.loss)(params, batch), tx.init(params), params, batch=batch)[0]
+      Array([ 0., -1.], dtype=float32)
+    """
+
+    max_parameters: int = 4096
+
+    def __post_init__(self):
+        check_number("max_parameters", self.max_parameters, FROM_ONE)
+
+    def solve(self, system: System, /) -> Solution:
+        """Returns the solution; ``num_steps`` is 1."""
+        b, unravel = ravel_pytree(system.right_hand_side)
+        if b.size > self.max_parameters:
+            raise ValueError(
+                f"`Exact()` would form a matrix of {b.size:,} x {b.size:,} numbers, "
+                f"{b.size**2 * b.dtype.itemsize / 2**30:.1f} GiB; use `PCG`, or raise `max_parameters` from "
+                f"{self.max_parameters:,}"
+            )
+        of_unit = lambda unit: ravel_pytree(system.operators.damping(unravel(unit)))[0]
+        damping = jax.vmap(of_unit)(jnp.eye(b.size, dtype=b.dtype))
+        matrix = system.ggn.matrix + damping
+        diagonal = jnp.diag(matrix)
+        scale = jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1.0))
+        factor = jax.scipy.linalg.cho_factor(scale[:, None] * matrix * scale[None, :], lower=True)
+        invert = lambda r: scale * jax.scipy.linalg.cho_solve(factor, scale * r)
+        direction = invert(b)
+        direction = direction + invert(b - matrix @ direction)
+        residual = b - matrix @ direction
+        return Solution(
+            unravel(direction),
+            unravel(residual),
+            jnp.ones((), jnp.int32),
+            jnp.linalg.norm(residual).astype(jnp.float32),
+            unravel(damping @ direction) if system.operators.damping_after_preconditioner else (),
         )
 
 

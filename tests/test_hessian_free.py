@@ -9,7 +9,7 @@ import pytest
 import references
 
 from mlhf_optax import LevenbergMarquardt, Model, SquaredError, hessian_free, scale_by_hessian_free
-from mlhf_optax.controllers import Outcome, View
+from mlhf_optax.controllers import Outcome, Scale, View
 from mlhf_optax.controllers.levenberg_marquardt import reduction_ratio
 
 pytestmark = pytest.mark.usefixtures("x64", "strict_ranks", "unoptimised")
@@ -127,7 +127,10 @@ def test_adapted_damping_agrees_with_a_second_implementation(rule, learning_rate
 def ratio_of(loss, w, gradient, direction, residual, damping, step_size):
     """The reduction ratio and the loss after the step; of what a step sees only these are needed."""
     view = View(w, gradient, None, None, None, None, loss(w), loss, None, None)
-    return reduction_ratio(view, Outcome(direction, residual, jnp.array(True)), damping, step_size)
+    outcome = Outcome(direction, residual, jnp.array(True))
+    scale = Scale(jax.tree.map(lambda _: jnp.asarray(damping), w))
+    ratio, _, new_loss = reduction_ratio(view, outcome, scale, step_size)
+    return ratio, new_loss
 
 
 @pytest.mark.parametrize("step_size", [0.1, 1.0, 1.5])

@@ -26,7 +26,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mlhf_optax.curvature import Matvec
+from mlhf_optax.curvature import GGN, Matvec
 from mlhf_optax.support.placement import AxisName
 
 
@@ -39,7 +39,7 @@ class View(NamedTuple):
       direction: d0, where CG starts: the previous direction, or zeros.
       residual: r0, the previous residual, or zeros; empty unless the controller keeps it.
       damped: S d0 with S of the step before; empty unless the controller keeps it.
-      ggn: product with the undamped GGN at w.
+      ggn: product with the undamped GGN at w, and its matrix if asked for.
       loss: loss on the batch of the GGN products at w, a scalar of at least float32.
       loss_at: ``loss_at(params)``, the loss on the whole batch.
       initial_rms: root mean square of the parameters when the optimizer was initialised, a scalar.
@@ -53,7 +53,7 @@ class View(NamedTuple):
     direction: chex.ArrayTree
     residual: Any
     damped: Any
-    ggn: Matvec
+    ggn: GGN
     loss: jax.Array
     loss_at: Callable[[Any], jax.Array]
     initial_rms: jax.Array

@@ -132,6 +132,11 @@ def spec(leaf):
     return tuple(axes)
 
 
+def path_has(path, field):
+    """Whether a path in a tree leads through a field of that name."""
+    return jax.tree_util.GetAttrKey(field) in path
+
+
 def check_follows(state, params):
     """Every leaf that is shaped like a parameter lies as it does, also behind an axis of units.
 
@@ -142,10 +147,11 @@ def check_follows(state, params):
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         assert isinstance(leaf.sharding, jax.NamedSharding), path
         owner = owners.get(path[-2:])
-        if owner is None or jax.tree_util.GetAttrKey("factors") in path:
+        if owner is None or path_has(path, "factors") or path_has(path, "sides"):
             assert spec(leaf) == (), path
         else:
-            assert spec(leaf) == (None,) * (leaf.ndim - owner.ndim) + spec(owner), path
+            behind = (None,) * (leaf.ndim - owner.ndim) if spec(owner) else ()
+            assert spec(leaf) == behind + spec(owner), path
             followers += 1
     return followers
 

@@ -15,7 +15,7 @@ FOLDER = pathlib.Path(__file__).parent
 QUICKLY_COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # devices are compared with one another
 
 
-@pytest.mark.parametrize("checks", ["steps", "meta_training"])
+@pytest.mark.parametrize("checks", ["steps", "meshes", "meta_training"])
 def test_on_eight_devices(checks):
     # First, as XLA reads no flag behind one that it takes for an argument.
     flags = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")

@@ -40,8 +40,10 @@ def zeros_like(param: Any, dtype: Any = None, leading: tuple[int, ...] = ()) -> 
         zeros = jnp.zeros_like(param, dtype, device=_sharding_on_mesh(param))
         return jnp.broadcast_to(zeros, (*leading, *jnp.shape(param))) if leading else zeros
     like = jnp.broadcast_to(param, (*leading, *param.shape))
-    # A constant depends on nothing, so by itself the compiler would put all of it on every device.
-    return _placed_as(like, jnp.zeros_like(like, dtype))
+    zeros = jnp.zeros_like(like, dtype)
+    # A constant depends on nothing, so by itself the compiler would put all of it on every device. With
+    # explicit axes `jit` would drop the parameter, and not know the devices at all.
+    return zeros if _mesh_of(like) is None else _beside(like, zeros)
 
 
 def placed_like(old: Any, new: Any) -> Any:
@@ -70,6 +72,11 @@ def _placed_as(like: jax.Array, values: jax.Array) -> jax.Array:
         return values
     if jax.sharding.AxisType.Explicit in mesh.axis_types:
         return _constrained(values, mesh, jax.typeof(like).sharding.spec)
+    return _beside(like, values)
+
+
+def _beside(like: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns the values, by a choice between them and the other array that is always the same."""
     # XLA places both branches of a choice alike, and learns only later that the condition is constant: the
     # choice costs nothing.
     always = lax.optimization_barrier(jnp.array(True))

@@ -1,0 +1,83 @@
+"""Optimistix: an equilibrium model, whose layer is the root of an equation, differentiated implicitly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from race import STEPS, assert_ahead_of_adamw
+
+from mlhf_optax import SquaredError, ggn_matvec, load_pretrained
+
+optx = pytest.importorskip("optimistix")
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
+LOSS = SquaredError(targets="y")
+
+
+def equation(y, args):
+    params, x = args
+    # Of norm below one, so that there is one root, whatever the weights.
+    inner = params["inner"] / (1 + jnp.linalg.norm(params["inner"]))
+    return y - jnp.tanh(inner @ y + params["in"] @ x)
+
+
+def equilibrium(params, x):
+    solver = optx.Newton(rtol=1e-5, atol=1e-5)
+    return optx.root_find(equation, solver, jnp.zeros(6), args=(params, x), max_steps=16).value
+
+
+def unrolled(params, x):
+    y = jnp.zeros(6)
+    for _ in range(60):
+        y = y - equation(y, (params, x))
+    return y
+
+
+def predict_fn(params, batch, layer=equilibrium):
+    hidden = jax.vmap(layer, in_axes=(None, 0))(params, batch["x"])
+    return hidden @ params["out"]
+
+
+def initial():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {
+        "inner": 0.2 * jax.random.normal(keys[0], (6, 6)),
+        "in": jax.random.normal(keys[1], (6, 3)),
+        "out": jax.random.normal(keys[2], (6, 1)) / 3,
+    }
+
+
+def data():
+    x = jax.random.normal(jax.random.key(1), (48, 3))
+    return {"x": x, "y": jnp.sin(x[:, :1] + x[:, 1:2])}
+
+
+def test_an_equilibrium_model_is_ahead_of_adamw():
+    batch = data()
+
+    def train(tx):
+        @jax.jit
+        def train_step(params, opt_state, batch):
+            loss, grads = jax.value_and_grad(lambda p: LOSS(predict_fn(p, batch), batch))(params)
+            updates, opt_state = tx.update(grads, opt_state, params, batch=batch)
+            return optax.apply_updates(params, updates), opt_state, loss
+
+        params, losses = initial(), []
+        opt_state = tx.init(params)
+        for _ in range(STEPS + 1):
+            params, opt_state, loss = train_step(params, opt_state, batch)
+            losses.append(float(loss))
+        return losses
+
+    assert_ahead_of_adamw(train, load_pretrained().optimizer(predict_fn, LOSS))
+
+
+def test_the_product_through_the_solve_is_that_of_the_unrolled_iteration():
+    params, batch = initial(), data()
+    vector = jax.tree.map(jnp.ones_like, params)
+    implicit = ggn_matvec(predict_fn, LOSS, params, batch)(vector)
+    explicit = ggn_matvec(lambda p, b: predict_fn(p, b, unrolled), LOSS, params, batch)(vector)
+    for name in params:
+        np.testing.assert_allclose(implicit[name], explicit[name], rtol=2e-3, atol=2e-4)

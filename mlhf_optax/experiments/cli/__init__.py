@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("mlhf_optax"):
             raise
+        package = error.name.partition(".")[0]
         remedy = "run `pip install 'mlhf-optax[experiments]'`"
-        print(f"mlhf-optax needs {error.name}, which is not installed; {remedy}", file=sys.stderr)
+        print(f"mlhf-optax needs {package}, which is not installed; {remedy}", file=sys.stderr)
         sys.exit(1)
     sys.exit(run(arguments))

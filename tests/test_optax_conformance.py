@@ -51,7 +51,7 @@ pytestmark = pytest.mark.usefixtures("unoptimised")
 class Entry:
     """An optimizer under test."""
 
-    factory: Callable  # factory(learning_rate, predict_fn=, loss_fn=, **arguments)
+    factory: Callable  # factory(learning_rate=, predict_fn=, loss_fn=, **arguments)
     arguments: Mapping[str, Any]
     number: str = "cg_residual_norm"  # a scalar of float32 in the state
     static: tuple[str, ...] = ("num_cg_steps",)  # arguments that `inject_hyperparams` must leave alone
@@ -116,7 +116,7 @@ KINDS = pytest.mark.parametrize("name", ["mlhf", "gauss_newton", "hessian_free L
 def build(name, learning_rate=0.5, predict_fn=problems.linear, loss_fn=problems.LOSS, **changes):
     entry = OPTIMIZERS[name]
     arguments = {"predict_fn": predict_fn, "loss_fn": loss_fn, **entry.arguments, **changes}
-    return entry.factory(learning_rate, **arguments)
+    return entry.factory(learning_rate=learning_rate, **arguments)
 
 
 @pytest.fixture(params=OPTIMIZERS)
@@ -395,7 +395,9 @@ FUNCTIONS = {"predict_fn": problems.linear, "loss_fn": problems.LOSS}
 def test_hyperparameters_may_be_injected(name):
     entry = OPTIMIZERS[name]
     arguments = {**FUNCTIONS, **entry.arguments}
-    tx = optax.inject_hyperparams(entry.factory, static_args=(*FUNCTIONS, *entry.static))(0.5, **arguments)
+    tx = optax.inject_hyperparams(entry.factory, static_args=(*FUNCTIONS, *entry.static))(
+        learning_rate=0.5, **arguments
+    )
     params, batch, grads = start()
     update, state = jax.jit(tx.update), jax.jit(tx.init)(params)
     updates, new_state = update(grads, state, params, batch=batch)
@@ -427,7 +429,9 @@ def test_injected_damping_may_follow_a_schedule():
 @pytest.mark.parametrize("name", ["mlhf", "hessian_free"])
 def test_a_loop_length_that_is_not_static_is_an_error_that_says_so(name):
     entry = OPTIMIZERS[name]
-    tx = optax.inject_hyperparams(entry.factory, static_args=FUNCTIONS)(0.5, **FUNCTIONS, **entry.arguments)
+    tx = optax.inject_hyperparams(entry.factory, static_args=FUNCTIONS)(
+        learning_rate=0.5, **FUNCTIONS, **entry.arguments
+    )
     params, batch, grads = start()
     with pytest.raises(TypeError, match=r"`num_cg_steps` must be a Python int.*`static_args`"):
         tx.update(grads, tx.init(params), params, batch=batch)

@@ -131,10 +131,7 @@ def _cut(
     per_example: PerExample,
     loss_fn: LossFn | None,
 ) -> Batch:
-    def run(some: Batch) -> tuple[Outputs, Any]:
-        outputs = predict_fn(params, some)
-        return outputs, None if loss_fn is None else loss_fn(outputs, some)
-
+    run = functools.partial(_run_shapes, predict_fn, loss_fn, params)
     is_cut = _is_per_example(batch, per_example)
     shapes = _output_shapes(run, batch, jax.tree.map(lambda _: 1, batch))
     size = _num_examples(batch, is_cut, shapes if per_example is None else None)
@@ -242,7 +239,7 @@ _REMEDY = (
     f"name what has one entry per example, as in `per_example={_NAMES}`, pass a function `batch -> smaller "
     "batch` as `curvature_batch_size`, or None for the whole batch"
 )
-_Run = Callable[[Batch], tuple[Outputs, Any]]  # the outputs, and the loss if it is known
+_Run = Callable[[Batch, Callable[[Batch], Batch]], tuple[Outputs, Any]]  # shapes on a changed batch
 
 
 def _is_per_example(batch: Batch, per_example: Sequence[Hashable] | None) -> Any:
@@ -278,10 +275,43 @@ def _num_examples(batch: Batch, is_cut: Any, output_shapes: list[tuple[int, ...]
     return size
 
 
+def _run_shapes(
+    predict_fn: PredictFn,
+    loss_fn: LossFn | None,
+    params: chex.ArrayTree,
+    batch: Batch,
+    change: Callable[[Batch], Batch],
+) -> tuple[Outputs, Any]:
+    """Returns the shapes of outputs and loss on a batch that is changed first.
+
+    Arrays go in as arguments: of a trace that fails, as many here do, JAX keeps the constants for ever.
+    """
+    leaves, treedef = jax.tree.flatten((params, batch))
+    is_array = [isinstance(leaf, jax.Array) and leaf.ndim > 0 for leaf in leaves]
+    arrays = [leaf for leaf, is_one in zip(leaves, is_array, strict=True) if is_one]
+    others = [None if is_one else leaf for leaf, is_one in zip(leaves, is_array, strict=True)]
+
+    def run(*arrays: jax.Array) -> tuple[Outputs, Any]:
+        own = iter(arrays)
+        all_leaves = [next(own) if is_one else leaf for leaf, is_one in zip(others, is_array, strict=True)]
+        own_params, own_batch = treedef.unflatten(all_leaves)
+        some = change(own_batch)
+        outputs = predict_fn(own_params, some)
+        return outputs, None if loss_fn is None else loss_fn(outputs, some)
+
+    return jax.eval_shape(run, *arrays)
+
+
+def _without_leaf(tree: Any, index: int) -> Any:
+    """Returns a tree with one leaf that nothing can compute with."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten([object() if i == index else leaf for i, leaf in enumerate(leaves)])
+
+
 def _output_shapes(run: _Run, batch: Batch, repeats: Any) -> list[tuple[int, ...]]:
     """Returns the shapes of the outputs on a batch of repeated leaves."""
     repeat = lambda leaf, times: leaf if times == 1 else jnp.concatenate([leaf] * times)
-    outputs, _ = jax.eval_shape(lambda: run(jax.tree.map(repeat, batch, repeats)))
+    outputs, _ = run(batch, lambda own: jax.tree.map(repeat, own, repeats))
     return [leaf.shape for leaf in jax.tree.leaves(outputs)]
 
 
@@ -309,9 +339,9 @@ def _check_every_length_counts(run: _Run, batch: Batch, shapes: list[tuple[int, 
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(batch)]
     for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         alone = treedef.unflatten([times if j == i else 1 for j in range(len(leaves))])
-        unread = treedef.unflatten([object() if j == i else other for j, other in enumerate(leaves)])
+        unread = lambda own, i=i: _without_leaf(own, i)
         is_free = _attempt(_output_shapes, run, batch, alone) == shapes
-        if is_free and _attempt(jax.eval_shape, functools.partial(run, unread)) is None:
+        if is_free and _attempt(run, batch, unread) is None:
             raise NoListOfExamplesError(
                 f"'{path_text(path)}' of shape {np.shape(leaf)} is as long as the batch, but model and loss "
                 "do not need it to be: it may be no per-example array, and `curvature_batch_size` would cut "

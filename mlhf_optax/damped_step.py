@@ -18,7 +18,7 @@ from mlhf_optax.solvers import PCG, Solution, Solver, System
 from mlhf_optax.step_info import StepInfo, initial_info, next_info
 from mlhf_optax.support import placement, trees
 from mlhf_optax.support.layer_types import check_params, check_whole_tree
-from mlhf_optax.transforms import require_batch, require_params
+from mlhf_optax.transforms import check_by_name, require_batch, require_params
 
 
 class DampedStepState(NamedTuple):
@@ -342,8 +342,9 @@ def scale_by_damped_step(
         check_params(params, name)
         return init_state(controller, params)
 
-    def update_fn(updates, state, params: Any = None, *, batch=None, **extra_args):
+    def update_fn(updates, state, params: Any = None, *others, batch=None, **extra_args):
         del extra_args
+        check_by_name(others, name)
         require_params(params, name)
         require_batch(batch, name)
         check_whole_tree(params)

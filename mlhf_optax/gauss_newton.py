@@ -10,10 +10,12 @@ from mlhf_optax.curvature_batch import CurvatureBatch, PerExample
 from mlhf_optax.damped_step import scale_by_damped_step
 from mlhf_optax.model import Model
 from mlhf_optax.solvers import PCG
+from mlhf_optax.support.checks import suggests_arguments
 from mlhf_optax.support.placement import AxisName
-from mlhf_optax.transforms import after_solve
+from mlhf_optax.transforms import after_solve, chain
 
 
+@suggests_arguments
 def gauss_newton(
     learning_rate: optax.ScalarOrSchedule,
     predict_fn: PredictFn,
@@ -101,4 +103,4 @@ def gauss_newton(
         momentum=momentum,
         weight_decay=weight_decay,
     )
-    return optax.chain(direction, after)
+    return chain("gauss_newton", direction, after)

@@ -17,7 +17,9 @@ from mlhf_optax.curvature_batch import CurvatureBatch, PerExample
 from mlhf_optax.damped_step import scale_by_damped_step
 from mlhf_optax.model import Model
 from mlhf_optax.solvers import Solver, TolerancePCG
+from mlhf_optax.support.checks import suggests_arguments
 from mlhf_optax.support.placement import AxisName
+from mlhf_optax.transforms import chain
 
 Damping = optax.ScalarOrSchedule | LevenbergMarquardt
 
@@ -84,6 +86,7 @@ def scale_by_hessian_free(
     )
 
 
+@suggests_arguments
 def hessian_free(
     learning_rate: optax.ScalarOrSchedule,
     predict_fn: PredictFn,
@@ -146,7 +149,7 @@ def hessian_free(
         early_exit=early_exit,
         solver=solver,
     )
-    return optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
+    return chain("hessian_free", direction, optax.scale_by_learning_rate(learning_rate))
 
 
 def _controller(damping: Damping, step_size: optax.ScalarOrSchedule) -> Controller:

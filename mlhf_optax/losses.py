@@ -164,7 +164,7 @@ class SoftmaxCrossEntropy:
             )
         dtype, num_classes = trees.wide_dtype(outputs), outputs.shape[-1]
         weights, is_counted = _weights(batch, self.mask, labels.shape, dtype)
-        labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))  # so that they compare with C
+        labels = labels.astype(trees.common_dtype(labels.dtype, jnp.int32))  # so that they compare with C
         is_class = (labels >= 0) & (labels < num_classes)
         is_fine = is_class if is_counted is None else is_class | ~is_counted
         _check_known(is_fine, given, f"labels must lie in 0 to {num_classes - 1} for {num_classes} classes")

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from mlhf_optax.curvature import LossFn, Matvec, Outputs, PredictFn, output_curvature
+from mlhf_optax.support.checks import require_function
 
 
 def over_micro_batches(
@@ -23,6 +24,10 @@ def over_micro_batches(
     ``optax.MultiSteps(tx, k)`` by itself averages the gradients of k calls and takes curvature on the
     micro-batch of the last one. For curvature on all of them, make ``tx`` of these functions and give each
     call, or the last, the whole batch: ``update(grads_of_one, state, params, batch=all_of_them)``.
+
+    One gradient that is not finite stays in the average of ``optax.MultiSteps`` for ever: no parameter moves
+    any more, and ``skipped_steps`` in the info grows with every step. Give it
+    ``should_skip_update_fn=optax.skip_not_finite``, and it leaves such a micro-batch out.
 
     Args:
       predict_fn: ``predict_fn(params, micro_batch) -> outputs``.
@@ -68,8 +73,7 @@ class _MeanLoss:
     """The mean of a loss over micro-batches; its curvature is in closed form if that of the loss is."""
 
     def __init__(self, loss_fn: LossFn, names: frozenset):
-        if not callable(loss_fn):
-            raise TypeError(f"`loss_fn` must be a function, got {type(loss_fn).__name__}")
+        require_function("loss_fn", loss_fn)
         self._loss_fn, self._names = loss_fn, names
 
     def __call__(self, outputs: Outputs, batch: Any) -> jax.Array:

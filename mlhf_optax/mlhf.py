@@ -13,9 +13,10 @@ from mlhf_optax.curvature_batch import CurvatureBatch, PerExample
 from mlhf_optax.damped_step import scale_by_damped_step
 from mlhf_optax.model import Model
 from mlhf_optax.solvers import PCG
+from mlhf_optax.support.checks import suggests_arguments
 from mlhf_optax.support.layer_types import LayerTypesFn
 from mlhf_optax.support.placement import AxisName
-from mlhf_optax.transforms import after_solve
+from mlhf_optax.transforms import after_solve, chain
 
 
 def scale_by_mlhf(
@@ -97,6 +98,7 @@ def _controller(meta_params: Any, schedule: Any, layer_types_fn: Any, carry_dtyp
     return tensor_lstm(meta_params, schedule=schedule)
 
 
+@suggests_arguments
 def mlhf(
     meta_params: TensorLSTM | MetaParams,
     predict_fn: PredictFn,
@@ -182,4 +184,4 @@ def mlhf(
         momentum=momentum,
         weight_decay=weight_decay,
     )
-    return optax.chain(direction, after)
+    return chain("mlhf", direction, after)

@@ -14,6 +14,7 @@ from mlhf_optax.curvature_batch import (
     curvature_subset,
 )
 from mlhf_optax.support import placement
+from mlhf_optax.support.checks import require_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +60,7 @@ class Model:
 
     def __post_init__(self):
         for name in ("predict_fn", "loss_fn"):
-            function = getattr(self, name)
-            if not callable(function):
-                raise TypeError(f"`{name}` must be a function, got {type(function).__name__}")
+            require_function(name, getattr(self, name))
         check_curvature_batch(self.curvature_batch_size, self.per_example)
 
     def loss(self, params: chex.ArrayTree, batch: Batch) -> jax.Array:
@@ -75,5 +74,37 @@ class Model:
 
     def linearized(self, params: chex.ArrayTree, batch: Batch) -> tuple[jax.Array, GGN]:
         """Returns loss and GGN product on the part of the batch for curvature; linearizes the model once."""
-        part: Any = self.curvature_batch(params, batch)
-        return loss_and_ggn(self.predict_fn, self.loss_fn, params, part, self.axis_name)
+        try:
+            part: Any = self.curvature_batch(params, batch)
+            return loss_and_ggn(self.predict_fn, self.loss_fn, params, part, self.axis_name)
+        except Exception as error:
+            _explain(self, params, batch, error)
+            raise
+
+
+def _explain(model: Model, params: chex.ArrayTree, batch: Batch, error: Exception) -> None:
+    """Raises a clearer error from that of a model, where trying it another way tells what is wrong."""
+    outputs = _shapes(model.predict_fn, params, batch)
+    if outputs is None:
+        if isinstance(params, jax.Array) and params.ndim == 1:
+            raise ValueError(
+                f"`predict_fn` fails on the parameters, which came as one vector of shape {params.shape}. "
+                "`optax.flatten` joins them, but the model needs them as they are: leave it out. Vectors are "
+                "joined inside where it pays"
+            ) from error
+        return
+    if _shapes(model.loss_fn, outputs, batch) is None and _shapes(model.loss_fn, params, batch) is not None:
+        raise TypeError(
+            "`loss_fn` is a function of `(params, batch)`, and fails on the outputs. Curvature needs the "
+            "loss apart from the model: `predict_fn(params, batch) -> outputs` and "
+            "`loss_fn(outputs, batch) -> scalar`, so that `loss_fn(predict_fn(params, batch), batch)` is "
+            "what is minimised"
+        ) from error
+
+
+def _shapes(function: Any, *args: Any) -> Any:
+    """Returns the shapes that a function returns; None if it fails."""
+    try:
+        return jax.eval_shape(function, *args)
+    except Exception:  # whatever the function of the user raises
+        return None

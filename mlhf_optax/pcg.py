@@ -149,7 +149,7 @@ def pcg(
             s_x = _add_scaled(s_x, alpha, s_p)
             s_p = keep(_add_scaled(shifted(r), beta, s_p), s_p)
         # alpha is 0 for an inactive step, so x, r and S x are unchanged already.
-        return _Loop(x, r, p, s_x, s_p, keep(rho, state.rho), state.steps + active)
+        return _Loop(x, r, p, s_x, s_p, keep(rho, state.rho), state.steps + active.astype(jnp.int32))
 
     s_y0 = () if shift is None else shifted(r0)
     state = _Loop(start, r0, y0, s_x0, s_y0, rho0, jnp.zeros((), jnp.int32))

@@ -10,6 +10,7 @@ from mlhf_optax.controllers.protocol import Operator, Operators
 from mlhf_optax.solvers import Solution
 
 _LOSS_DECAY = 0.9  # of the running mean of losses
+_NO_LOSS = float(jnp.finfo(jnp.float32).max)  # before the first; infinity would stop `jax_debug_infs`
 
 
 class StepInfo(NamedTuple):
@@ -20,8 +21,10 @@ class StepInfo(NamedTuple):
 
     Attributes:
       skipped_steps: number of steps so far that moved no parameter, because something was not finite or the
-        direction was not one of descent.
-      best_loss: lowest ``smoothed_loss`` so far; infinite before the first step.
+        direction was not one of descent. If every step is skipped under ``optax.MultiSteps``, a NaN has
+        stayed in its average: give it ``should_skip_update_fn=optax.skip_not_finite``.
+      best_loss: lowest ``smoothed_loss`` so far; before the first step the largest float32, so that all
+        fields are finite from the start.
       smoothed_loss: running mean of ``loss`` (decay 0.9).
       worst_rise: largest ``smoothed_loss / best_loss`` so far, at least 1. It never falls, so a past blow-up
         stays visible: many times 1 means that the training blew up although every number stayed finite.
@@ -62,7 +65,7 @@ def initial_info() -> StepInfo:
     """Returns the info before the first step, each field in a buffer of its own."""
     zero = lambda name: jnp.zeros((), jnp.int32 if name in _COUNTS else jnp.float32)
     info = StepInfo(*map(zero, StepInfo._fields))
-    return info._replace(best_loss=jnp.full((), jnp.inf, jnp.float32), worst_rise=jnp.ones((), jnp.float32))
+    return info._replace(best_loss=jnp.full((), _NO_LOSS, jnp.float32), worst_rise=jnp.ones((), jnp.float32))
 
 
 def next_info(
@@ -87,11 +90,11 @@ def next_info(
       reduction_ratio: as the controller measured it.
     """
     loss = jnp.asarray(loss, jnp.float32)
-    is_first = jnp.isinf(before.best_loss)
+    is_first = before.best_loss == _NO_LOSS
     smoothed = jnp.where(is_first, loss, _LOSS_DECAY * before.smoothed_loss + (1 - _LOSS_DECAY) * loss)
     smoothed = jnp.where(jnp.isfinite(loss), smoothed, before.smoothed_loss)
     best = jnp.where(jnp.isfinite(loss), jnp.minimum(before.best_loss, smoothed), before.best_loss)
-    is_ratio = jnp.isfinite(best) & (best > 0)
+    is_ratio = (best != _NO_LOSS) & (best > 0)
     rise = jnp.where(is_ratio, smoothed / jnp.where(is_ratio, best, 1.0), 1.0)
     damping = _min_mean_max(operators.damping, solution.direction)
     preconditioner = _min_mean_max(operators.preconditioner, solution.direction)

@@ -244,7 +244,8 @@ def average_updates(momentum: float | jax.Array) -> optax.GradientTransformation
         next_average = lambda m, u: (momentum * m + (1 - momentum) * u).astype(m.dtype)
         average = jax.tree.map(next_average, state.average, updates)
         new = AverageUpdatesState(jnp.asarray(optax.safe_increment(state.num_averaged)), average)
-        sum_of_weights = 1 - jax.lax.pow(jnp.asarray(momentum, jnp.result_type(float)), new.num_averaged)
+        dtype = trees.common_dtype(jnp.float32, *jax.tree.leaves(updates))
+        sum_of_weights = 1 - jax.lax.pow(jnp.asarray(momentum, dtype), new.num_averaged)
         correct = lambda m, u: jnp.where(is_step, m / sum_of_weights, 0.0).astype(u.dtype)
         return jax.tree.map(correct, average, updates), trees.select(is_step, new, state)
 
@@ -267,7 +268,34 @@ def require_batch(batch: Any, name: str) -> None:
             f"`{name}` needs the batch to evaluate curvature: call "
             "`tx.update(grads, state, params, batch=batch)`. With Flax use `mlhf_optax.TrainState` and "
             "`apply_gradients(grads=grads, batch=batch)`, or "
-            "`nnx.Optimizer.update(model, grads, batch=batch)`. Wrappers whose update takes no extra "
-            "arguments (`optax.lookahead`, `optax.contrib.sam`, `MultiSteps.gradient_transformation()`) "
-            "drop it"
+            "`nnx.Optimizer.update(model, grads, batch=batch)`. Some wrappers drop it: `optax.lookahead` and "
+            "`optax.contrib.sam`, which hand no extra arguments on (keep an average of the parameters beside "
+            "the optimizer instead, as by `optax.incremental_update`), and `optax.chain` around "
+            "`MultiSteps(tx, k).gradient_transformation()` (call `MultiSteps(tx, k).update` itself, and "
+            "chain inside: `MultiSteps(optax.chain(tx, ...), k)`)"
         )
+
+
+def check_by_name(others: tuple[Any, ...], name: str) -> None:
+    """Raises TypeError if something came by position after the parameters, as a batch would."""
+    if others:
+        raise TypeError(
+            f"`{name}` takes the batch by name, but {len(others) + 3} arguments came by position: call "
+            "`tx.update(grads, state, params, batch=batch)`"
+        )
+
+
+def chain(name: str, *transformations: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Returns ``optax.chain``, whose update says how to give the batch if it comes by position.
+
+    Args:
+      name: what the error calls the optimizer.
+      *transformations: as for :func:`optax.chain`.
+    """
+    inner = optax.chain(*transformations)
+
+    def update_fn(updates, state, params: Any = None, *others, **extra_args):
+        check_by_name(others, name)
+        return inner.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)

@@ -274,7 +274,9 @@ def test_a_training_that_blows_up_finitely_shows_it(name):
 def test_a_rise_is_remembered_and_losses_that_are_not_positive_do_not_count():
     params = jnp.ones(1)
     tx = make(
-        "identity", loss_fn=lambda outputs, batch: batch["loss"] + 0 * outputs[0], predict_fn=lambda w, b: w
+        "identity",
+        loss_fn=lambda outputs, batch: batch["loss"] + 0 * outputs[0] ** 2,
+        predict_fn=lambda w, b: w,
     )
     update, state = jax.jit(tx.update), tx.init(params)
 

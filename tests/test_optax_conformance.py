@@ -11,6 +11,7 @@ which is in its source distribution but not in the wheel; the last test runs tha
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import os
 import pathlib
@@ -203,7 +204,7 @@ def test_a_missing_batch_or_parameters_are_errors_that_name_the_optimizer(name, 
         tx.update(grads, state, params)
     with pytest.raises(ValueError, match=f"{own} needs the current parameters"):
         tx.update(grads, state, batch=batch)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=rf"{own} takes the batch by name.*`tx.update\(grads, state, "):
         tx.update(grads, state, params, batch)
 
 
@@ -528,9 +529,116 @@ def test_wrappers_that_drop_the_batch_fail_and_are_named(tx):
     params, batch, grads = start()
     dropping = optax.chain(optax.MultiSteps(tx, 2).gradient_transformation())
     with pytest.raises(
-        TypeError, match=r"needs the batch.*`MultiSteps.gradient_transformation\(\)`.*drop it"
+        TypeError, match=r"needs the batch.*`optax.chain` around `MultiSteps\(tx, k\).gradient_transformation"
     ):
         dropping.update(grads, dropping.init(params), params, batch=batch)
+    lookahead = optax.chain(optax.lookahead(tx, 5, 0.5))
+    pair = optax.LookaheadParams.init_synced(params)
+    with pytest.raises(TypeError, match=r"drop it: `optax.lookahead`.*`optax.incremental_update`"):
+        lookahead.update(grads, lookahead.init(pair), pair, batch=batch)
+
+
+def test_gradient_transformation_of_multi_steps_hands_the_batch_on_by_itself():
+    name, (params, batch, grads) = "gauss_newton", start()
+    outer = optax.MultiSteps(built(name), 1).gradient_transformation()
+    got, _ = outer.update(grads, outer.init(params), params, batch=batch)
+    close(got, update_of(name)(grads, built(name).init(params), params, batch=batch)[0])
+
+
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_flattened_parameters_are_refused_with_the_reason(share):
+    params, batch, grads = start()
+    outer = optax.flatten(build("gauss_newton", curvature_batch_size=share))
+    with pytest.raises(ValueError, match=r"came as one vector of shape \(6,\). `optax.flatten`.*leave it"):
+        outer.update(grads, outer.init(params), params, batch=batch)
+
+
+# Calls that are nearly right.
+
+
+@pytest.mark.parametrize("factory", [mlhf, gauss_newton, hessian_free])
+def test_a_misspelt_argument_is_told_which_is_meant(factory):
+    first = {"meta_params": META_PARAMS} if factory is mlhf else {}
+    with pytest.raises(TypeError, match=f"`{factory.__name__}` has no argument `lr`; did you mean `learning"):
+        factory(**first, **FUNCTIONS, lr=0.1)
+    assert "learning_rate" in inspect.signature(factory).parameters
+
+
+@pytest.mark.parametrize("name", ["predict_fn", "loss_fn"])
+def test_a_function_that_was_taken_for_a_schedule_is_an_error_that_names_static_args(name):
+    functions = {**FUNCTIONS, name: lambda *_: jnp.ones(())}
+    static = set(FUNCTIONS) - {name} | {"num_cg_steps"}
+    tx = optax.inject_hyperparams(gauss_newton, static_args=static)(0.5, **functions)
+    params, batch, grads = start()
+    with pytest.raises(TypeError, match=rf"`{name}` must be a function.*`static_args=\(.predict_fn"):
+        tx.update(grads, tx.init(params), params, batch=batch)
+
+
+class Box:
+    """What a Keras variable is: something with a shape, a dtype, and a value."""
+
+    def __init__(self, value):
+        self.value, self.shape, self.dtype = value, value.shape, str(value.dtype)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "message"),
+    [
+        (
+            Box(jnp.ones(2)),
+            r"it is a Box, not an array; pass its array, as in `params = \[v.value for v in",
+        ),
+        (
+            jax.nn.relu,
+            r"it is a custom_jvp, not an array; .*`params, static = eqx.partition\(model",
+        ),
+        ("same", r"it is a str, not an array; `params` holds arrays alone"),
+        (0.1, r"it is a float, not an array; use `jnp.asarray`, or.*`eqx.partition\(model, eqx.is_inexact"),
+    ],
+)
+def test_a_leaf_that_is_no_array_is_an_error_with_what_to_do(leaf, message):
+    params = {**problems.linear_params(dtype=jnp.float32), "other": leaf}
+    with pytest.raises(TypeError, match=f"cannot train the parameter 'other': {message}"):
+        built("gauss_newton").init(params)
+
+
+def test_trees_of_variables_of_nnx_are_trained():
+    params, batch, _ = start()
+    boxed = {"kernel": nnx.Param(params["kernel"])}
+    predict_fn = lambda p, batch: batch["image"] @ p["kernel"][...]
+    tx = build("gauss_newton", predict_fn=predict_fn)
+    grads = jax.grad(lambda p: problems.LOSS(predict_fn(p, batch), batch))(boxed)
+    updates, _ = tx.update(grads, tx.init(boxed), boxed, batch=batch)
+    want, _ = update_of("gauss_newton")(*start()[2:], built("gauss_newton").init(params), params, batch=batch)
+    close(updates["kernel"][...], want["kernel"])
+
+
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_a_loss_of_parameters_is_an_error_that_says_what_it_has_to_be(share):
+    params, batch, grads = start()
+    tx = build("gauss_newton", loss_fn=problems.linear_loss, curvature_batch_size=share)
+    with pytest.raises(
+        TypeError, match=r"`loss_fn` is a function of `\(params, batch\)`.*`loss_fn\(outputs, b"
+    ):
+        tx.update(grads, tx.init(params), params, batch=batch)
+
+
+def test_one_bad_micro_batch_stops_multi_steps_unless_it_is_skipped():
+    params, batch, grads = start()
+    bad = jax.tree.map(lambda g: g * jnp.nan, grads)
+
+    def run(**options):
+        outer = optax.MultiSteps(built("gauss_newton"), 2, **options)
+        update, state, moved = jax.jit(outer.update), outer.init(params), []
+        for step in range(6):
+            updates, state = update(bad if step == 1 else grads, state, params, batch=batch)
+            moved.append(bool(updates["kernel"].any()))
+        return moved, int(optax.tree.get(state, "skipped_steps"))
+
+    assert run() == ([False] * 6, 3)
+    moved, skipped = run(should_skip_update_fn=optax.skip_not_finite)
+    assert moved == [False, False, True, False, True, False]
+    assert skipped == 0
 
 
 # Optimizers that need gradients alone: what of the above does not speak of batches and curvature.

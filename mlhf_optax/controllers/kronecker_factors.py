@@ -156,8 +156,8 @@ def init_sides(shape: tuple[int, ...], block: int) -> Sides | None:
         blocks = -(-rows // block)
         size = -(-rows // blocks)
         # No two leaves share a buffer: states are donated.
-        eye = lambda: jnp.array(jnp.broadcast_to(jnp.eye(size), (blocks, size, size)))
-        return Side(jnp.zeros((blocks, size, size)), eye(), eye())
+        eye = lambda: jnp.array(jnp.broadcast_to(jnp.eye(size, dtype=jnp.float32), (blocks, size, size)))
+        return Side(jnp.zeros((blocks, size, size), jnp.float32), eye(), eye())
 
     return side(split[0]), side(split[1])
 
@@ -248,7 +248,7 @@ def _refreshed(
     for index, (sides, _) in enumerate(pairs):
         for which, side in enumerate(sides):
             by_size.setdefault(side.factor.shape[1], []).append((index, which))
-    fresh, done = {}, jnp.zeros(())
+    fresh, done = {}, jnp.zeros((), jnp.float32)
     for places in by_size.values():
         sides = [pairs[index][0][which] for index, which in places]
         powers = jnp.stack([pairs[index][1] for index, _ in places])

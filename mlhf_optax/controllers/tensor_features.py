@@ -100,7 +100,7 @@ def _of_tensors(
         *cosines,
         is_started * _bounded(_log(state.residual), 2.0),
         is_started * (2 * state.damped_share - 1),
-        jnp.array([1.0 if matrix_shape(shape) is None else -1.0 for shape in shapes]),
+        jnp.array([1.0 if matrix_shape(shape) is None else -1.0 for shape in shapes], jnp.float32),
     ]
 
 
@@ -132,7 +132,7 @@ def averaged_losses(losses: jax.Array, count: jax.Array, loss: jax.Array) -> jax
       loss: loss of this one, a scalar.
     """
     now = jnp.nan_to_num(jnp.log(jnp.maximum(loss.astype(jnp.float32), _TINY)), nan=30.0)
-    share = 1 - jnp.array([0.0, 0.9, 0.99, 1.0])
+    share = 1 - jnp.array([0.0, 0.9, 0.99, 1.0], jnp.float32)
     return jnp.where(count == 0, now, trees.running_mean(losses, now, share))
 
 

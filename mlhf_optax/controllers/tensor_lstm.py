@@ -148,13 +148,13 @@ def _init(units: int, constants: Constants, params: chex.ArrayTree) -> TensorLST
         initial_rms=initial_sizes(params),
         largest=scalar(),
         damping=each(1.0),
-        losses=jnp.zeros(4),
+        losses=jnp.zeros(4, jnp.float32),
         residual=each(1.0),
         damped_share=each(1.0),
         rate=scalar(constants.rate),
         power=each(constants.power),
-        hidden=jnp.zeros((tensors, units)),
-        cell=jnp.zeros((tensors, units)),
+        hidden=jnp.zeros((tensors, units), jnp.float32),
+        cell=jnp.zeros((tensors, units), jnp.float32),
     )
 
 
@@ -173,7 +173,7 @@ def _control(
     outputs, hidden, cell = run_network(meta_params, seen, state.hidden, state.cell)
     controls = bounded_controls(outputs, constants)
     # Far from any optimum curvature is a better guide than later, among noise: damping starts at a share.
-    time = state.count / constants.start_steps
+    time = state.count.astype(jnp.float32) / constants.start_steps
     controls = controls._replace(damping=controls.damping * (constants.start_share + time) / (1 + time))
     factor = 1.0 if schedule is None else jnp.asarray(schedule(state.count), jnp.float32)
     if schedule is not None:

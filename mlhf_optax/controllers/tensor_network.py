@@ -119,13 +119,13 @@ def run_network(
     Returns:
       Outputs, shape (tensors, OUTPUTS), and the next hidden states and cells.
     """
-    gates = jnp.concatenate([features, hidden], 1) @ meta_params.kernel + meta_params.bias
+    gates = jnp.concatenate([features, hidden], 1) @ meta_params.kernel + meta_params.bias[None]
     i, f, g, o = jnp.split(gates, 4, axis=1)
     cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
     hidden = jax.nn.sigmoid(o) * jnp.tanh(cell)
     # Twice: equal noise on all meta-parameters then moves the outputs about as much by each. Evolution
     # strategies perturb them all with noise of one size.
-    outputs = 2 * hidden @ meta_params.readout + features @ meta_params.linear + meta_params.offset
+    outputs = 2 * hidden @ meta_params.readout + features @ meta_params.linear + meta_params.offset[None]
     return outputs, hidden, cell
 
 

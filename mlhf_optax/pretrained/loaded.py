@@ -12,7 +12,7 @@ import optax
 from mlhf_optax.curvature import LossFn, PredictFn
 from mlhf_optax.curvature_batch import ShareOrAll
 from mlhf_optax.learned import LEARNED, LearnedFamily, get_learned
-from mlhf_optax.support.checks import check_known
+from mlhf_optax.support.checks import check_known, require_function
 
 _MODEL = {
     "predict_fn": "``predict_fn(params, batch) -> outputs``, any pytree of arrays.",
@@ -130,6 +130,8 @@ def _optimizer_of(family: LearnedFamily, meta_params: Any, recommended: Mapping[
         for name, value in (("predict_fn", predict_fn), ("loss_fn", loss_fn)):
             is_needed = parameters[name].default is inspect.Parameter.empty  # gradients may be enough
             if not callable(value) and (is_needed or value is not None):
+                if hasattr(value, "dtype"):
+                    require_function(name, value)
                 came = "is missing" if value is None else f"must be a function, got {_short(value)}"
                 raise TypeError(f"`{name}` {came}; {_CALL}")
         if others:

@@ -103,6 +103,25 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     require(value in choices, name, f"one of {', '.join(map(repr, choices))}", value)
 
 
+def require_function(name: str, value: Any) -> None:
+    """Raises TypeError for what cannot be called; of an array, that ``optax.inject_hyperparams`` made it.
+
+    Example:
+      >>> require_function("loss_fn", "mse")
+      Traceback (most recent call last):
+      TypeError: `loss_fn` must be a function, got str
+    """
+    if callable(value):
+        return
+    remedy = ""
+    if hasattr(value, "dtype"):
+        remedy = (
+            "; `optax.inject_hyperparams` takes functions for schedules and calls them, so name all that are "
+            'no numbers: `static_args=("predict_fn", "loss_fn", "num_cg_steps", ...)`'
+        )
+    raise TypeError(f"`{name}` must be a function, got {type(value).__name__}{remedy}")
+
+
 def check_known(function: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raises TypeError for a name that is no argument, with the argument that is probably meant.
 

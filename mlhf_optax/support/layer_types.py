@@ -7,10 +7,12 @@ Names of Flax linen, Flax nnx, Haiku and Equinox are understood.
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 CONV_KERNEL = "conv_kernel"
@@ -124,10 +126,10 @@ def check_params(params: chex.ArrayTree, name: str) -> None:
 def check_leaves(params: chex.ArrayTree, name: str) -> None:
     """Checks as :func:`check_params`, for optimizers that can work on part of a model's parameters."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
         where = f"`{name}` cannot train the parameter '{path_text(path)}'"
-        if shape is None or dtype is None:
-            raise TypeError(f"{where}: it is a {type(leaf).__name__}, not an array; use `jnp.asarray`")
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+            raise TypeError(f"{where}: it is a {type(leaf).__name__}, not an array; {_remedy(leaf)}")
+        shape, dtype = leaf.shape, leaf.dtype
         where = f"{where} of dtype {dtype} and shape {shape}"
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(f"{where}: keep its real and its imaginary part as two real parameters")
@@ -135,6 +137,22 @@ def check_leaves(params: chex.ArrayTree, name: str) -> None:
             raise TypeError(f"{where}: it has no gradient; keep it out of `params` and in the batch")
         if 0 in shape:
             raise ValueError(f"{where}: it is empty; leave it out of `params`")
+
+
+def _remedy(leaf: Any) -> str:
+    """Says what to do about a leaf that is no array."""
+    if hasattr(leaf, "value"):  # of Keras, or another library's box around an array
+        return "pass its array, as in `params = [v.value for v in model.trainable_variables]`"
+    if isinstance(leaf, int | float) and not isinstance(leaf, bool):
+        return (
+            "use `jnp.asarray`, or, if it is a setting of the model, keep it out of `params`, as "
+            "`eqx.partition(model, eqx.is_inexact_array)` does for Equinox"
+        )
+    return (
+        "`params` holds arrays alone. Of an Equinox model, `params, static = eqx.partition(model, "
+        "eqx.is_inexact_array)`, with `eqx.combine(params, static)` in `predict_fn`; or "
+        "`eqx.filter(model, eqx.is_inexact_array)`"
+    )
 
 
 def check_whole_tree(params: chex.ArrayTree) -> None:

@@ -9,9 +9,21 @@ import jax.numpy as jnp
 from jax import lax
 
 
+def common_dtype(*arrays: Any) -> Any:
+    """Returns the dtype that arrays, dtypes and numbers are promoted to, also under strict promotion.
+
+    Example:
+      >>> with jax.numpy_dtype_promotion("strict"):
+      ...     common_dtype(jnp.bfloat16, jnp.float32)
+      dtype('float32')
+    """
+    with jax.numpy_dtype_promotion("standard"):  # the caller casts by what comes out
+        return jnp.result_type(*arrays)
+
+
 def wide_dtype(array: Any) -> Any:
     """Returns float32, or the dtype of the array where that is wider."""
-    return jnp.promote_types(array.dtype, jnp.float32)
+    return common_dtype(array.dtype, jnp.float32)
 
 
 def at_least_f32(array: jax.Array) -> jax.Array:
@@ -23,7 +35,7 @@ def vdot(a: Any, b: Any) -> Any:
     """Returns the inner product of two trees, a scalar of at least float32."""
 
     def leaf(x, y):
-        dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
+        dtype = common_dtype(x, y, jnp.float32)
         return jnp.sum(x.astype(dtype) * y.astype(dtype))
 
     return total(jax.tree.leaves(jax.tree.map(leaf, a, b)))
@@ -107,7 +119,7 @@ def running_mean(mean: Any, new: Any, share: Any) -> Any:
     """
 
     def one(old, leaf):
-        return ((1 - share) * old + share * jnp.asarray(leaf, jnp.result_type(old, leaf))).astype(old.dtype)
+        return ((1 - share) * old + share * jnp.asarray(leaf, common_dtype(old, leaf))).astype(old.dtype)
 
     return jax.tree.map(one, mean, new)
 
@@ -140,5 +152,5 @@ def _gathered(scalars: Sequence[jax.Array]) -> jax.Array:
 def safe_sqrt(x: Any) -> jax.Array:
     """Returns the square root, with zero as its derivative at zero."""
     # The true derivative is infinite, and meta-training differentiates norms.
-    is_positive = x > jnp.finfo(jnp.result_type(x, jnp.float32)).tiny
+    is_positive = x > jnp.finfo(common_dtype(x, jnp.float32)).tiny
     return jnp.where(is_positive, jnp.sqrt(jnp.where(is_positive, x, 1.0)), 0.0)

@@ -171,7 +171,7 @@ def hierarchical(
         return HierarchicalState(
             starts(meta_params.param_start),
             tensors,
-            meta_params.global_start.astype(jnp.result_type(jnp.float32, *jax.tree.leaves(params))),
+            meta_params.global_start.astype(trees.common_dtype(jnp.float32, *jax.tree.leaves(params))),
             cells.wide(params, TIMESCALES),
             cells.wide(params, TIMESCALES),
             starts(meta_params.outputs.bias[2:]),
@@ -222,8 +222,8 @@ def hierarchical(
 def _running_means(g, means, squares, decays):
     """Returns means, mean squares and the means in their own units, squashed; each (4, *shape)."""
     power = cells.spread(jnp.asarray(_POWERS, g.dtype), means)
-    decay, square_decay = jax.nn.sigmoid(decays)[:, None] ** power
-    means = decay * means + (1 - decay) * g
+    decay, square_decay = jax.nn.sigmoid(decays)[:, None] ** power[None]
+    means = decay * means + (1 - decay) * g[None]
     squares = square_decay * squares + (1 - square_decay) * jnp.square(means)
     return means, squares, jnp.arcsinh(means * jax.lax.rsqrt(squares + _EPS))
 
@@ -231,7 +231,7 @@ def _running_means(g, means, squares, decays):
 def _features(scaled, squares, log_rate, mean_rate):
     """Returns the 12 inputs of every coordinate, (12, *shape)."""
     log_squares = jnp.log(squares + _EPS)
-    noise = log_squares - jnp.mean(log_squares, axis=0)
+    noise = log_squares - jnp.mean(log_squares, axis=0, keepdims=True)
     return jnp.concatenate([scaled, scaled[1:] * scaled[:-1], noise, (log_rate - mean_rate)[None]])
 
 

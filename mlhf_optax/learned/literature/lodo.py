@@ -98,7 +98,8 @@ def lodo(
         del params
         gradient = _flat(updates).astype(state.momentum.dtype)
         hypergradient = _hypergradient(state, gradient, learning_rate)
-        change, opt_state = adam.update(hypergradient, state.blocks_opt_state)
+        with jax.numpy_dtype_promotion("standard"):  # Adam of optax raises a number to an integer count
+            change, opt_state = adam.update(hypergradient, state.blocks_opt_state)
         blocks: Any = optax.apply_updates(state.blocks, change)
         mean = momentum * state.momentum + (1 - momentum) * gradient
         mean = mean.astype(state.momentum.dtype)
@@ -128,30 +129,30 @@ def _hypergradient(state: LODOState, gradient: jax.Array, learning_rate: Any) ->
 
 def _forward(blocks: jax.Array, permutations: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns what enters every layer, shape (L, M / k, k), and A x, shape (M,)."""
-    width, block_size = permutations.shape[1], blocks.shape[-1]
-
-    def layer(z, weights):
-        matrices, order = weights
-        entering = z[order].reshape(-1, block_size)
-        return jnp.einsum("bi,bij->bj", entering, matrices).reshape(-1), entering
-
-    top, inputs = jax.lax.scan(layer, jnp.pad(x, (0, width - x.size)), (blocks, permutations))
+    padded = jnp.pad(x, (0, permutations.shape[1] - x.size))
+    top, inputs = jax.lax.scan(_layer, padded, (blocks, permutations))
     return inputs, top
+
+
+# Without `jit`, a scan over a function that is made anew in every call would be compiled in every call.
+def _layer(z: jax.Array, weights: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    matrices, order = weights
+    entering = z[order].reshape(-1, matrices.shape[-1])
+    return jnp.einsum("bi,bij->bj", entering, matrices).reshape(-1), entering
+
+
+def _layer_transposed(u: jax.Array, weights: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    matrices, order = weights
+    arriving = u.reshape(-1, matrices.shape[-1])
+    back = jnp.einsum("bj,bij->bi", arriving, matrices).reshape(-1)
+    return jnp.zeros_like(u).at[order].set(back), arriving
 
 
 def _backward(
     blocks: jax.Array, permutations: jax.Array, y: jax.Array, size: int
 ) -> tuple[jax.Array, jax.Array]:
     """Returns what comes back to the output of every layer, (L, M / k, k), and A^T y, shape (size,)."""
-    block_size = blocks.shape[-1]
-
-    def layer(u, weights):
-        matrices, order = weights
-        arriving = u.reshape(-1, block_size)
-        back = jnp.einsum("bj,bij->bi", arriving, matrices).reshape(-1)
-        return jnp.zeros_like(u).at[order].set(back), arriving
-
-    bottom, signals = jax.lax.scan(layer, y, (blocks, permutations), reverse=True)
+    bottom, signals = jax.lax.scan(_layer_transposed, y, (blocks, permutations), reverse=True)
     return signals, bottom[:size]
 
 

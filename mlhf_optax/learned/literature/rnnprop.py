@@ -133,7 +133,7 @@ def adam_features(
     g = gradient.astype(mean.dtype)
     mean = DECAY * mean + (1 - DECAY) * g
     variance = DECAY * variance + (1 - DECAY) * jnp.square(g)
-    correction = 1 - jnp.power(jnp.asarray(DECAY, mean.dtype), count)
+    correction = 1 - jax.lax.pow(jnp.asarray(DECAY, mean.dtype), count)
     # Nothing is learned before these inputs, but the parameters' history may be differentiated as well.
     root = trees.safe_sqrt(variance / correction) + _EPS
     return mean, variance, jnp.stack([g / root, mean / correction / root])

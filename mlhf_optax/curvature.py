@@ -263,8 +263,9 @@ def _from_reverse_mode(
         raise ValueError(
             f"`predict_fn` uses `jax.custom_vjp` (in {names}), which has no forward-mode derivative, and its "
             "backward rule cannot be differentiated either, so there is no curvature to take. Of `diffrax`, "
-            "pass `adjoint=diffrax.DirectAdjoint()`; in a function of your own use `jax.custom_jvp`, or "
-            "leave the custom rule out of the `predict_fn` that the optimizer gets"
+            "pass `adjoint=diffrax.DirectAdjoint()`; of `optimistix`, `ImplicitAdjoint()`, its default; in a "
+            "function of your own use `jax.custom_jvp`, or leave the custom rule out of the `predict_fn` "
+            "that the optimizer gets"
         ) from error
     return lambda v: transposed(v)[0], pull_back
 

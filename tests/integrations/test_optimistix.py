@@ -23,9 +23,11 @@ def equation(y, args):
     return y - jnp.tanh(inner @ y + params["in"] @ x)
 
 
-def equilibrium(params, x):
+def equilibrium(params, x, adjoint=None):
     solver = optx.Newton(rtol=1e-5, atol=1e-5)
-    return optx.root_find(equation, solver, jnp.zeros(6), args=(params, x), max_steps=16).value
+    adjoint = optx.ImplicitAdjoint() if adjoint is None else adjoint
+    args = (params, x)
+    return optx.root_find(equation, solver, jnp.zeros(6), args=args, max_steps=16, adjoint=adjoint).value
 
 
 def unrolled(params, x):
@@ -81,3 +83,9 @@ def test_the_product_through_the_solve_is_that_of_the_unrolled_iteration():
     explicit = ggn_matvec(lambda p, b: predict_fn(p, b, unrolled), LOSS, params, batch)(vector)
     for name in params:
         np.testing.assert_allclose(implicit[name], explicit[name], rtol=2e-3, atol=2e-4)
+
+
+def test_the_checkpointed_adjoint_is_an_error_that_names_the_implicit_one():
+    layer = lambda params, x: equilibrium(params, x, optx.RecursiveCheckpointAdjoint())
+    with pytest.raises(ValueError, match=r"`jax.custom_vjp`.*of `optimistix`, `ImplicitAdjoint\(\)`"):
+        ggn_matvec(lambda p, b: predict_fn(p, b, layer), LOSS, initial(), data())

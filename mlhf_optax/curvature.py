@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from mlhf_optax.support import placement
+from mlhf_optax.support import placement, trees
 
 Batch = Any
 Outputs = Any
@@ -124,8 +124,11 @@ def loss_and_ggn(
         of_unit = lambda unit: push_forward(placement.mark_varying(unravel(unit), axis_name))
         jacobian = jax.lax.map(of_unit, units, batch_size=_COLUMNS_AT_ONCE)
         curved = jax.vmap(curvature)(jacobian)
-        rows = lambda tree: jnp.concatenate([leaf.reshape(flat.size, -1) for leaf in tree], axis=1)
-        return placement.mean_over(rows(jacobian) @ rows(curved).T, axis_name)
+        rows = lambda tree: jnp.concatenate(
+            [trees.at_least_f32(leaf.reshape(flat.size, -1)) for leaf in tree], axis=1
+        )
+        # Of complex outputs J^T u is the real part, as the parameters are real.
+        return placement.mean_over(jnp.real(rows(jacobian) @ rows(curved).T), axis_name)
 
     return placement.mean_over(loss_fn(outputs.tree, batch), axis_name), GGN(matvec, matrix)
 
@@ -283,6 +286,9 @@ def _curvature_of_floats(
 
 def _check_curved(curvature: Callable[[list[jax.Array]], list[jax.Array]], outputs: _Outputs) -> None:
     """Raises ValueError for a loss that is linear in all outputs: then no direction would see curvature."""
+    config: Any = jax.config
+    if config.jax_disable_jit:
+        return  # of a branch that is taken, not of the loss: `lax.cond` is a branch of Python there
     jaxpr: Any = jax.make_jaxpr(curvature)(outputs.floats).jaxpr
     depends = set(jaxpr.invars)
     is_reached = lambda variables: any(not hasattr(v, "val") and v in depends for v in variables)
@@ -291,9 +297,11 @@ def _check_curved(curvature: Callable[[list[jax.Array]], list[jax.Array]], outpu
             depends.update(equation.outvars)
     if not is_reached(jaxpr.outvars):
         raise ValueError(
-            "`loss_fn` is linear in the outputs, so its curvature is zero and damping alone would set the "
-            "length of a step. For log-probabilities, as of a normalising flow, use "
-            "`mlhf_optax.NegativeLogLikelihood()`; else let `predict_fn` return what the loss is curved in"
+            "`loss_fn` is linear in the outputs, or in pieces, so its curvature is zero and damping alone "
+            "would set the length of a step. For log-probabilities, as of a normalising flow, use "
+            "`mlhf_optax.NegativeLogLikelihood()`; in the place of an absolute error or a hinge a smooth "
+            "one, such as Huber's or the squared hinge; else let `predict_fn` return what the loss is "
+            "curved in"
         )
 
 
@@ -313,7 +321,7 @@ def _noting(note: str, function: Callable, *args: Any) -> Any:
 
 def _check_scalar_loss(loss_fn: LossFn, outputs: Outputs, batch: Batch) -> None:
     try:
-        shape = jax.eval_shape(lambda z: _noting(_LOSS, loss_fn, z, batch), outputs)
+        shape = trees.shapes_of(functools.partial(_noting, _LOSS, loss_fn), outputs, batch)
     except (AttributeError, TypeError) as error:
         if type(outputs) is not tuple:
             raise

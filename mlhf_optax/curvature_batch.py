@@ -1,7 +1,6 @@
 """The part of a batch on which curvature is taken, and the checks that it can be cut."""
 
 import dataclasses
-import functools
 import itertools
 import math
 import warnings
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlhf_optax.curvature import Batch, LossFn, Outputs, PredictFn
-from mlhf_optax.support import placement
+from mlhf_optax.support import placement, trees
 from mlhf_optax.support.checks import POSITIVE_SHARE, check_number
 from mlhf_optax.support.layer_types import path_text
 
@@ -131,9 +130,12 @@ def _cut(
     per_example: PerExample,
     loss_fn: LossFn | None,
 ) -> Batch:
-    run = functools.partial(_run_shapes, predict_fn, loss_fn, params)
+    def run(params: chex.ArrayTree, some: Batch) -> tuple[Outputs, Any]:
+        outputs = predict_fn(params, some)
+        return outputs, None if loss_fn is None else loss_fn(outputs, some)
+
     is_cut = _is_per_example(batch, per_example)
-    shapes = _output_shapes(run, batch, jax.tree.map(lambda _: 1, batch))
+    shapes = _output_shapes(run, params, batch, jax.tree.map(lambda _: 1, batch))
     size = _num_examples(batch, is_cut, shapes if per_example is None else None)
     if not isinstance(size, int):  # under `jax.export`
         return _symbolic_cut(batch, is_cut, part)
@@ -152,9 +154,9 @@ def _cut(
         length for tree in (params, batch) for leaf in jax.tree.leaves(tree) for length in np.shape(leaf)
     }
     times = next(times for times in itertools.count(2) if times * size not in taken)
-    _check_longer_batch(run, batch, is_cut, shapes, times)
+    _check_longer_batch(run, params, batch, is_cut, shapes, times)
     if per_example is None:
-        _check_every_length_counts(run, batch, shapes, times)
+        _check_every_length_counts(run, params, batch, shapes, times)
     if loss_fn is not None:
         _check_mean(predict_fn, loss_fn, params, batch, is_cut, size)
     take = placement.first_entries if isinstance(part, int) else _evenly
@@ -239,7 +241,7 @@ _REMEDY = (
     f"name what has one entry per example, as in `per_example={_NAMES}`, pass a function `batch -> smaller "
     "batch` as `curvature_batch_size`, or None for the whole batch"
 )
-_Run = Callable[[Batch, Callable[[Batch], Batch]], tuple[Outputs, Any]]  # shapes on a changed batch
+_Run = Callable[[Any, Batch], tuple[Outputs, Any]]  # the outputs, and the loss if it is known
 
 
 def _is_per_example(batch: Batch, per_example: Sequence[Hashable] | None) -> Any:
@@ -275,48 +277,16 @@ def _num_examples(batch: Batch, is_cut: Any, output_shapes: list[tuple[int, ...]
     return size
 
 
-def _run_shapes(
-    predict_fn: PredictFn,
-    loss_fn: LossFn | None,
-    params: chex.ArrayTree,
-    batch: Batch,
-    change: Callable[[Batch], Batch],
-) -> tuple[Outputs, Any]:
-    """Returns the shapes of outputs and loss on a batch that is changed first.
-
-    Arrays go in as arguments: of a trace that fails, as many here do, JAX keeps the constants for ever.
-    """
-    leaves, treedef = jax.tree.flatten((params, batch))
-    is_array = [isinstance(leaf, jax.Array) and leaf.ndim > 0 for leaf in leaves]
-    arrays = [leaf for leaf, is_one in zip(leaves, is_array, strict=True) if is_one]
-    others = [None if is_one else leaf for leaf, is_one in zip(leaves, is_array, strict=True)]
-
-    def run(*arrays: jax.Array) -> tuple[Outputs, Any]:
-        own = iter(arrays)
-        all_leaves = [next(own) if is_one else leaf for leaf, is_one in zip(others, is_array, strict=True)]
-        own_params, own_batch = treedef.unflatten(all_leaves)
-        some = change(own_batch)
-        outputs = predict_fn(own_params, some)
-        return outputs, None if loss_fn is None else loss_fn(outputs, some)
-
-    return jax.eval_shape(run, *arrays)
-
-
-def _without_leaf(tree: Any, index: int) -> Any:
-    """Returns a tree with one leaf that nothing can compute with."""
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef.unflatten([object() if i == index else leaf for i, leaf in enumerate(leaves)])
-
-
-def _output_shapes(run: _Run, batch: Batch, repeats: Any) -> list[tuple[int, ...]]:
+def _output_shapes(run: _Run, params: chex.ArrayTree, batch: Batch, repeats: Any) -> list[tuple[int, ...]]:
     """Returns the shapes of the outputs on a batch of repeated leaves."""
     repeat = lambda leaf, times: leaf if times == 1 else jnp.concatenate([leaf] * times)
-    outputs, _ = run(batch, lambda own: jax.tree.map(repeat, own, repeats))
+    longer = lambda params, batch: run(params, jax.tree.map(repeat, batch, repeats))
+    outputs, _ = trees.shapes_of(longer, params, batch)
     return [leaf.shape for leaf in jax.tree.leaves(outputs)]
 
 
 def _check_longer_batch(
-    run: _Run, batch: Batch, is_cut: Any, shapes: list[tuple[int, ...]], times: int
+    run: _Run, params: chex.ArrayTree, batch: Batch, is_cut: Any, shapes: list[tuple[int, ...]], times: int
 ) -> None:
     """Checks that a batch with more examples, all else unchanged, gives as many more outputs."""
     message = (
@@ -326,22 +296,24 @@ def _check_longer_batch(
         f"is not named; {_REMEDY}"
     )
     try:
-        longer = _output_shapes(run, batch, jax.tree.map(lambda cut: times if cut else 1, is_cut))
+        longer = _output_shapes(run, params, batch, jax.tree.map(lambda cut: times if cut else 1, is_cut))
     except Exception as error:  # whatever the model raises
         raise NoListOfExamplesError(message) from error
     if longer != [tuple(times * n if axis == 0 else n for axis, n in enumerate(shape)) for shape in shapes]:
         raise NoListOfExamplesError(message)
 
 
-def _check_every_length_counts(run: _Run, batch: Batch, shapes: list[tuple[int, ...]], times: int) -> None:
+def _check_every_length_counts(
+    run: _Run, params: chex.ArrayTree, batch: Batch, shapes: list[tuple[int, ...]], times: int
+) -> None:
     """Checks that no leaf can be longer by itself, as a table of class weights or a pool of vectors can."""
     leaves, treedef = jax.tree.flatten(batch)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(batch)]
     for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         alone = treedef.unflatten([times if j == i else 1 for j in range(len(leaves))])
-        unread = lambda own, i=i: _without_leaf(own, i)
-        is_free = _attempt(_output_shapes, run, batch, alone) == shapes
-        if is_free and _attempt(run, batch, unread) is None:
+        unread = treedef.unflatten([object() if j == i else other for j, other in enumerate(leaves)])
+        is_free = _attempt(_output_shapes, run, params, batch, alone) == shapes
+        if is_free and _attempt(trees.shapes_of, run, params, unread) is None:
             raise NoListOfExamplesError(
                 f"'{path_text(path)}' of shape {np.shape(leaf)} is as long as the batch, but model and loss "
                 "do not need it to be: it may be no per-example array, and `curvature_batch_size` would cut "
@@ -364,36 +336,75 @@ def _is_sum(
     predict_fn: PredictFn, loss_fn: LossFn, params: chex.ArrayTree, batch: Batch, is_cut: Any, size: int
 ) -> bool:
     """Says whether the loss is a sum over examples, told from its values on made-up ones."""
-    examples = 2
-    random = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: predict_fn(params, batch))
+    outputs = trees.shapes_of(predict_fn, params, batch)
+    # An output without a first axis is one for the whole batch.
+    is_long = jax.tree.map(lambda leaf: leaf.ndim > 0, outputs)
+    lengths = _made_up_lengths([*jax.tree.leaves(outputs), *jax.tree.leaves(batch)])
 
-    def made_up(leaf: Any, like: tuple[int, ...]) -> Any:
-        dtype = jnp.result_type(leaf)
-        if jnp.issubdtype(dtype, jnp.floating) or dtype == jnp.bool_:
-            return np.ones(like, dtype)  # weights and masks that count
-        return np.zeros(like, dtype)  # labels that exist
+    def ratio(integer: int, draw: Callable[[tuple[int, ...]], np.ndarray]) -> float:
+        def repeated(leaf: Any, cut: bool, times: int, draw: Callable[[tuple[int, ...]], np.ndarray]) -> Any:
+            if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+                return leaf
+            shape: Any = [lengths.get(n, n) for n in leaf.shape]
+            if cut:
+                each: int = leaf.shape[0] // size
+                shape[0] = _EXAMPLES * lengths.get(each, each)
+            one = _made_up(leaf.dtype, tuple(shape), integer, draw)
+            return jnp.concatenate([one] * times) if cut else one
 
-    def of_batch(leaf: Any, cut: bool, times: int) -> Any:
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            return leaf
-        return made_up(leaf, (times * examples, *leaf.shape[1:]) if cut else leaf.shape)
+        def value(times: int) -> float:
+            given = jax.tree.map(lambda leaf, cut: repeated(leaf, cut, times, np.ones), batch, is_cut)
+            predicted = jax.tree.map(lambda leaf, cut: repeated(leaf, cut, times, draw), outputs, is_long)
+            if jax.make_jaxpr(lambda: loss_fn(predicted, given))().effects:
+                raise TypeError("a loss that prints would print what was made up")
+            return float(jax.jit(loss_fn)(predicted, given))  # compiled once, as the function is the same
 
-    def of_outputs(leaf: Any) -> Any:
-        rows = leaf.shape[0] // size * examples
-        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return random.normal(size=(rows, *leaf.shape[1:])).astype(leaf.dtype) if is_float else None
+        one = value(1)
+        return value(2) / one if one else math.nan
 
-    outputs = jax.tree.map(of_outputs, shapes)
-    twice = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf]), outputs)
-    given = lambda times: jax.tree.map(functools.partial(of_batch, times=times), batch, is_cut)
-    try:
-        with jax.ensure_compile_time_eval():
-            one = float(jax.jit(loss_fn)(outputs, given(1)))
-            two = float(jax.jit(loss_fn)(twice, given(2)))
-    except Exception:  # a loss that cannot be called on made-up examples tells nothing
-        return False
-    return math.isfinite(one) and one != 0 and abs(two / one - 2) < 1e-3
+    for integer, draw in ((0, _normal), (1, _shares)):
+        try:
+            with jax.ensure_compile_time_eval():
+                found = ratio(integer, draw)
+        except Exception:  # a loss that cannot be called on made-up examples tells nothing
+            continue
+        if math.isfinite(found):
+            return abs(found - 2) < 1e-3
+    return False
+
+
+_EXAMPLES = 2
+_MOST_NUMBERS = 2**18
+
+
+def _made_up_lengths(leaves: list[Any]) -> dict[int, int]:
+    """Returns shorter lengths of axes in place of long ones, where a few examples are large themselves."""
+    shapes = [np.shape(leaf) for leaf in leaves]
+    if sum(math.prod(shape[1:]) for shape in shapes) <= _MOST_NUMBERS:
+        return {}
+    lengths = sorted({n for shape in shapes for n in shape if n > _SHORT})
+    return {n: _SHORT + 1 + i for i, n in enumerate(lengths)}  # different ones stay different
+
+
+_SHORT = 8
+
+
+def _made_up(dtype: Any, shape: tuple[int, ...], integer: int, draw: Callable[..., np.ndarray]) -> Any:
+    """Returns an array of a dtype: drawn numbers, masks that count, integers, or keys."""
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key(0, impl=jax.random.key_impl(jnp.empty((), dtype))), shape)
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return draw(shape).astype(dtype)
+    return np.full(shape, True if dtype == jnp.bool_ else integer, dtype)
+
+
+def _normal(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def _shares(shape: tuple[int, ...]) -> np.ndarray:
+    """Returns numbers between 0 and 1, for losses that take logarithms of outputs."""
+    return np.random.default_rng(0).uniform(0.1, 0.9, shape)
 
 
 def _attempt(function: Callable, *args: Any) -> Any:

@@ -13,7 +13,7 @@ from mlhf_optax.curvature_batch import (
     check_curvature_batch,
     curvature_subset,
 )
-from mlhf_optax.support import placement
+from mlhf_optax.support import placement, trees
 from mlhf_optax.support.checks import require_function
 
 
@@ -95,16 +95,15 @@ def _explain(model: Model, params: chex.ArrayTree, batch: Batch, error: Exceptio
         return
     if _shapes(model.loss_fn, outputs, batch) is None and _shapes(model.loss_fn, params, batch) is not None:
         raise TypeError(
-            "`loss_fn` is a function of `(params, batch)`, and fails on the outputs. Curvature needs the "
-            "loss apart from the model: `predict_fn(params, batch) -> outputs` and "
-            "`loss_fn(outputs, batch) -> scalar`, so that `loss_fn(predict_fn(params, batch), batch)` is "
-            "what is minimised"
+            "`loss_fn` is a function of `(params, batch)`, and fails on outputs. Curvature needs the loss "
+            "apart from the model: `predict_fn(params, batch) -> outputs` and `loss_fn(outputs, batch) -> "
+            "scalar`, so that `loss_fn(predict_fn(params, batch), batch)` is what is minimised"
         ) from error
 
 
 def _shapes(function: Any, *args: Any) -> Any:
     """Returns the shapes that a function returns; None if it fails."""
     try:
-        return jax.eval_shape(function, *args)
+        return trees.shapes_of(function, *args)
     except Exception:  # whatever the function of the user raises
         return None

@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 from mlhf_optax.controllers.protocol import Operators
 from mlhf_optax.curvature import GGN, Matvec
 from mlhf_optax.pcg import check_num_steps, pcg
+from mlhf_optax.support import trees
 from mlhf_optax.support.checks import FROM_ONE, check_number
 
 
@@ -164,21 +165,23 @@ class Exact:
                 f"{self.max_parameters:,}"
             )
         of_unit = lambda unit: ravel_pytree(system.operators.damping(unravel(unit)))[0]
-        damping = jax.vmap(of_unit)(jnp.eye(b.size, dtype=b.dtype))
+        damping = trees.at_least_f32(jax.vmap(of_unit)(jnp.eye(b.size, dtype=b.dtype)))
         matrix = system.ggn.matrix + damping
+        wide = b.astype(matrix.dtype)  # no library factorizes matrices in low precision
         diagonal = jnp.diag(matrix)
         scale = jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1.0))
         factor = jax.scipy.linalg.cho_factor(scale[:, None] * matrix * scale[None, :], lower=True)
         invert = lambda r: scale * jax.scipy.linalg.cho_solve(factor, scale * r)
-        direction = invert(b)
-        direction = direction + invert(b - matrix @ direction)
-        residual = b - matrix @ direction
+        direction = invert(wide)
+        direction = direction + invert(wide - matrix @ direction)
+        residual = wide - matrix @ direction
+        tree = lambda vector: unravel(vector.astype(b.dtype))
         return Solution(
-            unravel(direction),
-            unravel(residual),
+            tree(direction),
+            tree(residual),
             jnp.ones((), jnp.int32),
             jnp.linalg.norm(residual).astype(jnp.float32),
-            unravel(damping @ direction) if system.operators.damping_after_preconditioner else (),
+            tree(damping @ direction) if system.operators.damping_after_preconditioner else (),
         )
 
 

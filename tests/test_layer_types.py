@@ -161,6 +161,13 @@ def test_a_tree_with_hidden_leaves_is_an_error_that_says_what_to_use():
             function(params)
 
 
+class Variable:
+    """As those of Keras: with shape and dtype, but no array."""
+
+    def __init__(self, value):
+        self.value, self.shape, self.dtype = value, value.shape, str(value.dtype)
+
+
 @pytest.mark.parametrize(
     ("leaf", "error", "message"),
     [
@@ -170,6 +177,11 @@ def test_a_tree_with_hidden_leaves_is_an_error_that_says_what_to_use():
         (jax.random.key(0), TypeError, r"of dtype key<\w+> and shape \(\): it has no gradient"),
         (jnp.ones(2, complex), TypeError, r"of dtype complex64 and shape \(2,\): keep its real and its"),
         (0.5, TypeError, "it is a float, not an array; use `jnp.asarray`"),
+        (
+            Variable(jnp.ones(2)),
+            TypeError,
+            "it is a Variable, not an array; take the array that it holds.*for Keras",
+        ),
     ],
 )
 def test_a_parameter_that_cannot_be_trained_is_named_with_the_remedy(leaf, error, message):

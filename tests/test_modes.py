@@ -189,4 +189,4 @@ def test_a_second_step_without_jit_compiles_nothing_and_keeps_nothing(name):
         jax.jit(lambda x: x + 1)(1.0)
     assert programs
     assert compiled[1:] == [0] * 10
-    assert set(alive[2:]) == {alive[2]}
+    assert alive[-1] <= alive[2]  # what earlier tests have left may go meanwhile

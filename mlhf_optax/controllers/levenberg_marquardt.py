@@ -141,12 +141,13 @@ def levenberg_marquardt(
 
     def init(params):
         state = {"count": jnp.zeros((), jnp.int32), "damping": jnp.asarray(rule.initial_damping, jnp.float32)}
-        return state | ({"diagonal": jax.tree.map(placement.zeros_like, params)} if is_scaled else {})
+        zeros = lambda p: placement.zeros_like(p, trees.wide_dtype(p))
+        return state | ({"diagonal": jax.tree.map(zeros, params)} if is_scaled else {})
 
     def control(view: View, state: Any) -> Control:
         if is_scaled:
-            _, unravel = ravel_pytree(view.gradient)
-            diagonal = unravel(jnp.diag(view.ggn.matrix))
+            flat, unravel = ravel_pytree(jax.tree.map(trees.at_least_f32, view.gradient))
+            diagonal = unravel(jnp.diag(view.ggn.matrix).astype(flat.dtype))
             state = state | {"diagonal": jax.tree.map(jnp.maximum, state["diagonal"], diagonal)}
         return Control(state, state)
 

@@ -142,7 +142,10 @@ def check_leaves(params: chex.ArrayTree, name: str) -> None:
 def _remedy(leaf: Any) -> str:
     """Says what to do about a leaf that is no array."""
     if hasattr(leaf, "value"):  # of Keras, or another library's box around an array
-        return "pass its array, as in `params = [v.value for v in model.trainable_variables]`"
+        return (
+            "take the array that it holds, as in `params = [variable.value for variable in "
+            "model.trainable_variables]` for Keras"
+        )
     if isinstance(leaf, int | float) and not isinstance(leaf, bool):
         return (
             "use `jnp.asarray`, or, if it is a setting of the model, keep it out of `params`, as "

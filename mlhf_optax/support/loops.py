@@ -31,17 +31,16 @@ def cond(is_true: Any, if_true: Callable, if_false: Callable, *operands: Any) ->
 
 def repeat(times: int, step: Callable[[Any], Any], state: Any, unroll: bool | int = 1) -> Any:
     """Applies ``step`` to a state so many times: ``lax.fori_loop`` without the index."""
-    if is_known(state):
-        for _ in range(times):
-            state = step(state)
-        return state
-    return lax.fori_loop(0, times, lambda _, s: step(s), state, unroll=unroll)
+    # A step that closes over what is traced makes the state traced, too: the loop has the rest.
+    while times and is_known(state):
+        state, times = step(state), times - 1
+    return lax.fori_loop(0, times, lambda _, s: step(s), state, unroll=unroll) if times else state
 
 
 def while_loop(go_on: Callable[[Any], Any], step: Callable[[Any], Any], state: Any) -> Any:
     """``lax.while_loop``."""
-    if is_known(state):
-        while go_on(state):
-            state = step(state)
-        return state
+    while is_known(state) and is_known(more := go_on(state)):
+        if not more:
+            return state
+        state = step(state)
     return lax.while_loop(go_on, step, state)

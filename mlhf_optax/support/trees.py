@@ -1,11 +1,12 @@
 """Arithmetic on pytrees of arrays that optax.tree lacks: scalars in float32, derivatives that stay finite."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -154,3 +155,25 @@ def safe_sqrt(x: Any) -> jax.Array:
     # The true derivative is infinite, and meta-training differentiates norms.
     is_positive = x > jnp.finfo(common_dtype(x, jnp.float32)).tiny
     return jnp.where(is_positive, jnp.sqrt(jnp.where(is_positive, x, 1.0)), 0.0)
+
+
+def shapes_of(function: Callable, *trees: Any) -> Any:
+    """Returns the shapes of what a function returns: ``jax.eval_shape``, which keeps no array alive.
+
+    JAX remembers what it has traced, with all that the traced function closes over. So arrays are arguments
+    here; other leaves, such as names of modes, are not.
+
+    Example:
+      >>> shapes_of(lambda x, mode: x.T if mode == "turn" else x, jnp.ones((2, 3)), "turn").shape
+      (3, 2)
+    """
+    leaves, treedef = jax.tree.flatten(trees)
+    is_array = [isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct) for leaf in leaves]
+    others = [None if known else leaf for leaf, known in zip(leaves, is_array, strict=True)]
+
+    def run(arrays: list[Any]) -> Any:
+        own = iter(arrays)
+        full = [next(own) if known else other for other, known in zip(others, is_array, strict=True)]
+        return function(*treedef.unflatten(full))
+
+    return jax.eval_shape(run, [leaf for leaf, known in zip(leaves, is_array, strict=True) if known])

@@ -67,5 +67,7 @@ def test_a_functional_model_with_dropout():
 
 def test_variables_in_the_place_of_their_values_are_an_error_that_says_so():
     tx = load_pretrained().optimizer(lambda params, batch: batch["x"] @ params[0], SoftmaxCrossEntropy())
-    with pytest.raises(TypeError, match=r"'0': it is a \w*Variable.*`params = \[v.value for v in"):
+    with pytest.raises(
+        TypeError, match=r"'0': it is a \w*Variable.*`params = \[variable.value for variable in"
+    ):
         tx.init(functional_model().trainable_variables)

@@ -586,7 +586,7 @@ class Box:
     [
         (
             Box(jnp.ones(2)),
-            r"it is a Box, not an array; pass its array, as in `params = \[v.value for v in",
+            r"it is a Box, not an array; take the array that it holds.*\[variable.value for variable in",
         ),
         (
             jax.nn.relu,

@@ -317,7 +317,7 @@ def scale_by_damped_step(
       :class:`DampedStepState`.
 
     Raises:
-      TypeError: for a ``model`` of another type, and from ``update`` if ``batch`` is missing.
+      TypeError: for a ``model`` or ``solver`` of another type, and from ``update`` if ``batch`` is missing.
       ValueError: from ``update``, for missing ``params`` or parameters hidden by a wrapper, for an axis that
         is not bound, and for gradients that differ along it.
 
@@ -336,6 +336,11 @@ def scale_by_damped_step(
         raise TypeError(
             f"`model` must be a `mlhf_optax.Model`, got {type(model).__name__}; pass "
             "`Model(predict_fn, loss_fn)`"
+        )
+    if isinstance(solver, type) or not hasattr(solver, "solve"):
+        got = f"the class {solver.__name__}" if isinstance(solver, type) else type(solver).__name__
+        raise TypeError(
+            f"`solver` must be an object such as `PCG(num_steps=4)` or `solvers.Exact()`, got {got}"
         )
 
     def init_fn(params):

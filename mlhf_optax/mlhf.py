@@ -1,6 +1,8 @@
 """Meta-Learning with Hessian-Free (MLHF; Chen, Lu, Fokoue 2018) as an optax gradient transformation."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import optax
 
@@ -98,6 +100,26 @@ def _controller(meta_params: Any, schedule: Any, layer_types_fn: Any, carry_dtyp
     return tensor_lstm(meta_params, schedule=schedule)
 
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _knows_the_old_order(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorates :func:`mlhf`, whose first argument was the learning rate: the error says what changed."""
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if len(args) > 3 or (args and "meta_params" in kwargs):
+            raise TypeError(
+                "the learning rate of `mlhf` is a keyword (it was the first argument): write "
+                "`mlhf(meta_params, predict_fn, loss_fn, learning_rate=1.0)`"
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@_knows_the_old_order
 @suggests_arguments
 def mlhf(
     meta_params: TensorLSTM | MetaParams,

@@ -20,7 +20,7 @@ from mlhf_optax import (
     mlhf,
     scale_by_damped_step,
 )
-from mlhf_optax.controllers import Control, Controller, Operators, Quotient, Scale
+from mlhf_optax.controllers import Control, Controller, Operators, Quotient, Scale, constant
 from mlhf_optax.solvers import PCG
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -389,3 +389,10 @@ def test_a_controller_is_handed_what_it_keeps_of_the_step_before(x64):
     assert_same((kept.direction, kept.damped), (state.direction, state.damped))
     _, at_rest = update(jax.tree.map(jnp.zeros_like, grads), state, params, batch=batch)
     assert not any(map(np.any, jax.tree.leaves((at_rest.direction, at_rest.damped))))
+
+
+@pytest.mark.parametrize(("solver", "got"), [(PCG, "the class PCG"), (4, "int")])
+def test_a_solver_that_is_none_is_an_error(solver, got):
+    model = Model(problems.mlp, problems.LOSS)
+    with pytest.raises(TypeError, match=rf"`solver` must be an object such as .*, got {got}"):
+        scale_by_damped_step(constant(0.1), model, solver=solver)

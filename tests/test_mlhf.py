@@ -209,3 +209,13 @@ def test_an_argument_of_a_wrong_type_or_range_is_an_error_that_names_it(wrong, e
     arguments = {"meta_params": META_PARAMS, "predict_fn": problems.mlp, "loss_fn": problems.LOSS}
     with pytest.raises(error, match=message):
         mlhf(**arguments | wrong)
+
+
+def test_the_old_order_of_arguments_is_an_error_that_says_what_changed():
+    predict_fn, loss_fn = problems.mlp, problems.LOSS
+    for args, named in (
+        ((1.0, None, predict_fn, loss_fn), {}),
+        ((1.0,), {"meta_params": None, "predict_fn": predict_fn, "loss_fn": loss_fn}),
+    ):
+        with pytest.raises(TypeError, match="learning rate of `mlhf` is a keyword"):
+            mlhf(*args, **named)

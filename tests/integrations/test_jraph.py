@@ -2,9 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
-from race import STEPS, assert_ahead_of_adamw
+from race import assert_ahead_of_adamw, plain_training
 
 from mlhf_optax import SoftmaxCrossEntropy, load_pretrained
 
@@ -45,19 +44,6 @@ def test_a_graph_network_on_one_graph():
     keys = jax.random.split(jax.random.key(1))
     start = [jax.random.normal(keys[0], (4, 8)) / 2, jax.random.normal(keys[1], (8, 2)) / 3]
 
-    def train(tx):
-        @jax.jit
-        def train_step(params, opt_state, batch):
-            loss, grads = jax.value_and_grad(lambda p: loss_fn(predict_fn(p, batch), batch))(params)
-            updates, opt_state = tx.update(grads, opt_state, params, batch=batch)
-            return optax.apply_updates(params, updates), opt_state, loss
-
-        params, losses = start, []
-        opt_state = tx.init(params)
-        for _ in range(STEPS + 1):
-            params, opt_state, loss = train_step(params, opt_state, batch)
-            losses.append(float(loss))
-        return losses
-
+    train = plain_training(predict_fn, loss_fn, start, batch)
     with pytest.warns(UserWarning, match="whole batch.*`curvature_batch_size=None`"):
         assert_ahead_of_adamw(train, load_pretrained().optimizer(predict_fn, loss_fn))

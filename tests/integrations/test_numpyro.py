@@ -4,9 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
-from race import STEPS, assert_ahead_of_adamw
+from race import STEPS, assert_ahead_of_adamw, plain_training, trained
 
 from mlhf_optax import SigmoidCrossEntropy, load_pretrained
 
@@ -41,21 +40,6 @@ def logits_at(latents, batch):
 cross_entropy = SigmoidCrossEntropy(targets="y")
 
 
-def trained(tx, predict_fn, loss_fn, start, batches):
-    @jax.jit
-    def train_step(params, opt_state, batch):
-        loss, grads = jax.value_and_grad(lambda p: loss_fn(predict_fn(p, batch), batch))(params)
-        updates, opt_state = tx.update(grads, opt_state, params, batch=batch)
-        return optax.apply_updates(params, updates), opt_state, loss
-
-    params, losses = start, []
-    opt_state = tx.init(params)
-    for batch in batches:
-        params, opt_state, loss = train_step(params, opt_state, batch)
-        losses.append(float(loss))
-    return losses
-
-
 def test_the_most_probable_parameters():
     """Minus the log-density over the number of examples: convex in the logits and in the parameters."""
     predict_fn = lambda params, batch: {"logits": logits_at(params, batch), "latents": params}
@@ -72,7 +56,7 @@ def test_the_most_probable_parameters():
         float(-density) / NUM, rel=1e-5
     )
 
-    train = lambda tx: trained(tx, predict_fn, loss_fn, start, [batch] * (STEPS + 1))
+    train = plain_training(predict_fn, loss_fn, start, batch)
     with pytest.warns(UserWarning, match="whole batch"):
         assert_ahead_of_adamw(train, load_pretrained().optimizer(predict_fn, loss_fn))
 

@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from race import STEPS, assert_ahead_of_adamw
+from race import assert_ahead_of_adamw, plain_training
 
 from mlhf_optax import SquaredError, ggn_matvec, load_pretrained
 
@@ -59,20 +58,7 @@ def data():
 def test_an_equilibrium_model_is_ahead_of_adamw():
     batch = data()
 
-    def train(tx):
-        @jax.jit
-        def train_step(params, opt_state, batch):
-            loss, grads = jax.value_and_grad(lambda p: LOSS(predict_fn(p, batch), batch))(params)
-            updates, opt_state = tx.update(grads, opt_state, params, batch=batch)
-            return optax.apply_updates(params, updates), opt_state, loss
-
-        params, losses = initial(), []
-        opt_state = tx.init(params)
-        for _ in range(STEPS + 1):
-            params, opt_state, loss = train_step(params, opt_state, batch)
-            losses.append(float(loss))
-        return losses
-
+    train = plain_training(predict_fn, LOSS, initial(), batch)
     assert_ahead_of_adamw(train, load_pretrained().optimizer(predict_fn, LOSS))
 
 

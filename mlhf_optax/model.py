@@ -1,6 +1,7 @@
 """The model as an optimizer knows it: what is predicted, the loss, and where curvature is taken."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import chex
@@ -84,7 +85,8 @@ class Model:
 
 def _explain(model: Model, params: chex.ArrayTree, batch: Batch, error: Exception) -> None:
     """Raises a clearer error from that of a model, where trying it another way tells what is wrong."""
-    outputs = _shapes(model.predict_fn, params, batch)
+    shapes = functools.partial(trees.attempt, trees.shapes_of)
+    outputs = shapes(model.predict_fn, params, batch)
     if outputs is None:
         if isinstance(params, jax.Array) and params.ndim == 1:
             raise ValueError(
@@ -93,17 +95,9 @@ def _explain(model: Model, params: chex.ArrayTree, batch: Batch, error: Exceptio
                 "joined inside where it pays"
             ) from error
         return
-    if _shapes(model.loss_fn, outputs, batch) is None and _shapes(model.loss_fn, params, batch) is not None:
+    if shapes(model.loss_fn, outputs, batch) is None and shapes(model.loss_fn, params, batch) is not None:
         raise TypeError(
             "`loss_fn` is a function of `(params, batch)`, and fails on outputs. Curvature needs the loss "
             "apart from the model: `predict_fn(params, batch) -> outputs` and `loss_fn(outputs, batch) -> "
             "scalar`, so that `loss_fn(predict_fn(params, batch), batch)` is what is minimised"
         ) from error
-
-
-def _shapes(function: Any, *args: Any) -> Any:
-    """Returns the shapes that a function returns; None if it fails."""
-    try:
-        return trees.shapes_of(function, *args)
-    except Exception:  # whatever the function of the user raises
-        return None

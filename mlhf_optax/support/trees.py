@@ -177,3 +177,16 @@ def shapes_of(function: Callable, *trees: Any) -> Any:
         return function(*treedef.unflatten(full))
 
     return jax.eval_shape(run, [leaf for leaf, known in zip(leaves, is_array, strict=True) if known])
+
+
+def attempt(function: Callable, *args: Any) -> Any:
+    """Returns what a function of the user returns, None if it raises whatever it may.
+
+    Example:
+      >>> attempt(shapes_of, jnp.matmul, jnp.ones((2, 3)), jnp.ones(2)) is None
+      True
+    """
+    try:
+        return function(*args)
+    except Exception:
+        return None

@@ -104,7 +104,7 @@ def test_curves_are_recorded_at_the_chosen_steps():
 
 
 def test_the_optimizer_gets_the_batch():
-    def update(updates, state, params=None, *, batch):
+    def update(updates, state, params=None, *, batch, **others):
         return jax.tree.map(jnp.zeros_like, updates), batch["label"]
 
     make = lambda: optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(8, jnp.int32), update)
@@ -117,7 +117,8 @@ def test_the_optimizer_gets_the_batch():
 def test_mini_batches_are_augmented_anew_in_every_step_and_run(sequential):
     """The augmentation writes a random number into each label; the optimizer remembers them."""
 
-    def remember(updates, state, params=None, *, batch):
+    def remember(updates, state, params=None, *, batch, value):
+        del value
         count, seen = state
         return jax.tree.map(jnp.zeros_like, updates), (count + 1, seen.at[count].set(batch["label"]))
 
@@ -165,6 +166,33 @@ def test_evaluation_in_chunks_is_that_of_the_whole(monkeypatch):
         monkeypatch.setattr(runs, "_EVALUATION_CHUNK", chunk)
         grid = RunGrid(Program(TASK, optax.set_to_zero), None, [0], 1)
         np.testing.assert_allclose([grid.train_loss(), grid.test_accuracy()], np.reshape(whole, (2, 1, 1)))
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_optimizer_gets_the_loss_of_the_batch_and_may_be_judged_by_other_parameters(sequential):
+    """It leaves parameters as they are, and keeps the loss and zeros to be judged by."""
+
+    def keep(updates, state, params=None, *, batch, value):
+        del state, batch
+        return jax.tree.map(jnp.zeros_like, updates), (value, jax.tree.map(jnp.zeros_like, params))
+
+    init = lambda params: (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    make = lambda: optax.GradientTransformationExtraArgs(init, keep)
+    grid = RunGrid(Program(PLAIN, make, sequential, eval_params=lambda state, _: state[1]), None, [3], 1)
+    grid.step()
+    (run,) = jax.tree.leaves(grid.state, is_leaf=lambda x: hasattr(x, "opt_state"))
+    start = init_run(PLAIN, make, {}, jax.random.key(3)).params
+    batch = take(PLAIN.data.train, draw_order(PLAIN, jax.random.key(3), 1)[0])
+    np.testing.assert_allclose(np.ravel(run.opt_state[0]), mean_loss(PLAIN, start, batch), rtol=1e-6)
+    np.testing.assert_allclose(grid.train_loss(), [[np.log(3)]], rtol=1e-6)
+    frames = [
+        compare(PLAIN, [contender], [2], seeds=[3], timed=False).frame["train_loss"].item()
+        for judged in (None, lambda state, _: state[1])
+        for contender in [Contender("keep", ("keep",), ({},), make, eval_params=judged)]
+    ]
+    np.testing.assert_allclose(
+        frames, [float(mean_loss(PLAIN, start, PLAIN.data.train)), np.log(3)], rtol=1e-6
+    )
 
 
 def test_convolutions_run_one_after_the_other_on_a_cpu():

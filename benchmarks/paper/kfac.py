@@ -65,7 +65,7 @@ class KfacProgram(Program):
         return RunState(params, self._optimizer(setting).init(params, key, batch))
 
     def _step(self, setting, seed, state, examples, number):
-        batch = self._draw(seed["seed"], seed["fed"], number, examples)
+        batch = self._draw(seed["seed"], seed["batch"], number, examples)
         params, opt_state, _ = self._optimizer(setting).step(
             state.params,
             state.opt_state,

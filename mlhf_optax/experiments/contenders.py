@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from optax import contrib
 
-from mlhf_optax.experiments.runs import MakeOptimizer, Program
+from mlhf_optax.experiments.runs import EvalParams, MakeOptimizer, Program
 from mlhf_optax.gauss_newton import gauss_newton
 from mlhf_optax.pretrained.loaded import Pretrained
 from mlhf_optax.support.checks import FROM_ONE, check_number
@@ -32,6 +32,8 @@ class Contender:
       labels: what tables and figures call each; ``names`` if empty.
       program: for optimizers that are no optax transformations: returns what takes the steps.
       clock: the same: returns the seconds of one step of one run.
+      eval_params: for optimizers that average: ``eval_params(opt_state, params)`` returns the parameters that
+        are judged in the place of those that are trained.
 
     Example:
       ``Contender("sgd", ("sgd",), ({},), lambda: optax.sgd(0.1))``
@@ -45,6 +47,7 @@ class Contender:
     labels: tuple[str, ...] = ()
     program: Callable[[Task], Program] | None = None
     clock: Callable[[Task], float] | None = None
+    eval_params: EvalParams | None = None
 
     def __post_init__(self):
         if not self.labels:

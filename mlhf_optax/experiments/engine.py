@@ -154,7 +154,8 @@ def compare(
             program = None
             for contender in contenders:
                 make = contender.program
-                program = make(task) if make else Program(task, contender.make_optimizer, like=program)
+                how: dict[str, Any] = {"like": program, "eval_params": contender.eval_params}
+                program = make(task) if make else Program(task, contender.make_optimizer, **how)
                 count = len(contender.names)
                 size = group_size or (1 if program.is_sequential else count)
                 its_time = {"seconds_per_step": seconds.get(contender.names[0])}

@@ -18,6 +18,7 @@ from mlhf_optax.meta_training import runs_in_sequence
 from mlhf_optax.tasks import Examples, Task, epoch_indices, num_examples, take
 
 MakeOptimizer = Callable[..., optax.GradientTransformation]  # make_optimizer(**hyperparameters)
+EvalParams = Callable[[Any, Any], Any]  # eval_params(opt_state, params) -> the parameters to be judged
 Hyperparameters = Mapping[str, Any]
 
 _EVALUATION_CHUNK = 2048  # examples per forward pass, to bound the memory of an evaluation
@@ -66,11 +67,11 @@ def run_step(
     batch: Examples,
     state: RunState,
 ) -> RunState:
-    """Takes one step of a run on a mini-batch."""
+    """Takes one step of a run on a mini-batch; an optimizer that asks for it gets the loss as ``value=``."""
     optimizer = optax.with_extra_args_support(make_optimizer(**hyperparameters))
     loss = lambda params: task.loss_fn(task.predict_fn(params, batch), batch)
-    grads = jax.grad(loss)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, batch=batch)
+    value, grads = jax.value_and_grad(loss)(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, batch=batch, value=value)
     return RunState(optax.apply_updates(state.params, updates), opt_state)
 
 
@@ -112,10 +113,13 @@ class Program:
 
     Args:
       task: what to train; mini-batches have its ``batch_size``.
-      make_optimizer: returns the optimizer for given hyperparameters; its ``update`` gets ``batch=``.
+      make_optimizer: returns the optimizer for given hyperparameters; its ``update`` gets ``batch=`` and the
+        loss of the batch as ``value=``.
       sequential: run trainings one after the other; where that is faster if None.
       like: a program of the same task: what does not depend on the optimizer is taken from it, and so is
         compiled once.
+      eval_params: ``eval_params(opt_state, params)`` returns the parameters that are judged in the place of
+        those that are trained, for optimizers that average; None for others.
     """
 
     def __init__(
@@ -124,6 +128,7 @@ class Program:
         make_optimizer: MakeOptimizer,
         sequential: bool | None = None,
         like: "Program | None" = None,
+        eval_params: EvalParams | None = None,
     ):
         self.task = task
         self.is_sequential = runs_in_sequence(task) if sequential is None else sequential
@@ -145,6 +150,9 @@ class Program:
 
         self.init = self.over_runs(init)
         self.step = self.over_runs(step, donate=True)
+        self.judged = None
+        if eval_params is not None:
+            self.judged = self.over_runs(lambda _, seed, run: eval_params(run.opt_state, run.params))
         if like is not None and like.is_sequential == self.is_sequential:
             self.start, self.ready, self.loss, self.accuracy = (
                 like.start,
@@ -248,9 +256,13 @@ class RunGrid:
         jax.block_until_ready(self.state)
 
     def _mean(self, measure: Callable, examples: Examples) -> np.ndarray:
-        params = jax.tree.map(lambda run: run.params, self.state, is_leaf=lambda x: isinstance(x, RunState))
-        # Only numbers of settings are told: what is judged does not depend on the optimizer.
+        # Only numbers of settings are told: how it is judged does not depend on the optimizer.
         settings = (self._settings[0], {})
+        if self._program.judged is not None:
+            params = self._program.judged(settings, self._seeds, self.state)
+        else:
+            is_run = lambda x: isinstance(x, RunState)
+            params = jax.tree.map(lambda run: run.params, self.state, is_leaf=is_run)
         ready = self._program.ready(settings, self._seeds, params, self._train)
         total = num_examples(examples)
         mean = np.zeros((self.num_settings, self.num_seeds))

@@ -19,6 +19,7 @@ import step_memory
 import step_time
 import ten_times_horizon
 import transfer_resnet18
+import untuned
 from blobs import TASK
 
 from mlhf_optax.controllers.tensor_network import init_tensor_lstm
@@ -50,6 +51,24 @@ RUNS = {
         ["--tasks", "diabetes", "--steps", "4", "--learned", "lodo", "--meta-params", "general"],
         "results.json figure.png learned.png",
     ),
+    "untuned": (
+        untuned,
+        [
+            *(
+                "--tasks",
+                "diabetes",
+                "flow",
+                "--steps",
+                "4",
+                "--tuned-on",
+                "diabetes",
+                "--meta-params",
+                "general",
+            ),
+            *("--rivals", "adam", "schedule-free", "momo", "nadamw", "psgd-kron", "lodo"),
+        ],
+        "results.json figure.png",
+    ),
     "horizon": (
         ten_times_horizon,
         ["--tasks", "diabetes", "--steps", "8", "--records", "4", "--meta-params", "general"],
@@ -80,7 +99,8 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(transfer_resnet18, "get_task", lambda *given, **how: TASK)
     monkeypatch.setattr(ablation_preconditioner, "make_task", lambda options: TASK)
     monkeypatch.setattr(engine, "seconds_per_step", lambda task, optimizers: dict.fromkeys(optimizers, 0.5))
-    monkeypatch.setattr(rivals, "RATES", {"adam": [1e-2], "sgd": [1e-1], "muon": [1e-2]})
+    for script in (rivals, untuned):
+        monkeypatch.setattr(script, "RATES", {"adam": [1e-2], "sgd": [1e-1], "muon": [1e-2]})
     record = {"optimizer": "mlhf_general", "learning_rate": 1.0, "num_cg_steps": 2, "batch_size": 64}
     record |= {"task": "none", "max_update_ratio": 0.25}
     save_meta_params(tmp_path / "general", init_tensor_lstm(jax.random.key(0)), record)
@@ -139,6 +159,8 @@ def test_a_script_runs_and_reports(name, tiny, tmp_path, capsys):
     [
         (held_out, ["--tasks", "mnist-transformer"], "`tasks` must be one of 'digits-mlp'"),
         (held_out, ["--learned", "velo"], "`learned` must be one of 'l2l'"),
+        (untuned, ["--tasks", "mnist-transformer"], "`tasks` must be one of 'digits-mlp'"),
+        (untuned, ["--rivals", "velo"], "`rivals` must be one of 'adam', 'schedule-free'"),
         (ten_times_horizon, ["--steps", "5", "--records", "6"], "`records` must be from 1 to 5, the steps"),
         (learned_optimizers, ["--activations", "softsign"], "`activations` must be one of 'sigmoid'"),
         (learned_optimizers, ["--image-size", "5"], "`image_size` must be a divisor of 28, got 5"),

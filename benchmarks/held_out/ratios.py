@@ -45,7 +45,10 @@ def measured(curves: Sequence[Curve]) -> pl.DataFrame:
 
     def of_curve(name: str, curve: Curve) -> pl.DataFrame:
         times = [step * (own.seconds_per_step or math.nan) for step in curve.steps]
-        in_time = [_loss_between(curve, time / (curve.seconds_per_step or 1)) for time in times]
+        in_time = [
+            loss_between(curve.steps, curve.train_loss, time / (curve.seconds_per_step or 1))
+            for time in times
+        ]
         columns = {"loss": curve.train_loss, "test_loss": curve.test_loss, "loss_in_time": in_time}
         frame = pl.DataFrame(
             {"step": curve.steps, **columns}, schema_overrides=dict.fromkeys(columns, pl.Float64)
@@ -55,18 +58,18 @@ def measured(curves: Sequence[Curve]) -> pl.DataFrame:
     return pl.concat(map(of_curve, names, curves))
 
 
-def _loss_between(curve: Curve, step: float) -> float:
+def loss_between(steps: Sequence[int], losses: Sequence[float], step: float) -> float:
     """Returns the loss after a step that need not be whole, and NaN after the last.
 
     Between two recorded steps it is interpolated, both on logarithmic scales.
     """
-    if not step <= curve.steps[-1]:
+    if not step <= steps[-1]:
         return math.nan
-    losses = np.log(np.maximum(curve.train_loss, 1e-12))
-    after = int(np.searchsorted(curve.steps, step))
-    if after == 0 or not np.isfinite(losses[after]):  # before the first, or about to diverge
-        return curve.train_loss[after]
-    return float(np.exp(np.interp(np.log(step), np.log(curve.steps), losses)))
+    logs = np.log(np.maximum(losses, 1e-12))
+    after = int(np.searchsorted(steps, step))
+    if after == 0 or not np.isfinite(logs[after]):  # before the first, or about to diverge
+        return losses[after]
+    return float(np.exp(np.interp(np.log(step), np.log(steps), logs)))
 
 
 def ratios(curves: Sequence[Curve]) -> pl.DataFrame:

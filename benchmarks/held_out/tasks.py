@@ -24,25 +24,30 @@ _SEQUENCE = 32  # characters that a network reads at a time
 def load_mnist(data_dir: Path | None, cache_dir: Path | None) -> Dataset:
     """Returns MNIST: 60,000 examples to train on, 10,000 to test on, none for meta-training."""
     parts = decode_mnist(data_dir, cache_dir)
-    return _without_meta_training(parts["train"], parts["test"])
+    return without_meta_training(parts["train"], parts["test"])
 
 
-def load_shakespeare(data_dir: Path | None, cache_dir: Path | None) -> Dataset:
-    """Returns Tiny Shakespeare: 32 characters by number and those that follow them, int32 (N, 32) each."""
-    del cache_dir
+def read_shakespeare(data_dir: Path | None) -> dict[str, np.ndarray]:
+    """Returns the parts of Tiny Shakespeare as characters by number, int32; 0 is the end of a line."""
     sources = open_sources("tiny_shakespeare", data_folder(data_dir))
     texts = {name: bytes(next(iter(source))["text"]) for name, source in sources.items()}
     known = np.unique(np.frombuffer(texts["train"], np.uint8))
     number = np.zeros(256, np.int32)
     number[known] = np.arange(len(known))
-    parts = []
+    return {name: number[np.frombuffer(text, np.uint8)] for name, text in texts.items()}
+
+
+def load_shakespeare(data_dir: Path | None, cache_dir: Path | None) -> Dataset:
+    """Returns Tiny Shakespeare: 32 characters by number and those that follow them, int32 (N, 32) each."""
+    del cache_dir
+    texts, parts = read_shakespeare(data_dir), []
     for name in ("train", "test"):
-        text = number[np.frombuffer(texts[name], np.uint8)]
+        text = texts[name]
         rows = (len(text) - 1) // _SEQUENCE
         starts = np.arange(rows)[:, None] * _SEQUENCE
         both = text[starts + np.arange(_SEQUENCE + 1)]
         parts.append(freeze(image=both[:, :-1], label=both[:, 1:]))
-    return _without_meta_training(*parts)
+    return without_meta_training(*parts)
 
 
 def load_diabetes() -> Dataset:
@@ -53,7 +58,7 @@ def load_diabetes() -> Dataset:
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(inputs))
     standard = lambda x: ((x - x.mean(0)) / x.std(0)).astype(np.float32)[order]
     x, y = standard(inputs), standard(targets[:, None])
-    return _without_meta_training(*(freeze(image=x[s], target=y[s]) for s in (np.s_[:342], np.s_[342:])))
+    return without_meta_training(*(freeze(image=x[s], target=y[s]) for s in (np.s_[:342], np.s_[342:])))
 
 
 def poisson_points() -> Dataset:
@@ -72,17 +77,18 @@ def _random_points(seed: int, lowest: Any, highest: Any) -> Dataset:
         image=random.uniform(lowest, highest, (1024, 2)).astype(np.float32),
         target=np.zeros((1024, 1), np.float32),
     )
-    return _without_meta_training(points(), points())
+    return without_meta_training(points(), points())
 
 
 def quadratic_minima() -> Dataset:
     """Returns minima for ``quadratic_deep``, with deviation 0.6: 1,000 to train on, 1,000 to test on."""
     minima = lambda seed: np.random.RandomState(seed).normal(0, 0.6, (1000, 100)).astype(np.float32)
     parts = (freeze(image=minima(seed), target=np.zeros((1000, 100), np.float32)) for seed in (42, 43))
-    return _without_meta_training(*parts)
+    return without_meta_training(*parts)
 
 
-def _without_meta_training(train: Any, test: Any) -> Dataset:
+def without_meta_training(train: Any, test: Any) -> Dataset:
+    """Returns data with no part for meta-training."""
     return Dataset({name: np.empty_like(array[:0]) for name, array in train.items()}, train, test)
 
 
@@ -153,10 +159,11 @@ class _VariationalAutoencoder(nn.Module):
 def _diabetes() -> Task:
     model = MLP((32, 32), 1, "tanh")
     loss_fn = SquaredError(targets="target")
-    return _flax("diabetes", model, jnp.zeros((1, 10)), loss_fn, load_diabetes, 64)
+    return flax_task("diabetes", model, jnp.zeros((1, 10)), loss_fn, load_diabetes, 64)
 
 
-def _mnist(name: str, model: Any, folders: Folders, batch_size: int = 128) -> Task:
+def mnist_task(name: str, model: Any, folders: Folders, batch_size: int = 128) -> Task:
+    """Returns a task of classifying MNIST by a network."""
     load = functools.partial(load_mnist, *folders)
     shape = (28, 28, 1)
     return image_task(
@@ -164,7 +171,9 @@ def _mnist(name: str, model: Any, folders: Folders, batch_size: int = 128) -> Ta
     )
 
 
-def _flax(name: str, model: nn.Module, example: Any, loss_fn: Any, load: Callable, batch_size: int) -> Task:
+def flax_task(
+    name: str, model: nn.Module, example: Any, loss_fn: Any, load: Callable, batch_size: int
+) -> Task:
     return Task(
         name=name,
         description=name,
@@ -180,7 +189,7 @@ def _flax(name: str, model: nn.Module, example: Any, loss_fn: Any, load: Callabl
 def _characters(name: str, make: Callable[..., nn.Module], width: int, folders: Folders) -> Task:
     load = functools.partial(load_shakespeare, *folders)
     text = jnp.zeros((1, _SEQUENCE), jnp.int32)
-    return _flax(name, make(width, 65), text, SoftmaxCrossEntropy(), load, 64)
+    return flax_task(name, make(width, 65), text, SoftmaxCrossEntropy(), load, 64)
 
 
 def _autoencoder(name: str, widths: tuple[int, ...], folders: Folders) -> Task:
@@ -190,12 +199,12 @@ def _autoencoder(name: str, widths: tuple[int, ...], folders: Folders) -> Task:
         data = load_mnist(*folders)
         to_pixels = lambda part: freeze(
             image=part["image"],
-            target=_grey(part["image"].reshape(len(part["image"]), 784)),
+            target=grey(part["image"].reshape(len(part["image"]), 784)),
         )
         return Dataset(*map(to_pixels, (data.meta_train, data.train, data.test)))
 
     model = MLP((*widths, *widths[-2::-1]), 784, "tanh")
-    task = _mnist(name, model, folders)
+    task = mnist_task(name, model, folders)
     return dataclasses.replace(
         task, load_data=load, loss_fn=SigmoidCrossEntropy(targets="target"), num_classes=None
     )
@@ -218,7 +227,7 @@ def _vae(folders: Folders) -> Task:
 
     def loss_fn(outputs: jax.Array, batch: Any) -> jax.Array:
         pixels, mean, log_deviation = jnp.split(outputs, (784, 792), axis=1)
-        error = jnp.sum(jnp.square(pixels - _grey(batch["image"])), axis=1)
+        error = jnp.sum(jnp.square(pixels - grey(batch["image"])), axis=1)
         divergence = 0.5 * (jnp.square(mean) + jnp.exp(2 * log_deviation) - 1) - log_deviation
         return jnp.mean(error + jnp.sum(divergence, axis=1))
 
@@ -229,7 +238,7 @@ def _vae(folders: Folders) -> Task:
         description="mnist_vae of DeepOBS",
         init_fn=lambda key: model.init(key, *example)["params"],
         predict_fn=lambda params, batch: model.apply(
-            {"params": params}, _grey(batch["image"]), batch["noise"]
+            {"params": params}, grey(batch["image"]), batch["noise"]
         ),
         loss_fn=loss_fn,
         load_data=load,
@@ -238,7 +247,7 @@ def _vae(folders: Folders) -> Task:
     )
 
 
-def _grey(pixels: Any) -> Any:
+def grey(pixels: Any) -> Any:
     """Returns pixels of eight bits as float32 within [0, 1]."""
     return pixels.astype(np.float32) / 255
 
@@ -249,7 +258,9 @@ def _poisson() -> Task:
     f is such that the solution is sin(pi x) sin(pi y). A factor makes u vanish at the edge.
     """
     model = MLP((32, 32), 1, "tanh")
-    task = _flax("poisson", model, jnp.zeros((1, 2)), SquaredError(targets="target"), poisson_points, 1024)
+    task = flax_task(
+        "poisson", model, jnp.zeros((1, 2)), SquaredError(targets="target"), poisson_points, 1024
+    )
 
     def predict_fn(params: Any, batch: Any) -> jax.Array:
         edge = lambda x: (1 - x[0] ** 2) * (1 - x[1] ** 2)
@@ -267,7 +278,9 @@ def _burgers() -> Task:
     u(x, 0) = -sin(pi x), and 0 at the edges x = -1 and 1: by a factor on the network. A shock grows at x = 0.
     """
     model = MLP((32, 32), 1, "tanh")
-    task = _flax("burgers", model, jnp.zeros((1, 2)), SquaredError(targets="target"), burgers_points, 1024)
+    task = flax_task(
+        "burgers", model, jnp.zeros((1, 2)), SquaredError(targets="target"), burgers_points, 1024
+    )
 
     def predict_fn(params: Any, batch: Any) -> jax.Array:
         network = lambda point: model.apply({"params": params}, point[None])[0, 0]
@@ -312,13 +325,13 @@ AUTOENCODERS = {
 }
 TASKS: dict[str, Callable[[Folders], Task]] = {
     "digits-mlp": lambda folders: digits_mlp(hidden=(64, 64)),
-    "mnist-mlp": lambda folders: _mnist("mnist-mlp", MLP((100, 100)), folders),
+    "mnist-mlp": lambda folders: mnist_task("mnist-mlp", MLP((100, 100)), folders),
     **{
-        name: functools.partial(_mnist, name, MLP((100, 100)), batch_size=size)
+        name: functools.partial(mnist_task, name, MLP((100, 100)), batch_size=size)
         for name, size in BATCH_SIZES.items()
     },
-    "mnist-conv": lambda folders: _mnist("mnist-conv", ConvNet((8, 16), (32,)), folders),
-    "mnist-groupnorm": lambda folders: _mnist("mnist-groupnorm", _GroupNormNet((8, 16)), folders),
+    "mnist-conv": lambda folders: mnist_task("mnist-conv", ConvNet((8, 16), (32,)), folders),
+    "mnist-groupnorm": lambda folders: mnist_task("mnist-groupnorm", _GroupNormNet((8, 16)), folders),
     "cifar10-conv": lambda folders: cifar10_convnet(
         (8, 16), (16,), data_dir=folders[0], cache_dir=folders[1]
     ),

@@ -18,8 +18,10 @@ import second_order_cifar10
 import step_memory
 import step_time
 import ten_times_horizon
+import to_the_end
 import transfer_resnet18
 import untuned
+import width_depth
 from blobs import TASK
 
 from mlhf_optax.controllers.tensor_network import init_tensor_lstm
@@ -69,6 +71,19 @@ RUNS = {
         ],
         "results.json figure.png",
     ),
+    "end": (
+        to_the_end,
+        [
+            *("--quick", "--steps", "4", "--records", "2", "--meta-params", "general"),
+            *("--families", "MLHF", "MLHF, both", "AdamW", "schedule-free AdamW"),
+        ],
+        "results.json figure.png",
+    ),
+    "width and depth": (
+        width_depth,
+        ["--kinds", "tanh", "--widths", "4", "--depths", "2", "--steps", "3", "--meta-params", "general"],
+        "results.json figure.png",
+    ),
     "horizon": (
         ten_times_horizon,
         ["--tasks", "diabetes", "--steps", "8", "--records", "4", "--meta-params", "general"],
@@ -101,6 +116,9 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(engine, "seconds_per_step", lambda task, optimizers: dict.fromkeys(optimizers, 0.5))
     for script in (rivals, untuned):
         monkeypatch.setattr(script, "RATES", {"adam": [1e-2], "sgd": [1e-1], "muon": [1e-2]})
+    monkeypatch.setattr(to_the_end, "GRIDS", {"AdamW": ((1e-2,), (0.1,))})
+    monkeypatch.setattr(to_the_end, "_OWN_DECAYS", (1e-3,))
+    monkeypatch.setattr(to_the_end, "_DECAYS", (0.0,))
     record = {"optimizer": "mlhf_general", "learning_rate": 1.0, "num_cg_steps": 2, "batch_size": 64}
     record |= {"task": "none", "max_update_ratio": 0.25}
     save_meta_params(tmp_path / "general", init_tensor_lstm(jax.random.key(0)), record)
@@ -113,6 +131,7 @@ def tiny(monkeypatch, tmp_path):
         return Dataset(part, part, part)
 
     monkeypatch.setattr(mnist, "load_mnist", noise)
+    monkeypatch.setattr(width_depth, "load_mnist", noise)
     monkeypatch.setitem(step_time.NETWORKS, "linear", (MLP(()), (2, 2, 1), (8,)))
     monkeypatch.setitem(sys.modules, "somax", None)
     monkeypatch.setattr(step_memory, "in_fresh_process", lambda script, worker, environment: [1.0, 2.0])
@@ -161,6 +180,9 @@ def test_a_script_runs_and_reports(name, tiny, tmp_path, capsys):
         (held_out, ["--learned", "velo"], "`learned` must be one of 'l2l'"),
         (untuned, ["--tasks", "mnist-transformer"], "`tasks` must be one of 'digits-mlp'"),
         (untuned, ["--rivals", "velo"], "`rivals` must be one of 'adam', 'schedule-free'"),
+        (to_the_end, ["--problems", "digit"], "invalid choice"),
+        (to_the_end, ["--families", "SGD"], "`families` must be one of 'MLHF', 'MLHF, weight decay'"),
+        (width_depth, ["--widths", "6"], "`widths` must be numbers from 1 on, multiples of 4, got (6,)"),
         (ten_times_horizon, ["--steps", "5", "--records", "6"], "`records` must be from 1 to 5, the steps"),
         (learned_optimizers, ["--activations", "softsign"], "`activations` must be one of 'sigmoid'"),
         (learned_optimizers, ["--image-size", "5"], "`image_size` must be a divisor of 28, got 5"),

@@ -1,5 +1,6 @@
 """Rivals that need no tuning, the new tasks, and the ratios over all of them."""
 
+import json
 import math
 
 import jax
@@ -9,11 +10,13 @@ import numpy as np
 import optax
 import polars as pl
 import pytest
+import readme_figure
 import tasks
 import untuned
 import untuned_ratios
 import untuned_rivals
 from blobs import TASK
+from matplotlib.figure import Figure
 
 from mlhf_optax.experiments import compare
 from mlhf_optax.tasks import Dataset
@@ -265,3 +268,21 @@ def test_aims_are_judged_by_the_strongest_rival_and_by_each():
     assert [line[0] for line in samples.rows[1:4]] == [untuned_ratios.BEST, "slow", "adam"]
     assert "Left out: neural-ode (diffrax is not installed)." in samples.note
     assert samples.about["command"] == "python x.py --seeds 1"
+
+
+def test_the_figure_shows_the_strongest_rivals_and_the_tuned_ones(tmp_path):
+    """From what was measured; the tasks that are named, a task that was not measured is refused."""
+    results, figure = tmp_path / "results.json", tmp_path / "figure.png"
+    results.write_text(json.dumps({"rows": ROWS, "left_out": {}}))
+    where = ["--results", str(results), "--figure", str(figure)]
+    readme_figure.main([*where, "--tasks", "one"])
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"`tasks` must be among one, two, got \('three',\)"):
+        readme_figure.main([*where, "--tasks", "three"])
+    drawn = Figure()
+    untuned.draw(drawn, {"rows": ROWS}, count=1)
+    assert len(drawn.axes) == 4
+    lines = {line.get_label(): line for line in drawn.axes[0].lines}
+    assert lines.keys() == {"MLHF", "slow"}
+    np.testing.assert_allclose(drawn.axes[2].lines[0].get_xdata(), 0.2 * np.array([10, 100, 1000]))
+    assert [axes.get_xlabel() for axes in drawn.axes] == ["steps", "steps", "seconds", "seconds"]

@@ -40,14 +40,16 @@ def read_shakespeare(data_dir: Path | None) -> dict[str, np.ndarray]:
 def load_shakespeare(data_dir: Path | None, cache_dir: Path | None) -> Dataset:
     """Returns Tiny Shakespeare: 32 characters by number and those that follow them, int32 (N, 32) each."""
     del cache_dir
-    texts, parts = read_shakespeare(data_dir), []
-    for name in ("train", "test"):
-        text = texts[name]
-        rows = (len(text) - 1) // _SEQUENCE
-        starts = np.arange(rows)[:, None] * _SEQUENCE
-        both = text[starts + np.arange(_SEQUENCE + 1)]
-        parts.append(freeze(image=both[:, :-1], label=both[:, 1:]))
-    return without_meta_training(*parts)
+    texts = read_shakespeare(data_dir)
+    return without_meta_training(*(text_rows(texts[name]) for name in ("train", "test")))
+
+
+def text_rows(text: np.ndarray) -> Any:
+    """Returns a text cut into rows of 32 characters, and those that follow them."""
+    rows = (len(text) - 1) // _SEQUENCE
+    starts = np.arange(rows)[:, None] * _SEQUENCE
+    both = text[starts + np.arange(_SEQUENCE + 1)]
+    return freeze(image=both[:, :-1], label=both[:, 1:])
 
 
 def load_diabetes() -> Dataset:
@@ -104,18 +106,20 @@ class _LSTM(nn.Module):
         return nn.Dense(self.characters)(nn.RNN(nn.OptimizedLSTMCell(self.width))(x))
 
 
-class _Transformer(nn.Module):
-    """A causal transformer of two layers with normalisation before attention."""
+class Transformer(nn.Module):
+    """A causal transformer with normalisation before attention."""
 
     width: int
     characters: int
+    layers: int = 2
 
     @nn.compact
     def __call__(self, text: jax.Array) -> jax.Array:
+        """Returns logits of shape (B, T, characters) for characters by number, (B, T)."""
         x = nn.Embed(self.characters, self.width)(text)
         x = x + self.param("position", nn.initializers.normal(0.02), x.shape[-2:])
         mask = nn.make_causal_mask(text)
-        for _ in range(2):
+        for _ in range(self.layers):
             x = x + nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(x), mask=mask)
             x = x + nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
         return nn.Dense(self.characters)(nn.LayerNorm()(x))
@@ -339,7 +343,7 @@ TASKS: dict[str, Callable[[Folders], Task]] = {
     "mnist-vae": _vae,
     "shakespeare-lstm": lambda folders: _characters("shakespeare-lstm", _LSTM, 48, folders),
     "shakespeare-transformer": lambda folders: _characters(
-        "shakespeare-transformer", _Transformer, 32, folders
+        "shakespeare-transformer", Transformer, 32, folders
     ),
     "diabetes": lambda folders: _diabetes(),
     "poisson": lambda folders: _poisson(),

@@ -102,6 +102,10 @@ def test_what_diverges_ends_early_and_never_wins(tmp_path):
     curves = to_the_end.mean_curves({"rows": [row, {"problem": "blobs", "family": "AdamW"} | fine]})
     assert math.isinf(curves[0]["raw"]["test_loss"][-1])
     assert to_the_end.chosen(curves, "raw", True)[0]["setting"] == {"rate": 0.1}
+    assert curves[0]["raw"]["test_accuracy"][-1] == 0
+    without_classes = fine | {"raw": [one | {"test_accuracy": None} for one in fine["raw"]]}
+    (one,) = to_the_end.mean_curves({"rows": [{"problem": "blobs", "family": "AdamW"} | without_classes]})
+    assert all(map(math.isnan, one["raw"]["test_accuracy"]))
 
 
 def curve(validation, test):

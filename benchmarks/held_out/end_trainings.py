@@ -111,7 +111,7 @@ class Judge:
 
     def __init__(self, problem: Problem):
         task = self.task = problem.task
-        most = min(4 * _CHUNK, num_examples(task.data.train))
+        most = min(_CHUNK, num_examples(task.data.train))
         parts = (_part(task.data.train, np.s_[:most]), problem.validation, task.data.test)
         self.parts = {name: jax.tree.map(jnp.asarray, part) for name, part in zip(PARTS, parts, strict=True)}
         self._state = jax.jit(functools.partial(evaluation_state, task))

@@ -80,7 +80,7 @@ class Options:
     """Train on 45,000 images of CIFAR-10, not on 20,000."""
     steps: int | None = None
     """Greatest length of all trainings."""
-    records: int = 30
+    records: int = 15
     """How often a training is judged."""
     seeds: int = 1
     """Trainings of every setting."""
@@ -200,10 +200,12 @@ def mean_curves(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _mean(rows: Sequence[dict[str, Any]], kind: str, index: int, name: str) -> float:
-    """Returns a mean over seeds; what diverged ends early, with no more records."""
-    worst = 0.0 if name.endswith("accuracy") else np.inf
+    """Returns a mean over seeds; what diverged ends early, with no more records. NaN without classes."""
+    is_accuracy = name.endswith("accuracy")
+    if is_accuracy and rows[0][kind][0][name] is None:
+        return np.nan
     values = [row[kind][index][name] if index < len(row[kind]) else None for row in rows]
-    return float(np.mean([worst if value is None else value for value in values]))
+    return float(np.mean([(0.0 if is_accuracy else np.inf) if x is None else x for x in values]))
 
 
 def chosen(curves: Sequence[dict[str, Any]], kind: str, at_end: bool) -> tuple[dict[str, Any], int]:

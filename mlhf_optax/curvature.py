@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
+from mlhf_optax.dense import GGN, Linearization, Matvec
 from mlhf_optax.support import placement, trees
 
 Batch = Any
 Outputs = Any
 PredictFn = Callable[[chex.ArrayTree, Batch], Outputs]  # predict_fn(params, batch) -> outputs
 LossFn = Callable[[Outputs, Batch], jax.Array]  # loss_fn(outputs, batch) -> scalar
-Matvec = Callable[[chex.ArrayTree], chex.ArrayTree]
 
 
 def output_curvature(loss_fn: LossFn, outputs: Outputs, batch: Batch) -> Matvec:
@@ -51,7 +50,7 @@ def output_curvature(loss_fn: LossFn, outputs: Outputs, batch: Batch) -> Matvec:
     return jax.linearize(jax.grad(lambda z: loss_fn(z, batch)), outputs)[1]
 
 
-def ggn_matvec(predict_fn: PredictFn, loss_fn: LossFn, params: chex.ArrayTree, batch: Batch) -> "GGN":
+def ggn_matvec(predict_fn: PredictFn, loss_fn: LossFn, params: chex.ArrayTree, batch: Batch) -> GGN:
     """Linearizes the model once and returns ``v -> G v`` for the GGN ``G = J^T H_l J``.
 
     The result is linear and symmetric positive semidefinite when the loss is convex, can be used
@@ -98,7 +97,7 @@ def loss_and_ggn(
     params: chex.ArrayTree,
     batch: Batch,
     axis_name: placement.AxisName = None,
-) -> tuple[jax.Array, "GGN"]:
+) -> tuple[jax.Array, GGN]:
     """Returns the loss at ``params``, which the linearization has the outputs for, and :func:`ggn_matvec`.
 
     With ``axis_name`` both are means over that mapped axis.
@@ -117,50 +116,15 @@ def loss_and_ggn(
         product = pull_back(curvature(push_forward(placement.mark_varying(vector, axis_name))))
         return placement.mean_over(product, axis_name)
 
-    def matrix() -> jax.Array:
-        # Columns of J by forward mode, so that no product goes back through the model.
-        flat, unravel = ravel_pytree(params)
-        units = jnp.eye(flat.size, dtype=flat.dtype)
-        of_unit = lambda unit: push_forward(placement.mark_varying(unravel(unit), axis_name))
-        jacobian = jax.lax.map(of_unit, units, batch_size=_COLUMNS_AT_ONCE)
-        curved = jax.vmap(curvature)(jacobian)
-        rows = lambda tree: jnp.concatenate(
-            [trees.at_least_f32(leaf.reshape(flat.size, -1)) for leaf in tree], axis=1
-        )
-        # Of complex outputs J^T u is the real part, as the parameters are real.
-        return placement.mean_over(jnp.real(rows(jacobian) @ rows(curved).T), axis_name)
+    def bend(direction: chex.ArrayTree) -> list[jax.Array]:
+        floats = lambda p: _split(predict_fn(p, batch)).floats
+        slope = lambda p: jax.jvp(floats, (p,), (direction,))[1]
+        return jax.jvp(slope, (params,), (direction,))[1]
 
-    return placement.mean_over(loss_fn(outputs.tree, batch), axis_name), GGN(matvec, matrix)
-
-
-_COLUMNS_AT_ONCE = 256
-
-
-class GGN:
-    """A product with the GGN, which can also be asked for the whole matrix.
-
-    Args:
-      matvec: the product.
-      make_matrix: works out the matrix, shape (N, N), in the order of ``ravel_pytree``.
-
-    Example:
-      >>> ggn = ggn_matvec(lambda w, b: b * w, lambda z, b: jnp.sum(z**2), jnp.ones(2), jnp.array([1.0, 2.0]))
-      >>> ggn(jnp.ones(2)), ggn.matrix
-      (Array([2., 8.], dtype=float32), Array([[2., 0.],
-             [0., 8.]], dtype=float32))
-    """
-
-    def __init__(self, matvec: Matvec, make_matrix: Callable[[], jax.Array]):
-        self._matvec, self._make_matrix = matvec, make_matrix
-
-    def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
-        """Returns the product with a vector."""
-        return self._matvec(vector)
-
-    @functools.cached_property
-    def matrix(self) -> jax.Array:
-        """The matrix; N derivatives of the model in forward mode, worked out once."""
-        return self._make_matrix()
+    slope = lambda: jax.grad(lambda floats: loss_fn(outputs.merge(floats), batch))(outputs.floats)
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in outputs.floats]
+    at = Linearization(params, shapes, push_forward, curvature, slope, bend, axis_name)
+    return placement.mean_over(loss_fn(outputs.tree, batch), axis_name), GGN(matvec, at)
 
 
 class _Outputs(NamedTuple):

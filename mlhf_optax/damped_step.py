@@ -253,7 +253,7 @@ def _advance(
         is_taken=is_taken,
         solution=solution,
         operators=solved.operators,
-        reduction_ratio=observed.reduction_ratio,
+        observed=observed,
     )
     new_state = state._replace(
         count=jnp.where(is_taken, jnp.asarray(optax.safe_increment(state.count)), state.count),

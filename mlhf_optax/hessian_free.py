@@ -79,7 +79,7 @@ def scale_by_hessian_free(
       <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`_, 2010.
     """
     return scale_by_damped_step(
-        _controller(damping, step_size),
+        _controller(damping, step_size, model.curvature_batch_size is None),
         model,
         name="hessian_free",
         solver=TolerancePCG(num_cg_steps, tolerance, early_exit) if solver is None else solver,
@@ -152,9 +152,9 @@ def hessian_free(
     return chain("hessian_free", direction, optax.scale_by_learning_rate(learning_rate))
 
 
-def _controller(damping: Damping, step_size: optax.ScalarOrSchedule) -> Controller:
+def _controller(damping: Damping, step_size: optax.ScalarOrSchedule, is_whole_batch: bool) -> Controller:
     if isinstance(damping, LevenbergMarquardt):
-        return levenberg_marquardt(damping, step_size)
+        return levenberg_marquardt(damping, step_size, is_whole_batch)
     is_number = isinstance(damping, int | float) or getattr(damping, "shape", None) == ()
     if not (is_number or callable(damping)):
         raise TypeError(

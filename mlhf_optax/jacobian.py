@@ -1,9 +1,10 @@
 """Rows of a Jacobian, all examples at once: reverse mode that does not sum over examples.
 
-Of a model whose i-th output depends on the i-th example alone, the derivative of one output is a pass over one
-example. A product ``J^T u`` is such passes for all examples, summed. Here the program of the product is run for
-a u of ones, and wherever it sums over examples, it keeps them apart: one pass over the batch gives one row for
-every example. Columns by forward mode take as many passes as there are parameters.
+Of a model whose i-th output depends on the i-th example alone, the derivative of one output is a pass over
+one example. A product ``J^T u`` is such passes for all examples, summed. Here the program of the product is
+run for
+a u of ones, and wherever it sums over examples, it keeps them apart: one pass over the batch gives one row
+for every example. Columns by forward mode take as many passes as there are parameters.
 
 Nothing is assumed of the model. A value that depends on u is known as ``Piece``: either the parts that belong
 to different examples lie side by side along one axis, or each has a copy of its own. A program that mixes
@@ -50,7 +51,8 @@ def rows_per_example(pull_back: Callable[[jax.Array], Any], outputs: jax.ShapeDt
       outputs: shape and dtype of the outputs, with the examples along the first axis.
 
     Returns:
-      A function of a tensor of the shape of one example's output. Ones at one place of it give the rows of that
+      A function of a tensor of the shape of one example's output. Ones at one place of it give the rows of
+      that
       output: a tree like the parameters with a leading axis of examples.
 
     Raises:
@@ -67,10 +69,11 @@ def rows_per_example(pull_back: Callable[[jax.Array], Any], outputs: jax.ShapeDt
         raise MixedError("the output is one number, of no example")
     program, shapes = jax.make_jaxpr(pull_back, return_shape=True)(outputs)
     size = outputs.shape[0]
+    most = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
     def rows(seed: jax.Array) -> Any:
         u = jnp.broadcast_to(seed.astype(outputs.dtype), outputs.shape)
-        found = _run(program.jaxpr, program.consts, [[Piece(0, size, 0, u)]])
+        found = _run(program.jaxpr, program.consts, [[Piece(0, size, 0, u)]], most)
         leaves, treedef = jax.tree.flatten(shapes)
         return treedef.unflatten([_assembled(v, size, s) for v, s in zip(found, leaves, strict=True)])
 
@@ -89,14 +92,18 @@ def _assembled(value: Any, size: int, shape: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.concatenate([*parts, zeros(size - at)])
 
 
-def _run(jaxpr: Any, consts: Any, arguments: list[Any]) -> list[Any]:
-    """Evaluates a program in which some values are :class:`Piece` lists, the others arrays."""
+def _run(jaxpr: Any, consts: Any, arguments: list[Any], most: int) -> list[Any]:
+    """Evaluates a program in which some values are :class:`Piece` lists, the others arrays.
+
+    ``most`` is how large the copy of one example may be: all parameters together. What is larger is of the
+    size of the batch, and copies of that would be as many passes over the batch, all at once.
+    """
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
     read = lambda atom: atom.val if hasattr(atom, "val") else known[atom]
     for equation in jaxpr.eqns:
         values = [read(atom) for atom in equation.invars]
         if any(isinstance(value, list) for value in values):
-            results = _equation(equation, values)
+            results = _equation(equation, values, most)
         else:
             results = _bind(equation, values)
         known.update(zip(equation.outvars, results, strict=True))
@@ -114,12 +121,12 @@ _SUMS = ("add_any", "add", "sub")
 _ELEMENTWISE = ("neg", "mul", "div", "select_n", "convert_element_type", "copy", "real", "imag")
 
 
-def _equation(equation: Any, values: list[Any]) -> list[Any]:
+def _equation(equation: Any, values: list[Any], most: int) -> list[Any]:
     """Returns what an equation gives, one entry per output."""
     name, inner = equation.primitive.name, equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
     if name in ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint") and inner is not None:
         closed = hasattr(inner, "consts")
-        return _run(inner.jaxpr if closed else inner, inner.consts if closed else [], values)
+        return _run(inner.jaxpr if closed else inner, inner.consts if closed else [], values, most)
     if name in _SUMS:
         # In a linear program, what does not depend on u and is added to what does is zero.
         first, second = (value if isinstance(value, list) else [] for value in values)
@@ -129,21 +136,20 @@ def _equation(equation: Any, values: list[Any]) -> list[Any]:
     dependent = [at for at, value in enumerate(values) if isinstance(value, list)]
     if name == "split":
         return _split(equation, values[0])
-    if len(dependent) > 1 and name != "select_n" and name != "concatenate":
+    if len(dependent) > 1 and name not in ("select_n", "concatenate"):
         raise MixedError(f"`{name}` of two values that depend on the outputs")
-    if name == "concatenate" and len(dependent) > 1 or name == "select_n" and len(dependent) > 1:
-        # A sum of the same with all but one operand zero.
-        total: Pieces = []
-        for at in dependent:
-            alone = [v if i == at or not isinstance(v, list) else _zeros(equation.invars[i]) for i, v in enumerate(values)]
-            total = _added(total, _equation(equation, alone)[0])
-        return [total]
-    at = dependent[0]
-    return [[_piece(equation, values, at, piece) for piece in values[at]]]
+    total: Pieces = []
+    for at in dependent:  # a sum of the same with all but one operand zero
+        alone = [_array(v, atom) for v, atom in zip(values, equation.invars, strict=True)]
+        pieces = [_piece(equation, alone, at, piece) for piece in values[at]]
+        if any(piece.axis is None for piece in pieces) and equation.outvars[0].aval.size > most:
+            raise MixedError(f"`{name}` of a copy for every example")
+        total = _added(total, pieces)
+    return [total]
 
 
-def _zeros(atom: Any) -> jax.Array:
-    return jnp.zeros(atom.aval.shape, atom.aval.dtype)
+def _array(value: Any, atom: Any) -> Any:
+    return jnp.zeros(atom.aval.shape, atom.aval.dtype) if isinstance(value, list) else value
 
 
 def _added(first: Pieces, second: Pieces) -> Pieces:
@@ -200,8 +206,6 @@ def _piece(equation: Any, values: list[Any], at: int, piece: Piece) -> Piece:
     elif name == "squeeze":
         gone = [d % len(shape) for d in params["dimensions"]]
         new = -1 if axis in gone else axis - sum(d < axis for d in gone)
-    elif name == "expand_dims":
-        new = -1
     elif name == "reduce_sum":
         axes = params["axes"]
         if axis in axes:
@@ -240,13 +244,11 @@ def _reshaped(old: tuple[int, ...], new: tuple[int, ...], axis: int) -> int:
 
 def _dot(equation: Any, values: list[Any], at: int, piece: Piece) -> Piece:
     """Returns a product of arrays; one that sums over examples keeps them apart."""
-    (contracting, batching), axis = equation.params["dimension_numbers"], piece.axis
-    mine, others = [list(dims) for dims in (contracting[at], contracting[1 - at])], None
-    del others
+    contracting, batching = equation.params["dimension_numbers"]
+    axis: Any = piece.axis
     contracted, batched = list(contracting[at]), list(batching[at])
     operands = [piece.value if i == at else value for i, value in enumerate(values)]
     bind = lambda *both: _bind(equation, list(both))[0]
-    del mine
     if axis in contracted:
         along: list[Any] = [0, 0]
         along[at], along[1 - at] = axis, contracting[1 - at][contracted.index(axis)]
@@ -259,3 +261,60 @@ def _dot(equation: Any, values: list[Any], at: int, piece: Piece) -> Piece:
     if at == 1:
         free += sum(is_free(0, d) for d in range(operands[0].ndim))
     return piece._replace(axis=len(batched) + free, value=bind(*operands))
+
+
+_EACH_NUMBER = (
+    "add",
+    "add_any",
+    "sub",
+    "mul",
+    "div",
+    "neg",
+    "copy",
+    "convert_element_type",
+    "select_n",
+    "integer_pow",
+)
+
+
+def is_elementwise(function: Callable[[Any], Any], shapes: Any) -> bool:
+    """Whether a linear function multiplies each number by one of its own, as far as its program tells.
+
+    Example:
+      >>> is_elementwise(lambda x: 2 * x, jnp.ones(3)), is_elementwise(lambda x: x - x.mean(), jnp.ones(3))
+      (True, False)
+    """
+    program = jax.make_jaxpr(function)(shapes)
+
+    def holds(jaxpr: Any, depends: list[bool]) -> tuple[bool, list[bool]]:
+        known = {var for var, is_one in zip(jaxpr.invars, depends, strict=True) if is_one}
+        for equation in jaxpr.eqns:
+            used = [not hasattr(atom, "val") and atom in known for atom in equation.invars]
+            if not any(used):
+                continue
+            inner = equation.params.get("jaxpr")
+            if equation.primitive.name in ("jit", "pjit") and inner is not None:
+                fine, results = holds(inner.jaxpr, used)
+                if not fine:
+                    return False, []
+            else:
+                shapes = {
+                    atom.aval.shape for atom, is_one in zip(equation.invars, used, strict=True) if is_one
+                }
+                shapes |= {out.aval.shape for out in equation.outvars}
+                if equation.primitive.name not in _EACH_NUMBER or len(shapes) > 1:
+                    return False, []
+                results = [True] * len(equation.outvars)
+            known |= {out for out, is_one in zip(equation.outvars, results, strict=True) if is_one}
+        return True, [not hasattr(atom, "val") and atom in known for atom in jaxpr.outvars]
+
+    # With several outputs a number could move from one to another of the same shape; each has to keep its
+    # place.
+    leaves = jax.tree.leaves(shapes)
+    if not holds(program.jaxpr, [True] * len(leaves))[0]:
+        return False
+    for at in range(len(leaves)):
+        found = holds(program.jaxpr, [i == at for i in range(len(leaves))])[1]
+        if any(is_one for i, is_one in enumerate(found) if i != at):
+            return False
+    return True

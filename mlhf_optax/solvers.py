@@ -4,6 +4,7 @@ A solver is anything with ``solve(system) -> Solution``. All of them take S and 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import chex
@@ -11,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from mlhf_optax.controllers.protocol import Operators
-from mlhf_optax.curvature import GGN, Matvec
+from mlhf_optax.controllers.protocol import Operators, Scale
+from mlhf_optax.dense import GGN, Matvec, Space, cheaper_space
 from mlhf_optax.pcg import check_num_steps, pcg
 from mlhf_optax.support import trees
-from mlhf_optax.support.checks import FROM_ONE, check_number
+from mlhf_optax.support.checks import FROM_ONE, POSITIVE, check_choice, check_fields
 
 
 class System(NamedTuple):
@@ -95,6 +96,7 @@ class TolerancePCG:
     Args:
       num_steps: largest number of CG steps, a Python int >= 1.
       tolerance: absolute norm of the residual at which CG stops, >= 0.
+      is_relative: the tolerance is that share of the norm of the right-hand side.
       early_exit: leave the loop there. It then has no reverse-mode derivative. Otherwise the loop is unrolled
         and idles to its end, which can be differentiated, takes longer to compile, and is faster for
         convolutional networks on CPUs.
@@ -111,6 +113,7 @@ class TolerancePCG:
     num_steps: int = 20
     tolerance: chex.Numeric = 1e-5
     early_exit: bool = True
+    is_relative: bool = False
 
     def __post_init__(self):
         _check_some_steps(self.num_steps)
@@ -119,25 +122,40 @@ class TolerancePCG:
 
     def solve(self, system: System, /) -> Solution:
         """Returns the direction where the residual is as small as asked for, or after ``num_steps`` steps."""
+        b, tolerance = system.right_hand_side, self.tolerance
+        if self.is_relative:
+            tolerance = tolerance * trees.norm(b)
         return _pcg_solution(
-            system, num_steps=self.num_steps, tolerance=self.tolerance, early_exit=self.early_exit
+            system, num_steps=self.num_steps, tolerance=tolerance, early_exit=self.early_exit
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """Cholesky factorization of the whole matrix, for small networks and fits to measurements.
+    """Cholesky factorization of a matrix, for small networks, fits to measurements, and few outputs.
 
-    For N parameters it takes N derivatives of the model in forward mode and about ``N^3 / 3`` operations.
-    Rows and columns are scaled to a diagonal of ones first, and one step of iterative refinement follows.
-    Where the matrix is singular to rounding, the direction is not finite and the step is skipped; damping has
-    to grow then, as with :meth:`mlhf_optax.LevenbergMarquardt.without_noise`.
+    For N parameters and M outputs, of all examples, it forms the Jacobian: in one pass per output of an
+    example where examples can be told apart (:mod:`mlhf_optax.jacobian`), else in as many passes as the
+    smaller of N and M. Then it factorizes ``G + S``, of N x N numbers, or where M is smaller the matrix of
+    Woodbury's identity, ``1 + H^(1/2) J S^-1 J^T H^(1/2)``, of M x M: this takes about ``2 N M min(N, M)``
+    operations. One step of iterative refinement follows. Where the matrix is singular to rounding, the
+    direction is not finite and the step is skipped; damping has to grow then, as with
+    :meth:`mlhf_optax.LevenbergMarquardt.without_noise`.
+
+    Outputs have a space of their own if they are real, S is diagonal and positive, and the batch does not
+    differ from device to device.
 
     Args:
-      max_parameters: largest N, as the matrix has ``N^2`` numbers.
+      max_parameters: largest N in the space of parameters.
+      space: ``"parameters"``, ``"outputs"``, or None for the smaller of both.
+      max_outputs: largest M in the space of outputs.
+      acceleration: add the geodesic acceleration, what the curvature of the model bends the direction by, if
+        it
+        is at most half this number times as long as the direction: at most 1 is safe. It takes the second
+        derivative along the direction, and a second solve with the same factors. None for none.
 
     Raises:
-      ValueError: for a number below 1, and from ``solve`` for more parameters.
+      ValueError: for values out of range, and from ``solve`` for more parameters or outputs.
 
     Example:
       >>> from mlhf_optax import Model, SquaredError, scale_by_damped_step
@@ -148,41 +166,197 @@ class Exact:
       >>> params = jnp.zeros(2)
       >>> tx.update(jax.grad(model.loss)(params, batch), tx.init(params), params, batch=batch)[0]
       Array([ 0., -1.], dtype=float32)
+
+    References:
+      Transtrum, Sethna, `Improvements to the Levenberg-Marquardt algorithm for nonlinear least-squares
+      minimization <https://arxiv.org/abs/1201.5885>`_, 2012, for the acceleration.
     """
 
     max_parameters: int = 4096
+    space: Space | None = None
+    max_outputs: int = 4096
+    acceleration: float | None = None
 
     def __post_init__(self):
-        check_number("max_parameters", self.max_parameters, FROM_ONE)
+        check_fields(self, FROM_ONE, "max_parameters", "max_outputs")
+        check_choice("space", self.space, (None, "parameters", "outputs"))
+        check_fields(self, POSITIVE, "acceleration", or_none=True)
 
     def solve(self, system: System, /) -> Solution:
         """Returns the solution; ``num_steps`` is 1."""
         b, unravel = ravel_pytree(system.right_hand_side)
-        if b.size > self.max_parameters:
-            raise ValueError(
-                f"`Exact()` would form a matrix of {b.size:,} x {b.size:,} numbers, "
-                f"{b.size**2 * b.dtype.itemsize / 2**30:.1f} GiB; use `PCG`, or raise `max_parameters` from "
-                f"{self.max_parameters:,}"
-            )
-        of_unit = lambda unit: ravel_pytree(system.operators.damping(unravel(unit)))[0]
-        damping = trees.at_least_f32(jax.vmap(of_unit)(jnp.eye(b.size, dtype=b.dtype)))
-        matrix = system.ggn.matrix + damping
-        wide = b.astype(matrix.dtype)  # no library factorizes matrices in low precision
-        diagonal = jnp.diag(matrix)
-        scale = jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1.0))
-        factor = jax.scipy.linalg.cho_factor(scale[:, None] * matrix * scale[None, :], lower=True)
-        invert = lambda r: scale * jax.scipy.linalg.cho_solve(factor, scale * r)
-        direction = invert(wide)
-        direction = direction + invert(wide - matrix @ direction)
-        residual = wide - matrix @ direction
+        wide = trees.at_least_f32(b)  # no library factorizes matrices in low precision
+        space = self._space(system, b)
+        done = _in_outputs(system, wide) if space == "outputs" else _in_parameters(system, wide, unravel)
+        direction = done.solve(wide)
+        if self.acceleration is not None and system.ggn.num_outputs is not None:
+            direction = self._accelerated(system.ggn, unravel(direction.astype(b.dtype)), direction, done)
+        residual = wide - done.times(direction)
         tree = lambda vector: unravel(vector.astype(b.dtype))
         return Solution(
             tree(direction),
             tree(residual),
             jnp.ones((), jnp.int32),
             jnp.linalg.norm(residual).astype(jnp.float32),
-            tree(damping @ direction) if system.operators.damping_after_preconditioner else (),
+            tree(done.damping(direction)) if system.operators.damping_after_preconditioner else (),
         )
+
+    def _space(self, system: System, b: jax.Array) -> Space:
+        """Returns where the matrix is formed.
+
+        Raises:
+          ValueError: if it would be too large, with its size.
+        """
+        num_outputs = system.ggn.num_outputs
+        has_outputs = num_outputs is not None and isinstance(system.operators.damping, Scale)
+        if self.space == "outputs" and not has_outputs:
+            raise ValueError(
+                '`Exact(space="outputs")` needs damping that is a number per tensor or per parameter, real '
+                "outputs, and one batch for all devices; leave `space` out, or use `PCG`"
+            )
+        count = num_outputs if has_outputs and num_outputs is not None else b.size
+        smaller: Space = "outputs" if has_outputs and count < b.size else "parameters"
+        space = self.space or smaller
+        limit = self.max_outputs if space == "outputs" else self.max_parameters
+        size = count if space == "outputs" else b.size
+        if size > limit:
+            raise ValueError(
+                f"`Exact()` would form a matrix of {size:,} x {size:,} numbers, "
+                f"{size**2 * b.dtype.itemsize / 2**30:.1f} GiB, for {b.size:,} parameters and "
+                f"{'complex' if num_outputs is None else f'{num_outputs:,}'} outputs; use `PCG`, or raise "
+                f"`max_{space}` from {limit:,}"
+            )
+        return space
+
+    def _accelerated(self, ggn: GGN, tree: Any, direction: jax.Array, done: "_Factorized") -> jax.Array:
+        """Returns the direction and half of what the bend of the model adds to it."""
+        bend = ggn.bend(tree)
+        if bend is None:  # the model has no second derivative
+            return direction
+        bent = done.of_outputs(ggn.curved(bend)).astype(direction.dtype)
+        limit: Any = self.acceleration
+        is_small = 2 * jnp.linalg.norm(bent) <= limit * jnp.linalg.norm(direction)  # NaN is not
+        return direction + jnp.where(is_small, bent / 2, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class BySize:
+    """The solver that the sizes of a problem call for: exact where that is cheap, else CG to a tolerance.
+
+    Exact is a Cholesky factorization in the space of parameters or of outputs, whichever is smaller
+    (:class:`Exact`), if the Jacobian fits into 1 GiB and the factorization takes at most some ten seconds of
+    one core (:func:`mlhf_optax.dense.cheaper_space`). Sizes are those of shapes, so nothing is chosen at run
+    time.
+
+    Args:
+      num_steps: most CG steps.
+      tolerance: relative tolerance of CG.
+      acceleration: as that of :class:`Exact`; CG has none.
+
+    Example:
+      >>> BySize(num_steps=50).tolerance
+      0.01
+    """
+
+    num_steps: int = 200
+    tolerance: float = 1e-2
+    acceleration: float | None = 0.75
+
+    def __post_init__(self):
+        TolerancePCG(self.num_steps, self.tolerance)  # checks both
+        check_fields(self, POSITIVE, "acceleration", or_none=True)
+
+    def solve(self, system: System, /) -> Solution:
+        """Returns the solution of the solver that the sizes call for."""
+        size = system.ggn.num_params
+        space = cheaper_space(size, system.ggn.num_outputs)
+        if space is None:
+            return TolerancePCG(self.num_steps, self.tolerance, is_relative=True).solve(system)
+        limit = max(size, system.ggn.num_outputs or 0)
+        return Exact(limit, space, limit, self.acceleration).solve(system)
+
+
+class _Factorized(NamedTuple):
+    """A matrix ``G + S`` that has been factorized; four functions of vectors.
+
+    Attributes:
+      solve: ``(G + S)^-1 b`` for the right-hand side b.
+      of_outputs: ``(G + S)^-1 J^T u`` for u of shape (M,).
+      times: the product with ``G + S``.
+      damping: the product with S.
+    """
+
+    solve: Callable[[jax.Array], jax.Array]
+    of_outputs: Callable[[jax.Array], jax.Array]
+    times: Callable[[jax.Array], jax.Array]
+    damping: Callable[[jax.Array], jax.Array]
+
+
+def _in_parameters(system: System, b: jax.Array, unravel: Any) -> _Factorized:
+    """Factorizes ``G + S``; rows and columns are scaled to a diagonal of ones first."""
+    operator = system.operators.damping
+    if isinstance(operator, Scale):
+        own = _vector(operator, system.right_hand_side)
+        damping, matrix = (lambda v: own * v), system.ggn.matrix + jnp.diag(own)
+    else:
+        of_unit = lambda unit: ravel_pytree(operator(unravel(unit)))[0]
+        units = jnp.eye(b.size, dtype=ravel_pytree(system.right_hand_side)[0].dtype)
+        dense = trees.at_least_f32(jax.vmap(of_unit)(units))
+        damping, matrix = (lambda v: dense @ v), system.ggn.matrix + dense
+    diagonal = jnp.diag(matrix)
+    scale = jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1.0))
+    factor = jax.scipy.linalg.cho_factor(scale[:, None] * matrix * scale[None, :], lower=True)
+    once = lambda r: scale * jax.scipy.linalg.cho_solve(factor, scale * r)
+    times = lambda v: matrix @ v
+
+    def solve(r: jax.Array) -> jax.Array:
+        first = once(r)
+        return first + once(r - times(first))
+
+    return _Factorized(solve, lambda u: solve(u @ system.ggn.rows.jacobian), times, damping)
+
+
+def _in_outputs(system: System, b: jax.Array) -> _Factorized:
+    """Factorizes the matrix of Woodbury's identity.
+
+    ``(S + J^T H J)^-1 J^T u = S^-1 J^T (1 + H K)^-1 u`` with ``K = J S^-1 J^T`` loses nothing where damping
+    is small, unlike the identity for a vector that is no ``J^T u``. So what b is beside the gradient, mostly
+    nothing but rounding, is left to the second form.
+    """
+    ggn, rows = system.ggn, system.ggn.rows
+    own = _vector(system.operators.damping, system.right_hand_side)
+    spread = rows.jacobian / own
+    kernel, one = spread @ rows.jacobian.T, jnp.eye(rows.jacobian.shape[0], dtype=b.dtype)
+    if rows.weights is not None:
+        root = jnp.sqrt(jnp.maximum(rows.weights, 0.0))  # of a loss that is convex in the outputs
+        factor = jax.scipy.linalg.cho_factor(one + root[:, None] * kernel * root, lower=True)
+        # (1 + H K)^-1 u = u - root (1 + root K root)^-1 root K u, and without a difference where u is root w.
+        safe = jnp.where(root > 0, root, 1.0)
+        inner = lambda u: jnp.where(root > 0, root * jax.scipy.linalg.cho_solve(factor, u / safe), 0.0)
+        flat = lambda u: u - jnp.where(root > 0, u, 0.0)  # outputs without curvature
+        outer = lambda u: inner(u - root**2 * (kernel @ flat(u))) + flat(u)
+    else:
+        lu = jax.scipy.linalg.lu_factor(one + jax.vmap(ggn.curved, in_axes=1, out_axes=1)(kernel))
+        outer = lambda u: jax.scipy.linalg.lu_solve(lu, u)
+    times = lambda v: (rows.curved @ v) @ rows.jacobian + own * v
+    of_outputs = lambda u: outer(u) @ spread
+    other = lambda r: (r - of_outputs(rows.curved @ (r / own)) * own) / own
+
+    def invert(r: jax.Array) -> jax.Array:
+        first = other(r)
+        return first + other(r - times(first))
+
+    def solve(r: jax.Array) -> jax.Array:
+        first = of_outputs(ggn.slope)
+        return first + invert(r - times(first))
+
+    return _Factorized(solve, of_outputs, times, lambda v: own * v)
+
+
+def _vector(operator: Any, like: Any) -> jax.Array:
+    """Returns the diagonal of an operator, a number per parameter."""
+    wide = lambda s, leaf: jnp.broadcast_to(s, leaf.shape).ravel().astype(trees.wide_dtype(leaf))
+    return jnp.concatenate(jax.tree.leaves(jax.tree.map(wide, operator.values, like)))
 
 
 def damped_ggn(ggn: Matvec, damping: Matvec) -> Matvec:

@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mlhf_optax.controllers.protocol import Operator, Operators
+from mlhf_optax.controllers.protocol import Observed, Operator, Operators
 from mlhf_optax.solvers import Solution
 
 _LOSS_DECAY = 0.9  # of the running mean of losses
@@ -16,8 +16,8 @@ _NO_LOSS = float(jnp.finfo(jnp.float32).max)  # before the first; infinity would
 class StepInfo(NamedTuple):
     """What the last step did, for looking at: no step uses it.
 
-    All fields but ``skipped_steps`` and the three after it describe the last step that was tried, skipped or
-    not.
+    All fields but the counts of steps (``skipped_steps``, ``refused_steps``, ``changed_batches``) and the
+    three after the first describe the last step that was tried, skipped or not.
 
     Attributes:
       skipped_steps: number of steps so far that moved no parameter, because something was not finite or the
@@ -39,6 +39,10 @@ class StepInfo(NamedTuple):
         is none.
       reduction_ratio: change of the loss over the change that the quadratic model predicts; 0 if the
         controller does not measure it.
+      refused_steps: number of steps so far that would have raised the loss and were not taken, by a rule for
+        losses without noise. The damping grew, and the next step is shorter. They are not among the skipped.
+      changed_batches: number of steps so far that came with another batch than the step before, as told by
+        the loss. For such a rule, which takes all batches for the same; should be 0.
     """
 
     skipped_steps: jax.Array  # shape=(), dtype=int32
@@ -56,9 +60,11 @@ class StepInfo(NamedTuple):
     preconditioner_mean: jax.Array
     preconditioner_max: jax.Array
     reduction_ratio: jax.Array
+    refused_steps: jax.Array  # shape=(), dtype=int32
+    changed_batches: jax.Array  # shape=(), dtype=int32
 
 
-_COUNTS = ("skipped_steps", "cg_steps")
+_COUNTS = ("skipped_steps", "cg_steps", "refused_steps", "changed_batches")
 
 
 def initial_info() -> StepInfo:
@@ -76,7 +82,7 @@ def next_info(
     is_taken: jax.Array,
     solution: Solution,
     operators: Operators,
-    reduction_ratio: jax.Array,
+    observed: Observed,
 ) -> StepInfo:
     """Returns the info after a step.
 
@@ -87,9 +93,9 @@ def next_info(
       is_taken: whether the parameters move, shape ().
       solution: what the solver found.
       operators: damping and preconditioner.
-      reduction_ratio: as the controller measured it.
+      observed: what the controller made of it.
     """
-    loss = jnp.asarray(loss, jnp.float32)
+    loss, refused = jnp.asarray(loss, jnp.float32), jnp.asarray(observed.is_refused)
     is_first = before.best_loss == _NO_LOSS
     smoothed = jnp.where(is_first, loss, _LOSS_DECAY * before.smoothed_loss + (1 - _LOSS_DECAY) * loss)
     smoothed = jnp.where(jnp.isfinite(loss), smoothed, before.smoothed_loss)
@@ -99,7 +105,7 @@ def next_info(
     damping = _min_mean_max(operators.damping, solution.direction)
     preconditioner = _min_mean_max(operators.preconditioner, solution.direction)
     return StepInfo(
-        skipped_steps=before.skipped_steps + jnp.logical_not(is_taken).astype(jnp.int32),
+        skipped_steps=before.skipped_steps + (~is_taken & ~refused).astype(jnp.int32),
         best_loss=best,
         smoothed_loss=smoothed,
         worst_rise=jnp.maximum(before.worst_rise, rise),
@@ -113,7 +119,9 @@ def next_info(
         preconditioner_min=preconditioner[0],
         preconditioner_mean=preconditioner[1],
         preconditioner_max=preconditioner[2],
-        reduction_ratio=reduction_ratio,
+        reduction_ratio=observed.reduction_ratio,
+        refused_steps=before.refused_steps + refused.astype(jnp.int32),
+        changed_batches=before.changed_batches + jnp.asarray(observed.is_another_batch).astype(jnp.int32),
     )
 
 

@@ -67,9 +67,15 @@ def test_a_controller_that_keeps_damping_times_direction_is_told_it():
 def test_too_many_parameters_are_an_error_that_says_the_sizes():
     params, batch = problems.mlp_params(), problems.batch()
     count = problems.flat(params).size
-    tx = scale_by_hessian_free(Model(problems.mlp, problems.LOSS), solver=Exact(max_parameters=count - 1))
-    with pytest.raises(ValueError, match="use `PCG`, or raise `max_parameters` from"):
-        direction_of(tx, params, batch)
+    for solver, limit in (
+        (Exact(max_parameters=count - 1, space="parameters"), "parameters"),
+        (Exact(max_outputs=15), "outputs"),
+    ):
+        tx = scale_by_hessian_free(Model(problems.mlp, problems.LOSS), solver=solver)
+        with pytest.raises(
+            ValueError, match=f"26 parameters and 16 outputs; use `PCG`, or raise `max_{limit}`"
+        ):
+            direction_of(tx, params, batch)
     with pytest.raises(ValueError, match="`max_parameters` must be at least 1"):
         Exact(0)
 

@@ -20,8 +20,8 @@ class Problem:
       batch: all of the data.
       predict_fn: residuals, for the optimizers.
       loss_fn: the loss of the residuals.
-      error: ``error(params)``, what the figure shows: the relative L2 error of the solution on points apart, or
-        the loss where there is no solution.
+      error: ``error(params)``, what the figure shows: the relative L2 error of the solution on points apart,
+        or the loss where there is no solution.
       dtype: of parameters and data.
     """
 
@@ -143,7 +143,8 @@ def poisson_5d() -> Problem:
     edge[np.arange(500), rng.integers(5, size=500)] = rng.integers(2, size=500)
     test = rng.random((4000, 5))
     sizes = (5, 64, 64, 48, 48, 1)
-    return _equation(sizes, inside, rng.random((3000, 5)), (test, solution(test)), values=(edge, solution(edge)))
+    points, values = rng.random((3000, 5)), (edge, solution(edge))
+    return _equation(sizes, inside, points, (test, solution(test)), values=values)
 
 
 def heat(dtype: str = "float64") -> Problem:

@@ -191,11 +191,16 @@ class Observed(NamedTuple):
       is_accepted: whether the step is taken, shape (); one that is not sound never is.
       reduction_ratio: change of the loss over the change that the quadratic model predicts; 0 if it was
         not measured.
+      is_refused: whether the step is not taken although all was finite, as it would have raised the loss or
+        the damping was too small; not counted as skipped.
+      is_another_batch: whether the loss is not that which the step before had foreseen for the same batch.
     """
 
     state: Any
     is_accepted: jax.Array
     reduction_ratio: jax.Array
+    is_refused: Any = False
+    is_another_batch: Any = False
 
 
 def accept(view: View, outcome: Outcome, state: Any) -> Observed:

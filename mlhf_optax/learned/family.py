@@ -66,6 +66,9 @@ class LearnedFamily:
       structure: ``structure(meta_params)``, the JSON that ``template`` needs; none if their shapes are
         always the same.
       fits_any: meta-parameters fit networks of any kind, whatever they were meta-trained on.
+      full_batch: ``full_batch(predict_fn, loss_fn, **few)``, what takes the place of the optimizer where
+        every batch is all of the data; None if there is no such thing. The optimizer then has an argument
+        ``full_batch``.
     """
 
     name: str
@@ -81,6 +84,7 @@ class LearnedFamily:
     resolve: Callable[[Any, Any], Any] = _unchanged
     structure: Callable[[Any], dict[str, Any]] = _nothing
     fits_any: bool = False
+    full_batch: Callable[..., optax.GradientTransformationExtraArgs] | None = None
 
     def __post_init__(self):
         if not self.label:

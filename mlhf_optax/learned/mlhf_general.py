@@ -8,6 +8,7 @@ import jax
 
 from mlhf_optax.controllers.tensor_network import TensorLSTM, init_tensor_lstm
 from mlhf_optax.curvature_batch import check_curvature_batch
+from mlhf_optax.full_batch import full_batch
 from mlhf_optax.learned.family import LearnedFamily, number_problem
 from mlhf_optax.mlhf import mlhf
 
@@ -115,4 +116,5 @@ MLHF_GENERAL = LearnedFamily(
     template=_template,
     check_record=_check_record,
     fits_any=True,
+    full_batch=full_batch,
 )

@@ -18,6 +18,11 @@ _MODEL = {
     "predict_fn": "``predict_fn(params, batch) -> outputs``, any pytree of arrays.",
     "loss_fn": "``loss_fn(outputs, batch) -> scalar``, a function of what ``predict_fn`` returns.",
 }
+_FULL_BATCH = """every batch is all of the data, so the loss has no noise: differential equations, fits to
+    measurements, regression on all examples. Then nothing learned is used, as a rule is better there:
+    :func:`mlhf_optax.full_batch.full_batch`, Levenberg and Marquardt's, with steps refused that raise the
+    loss, and exact solves where they are cheap. It leaves nothing to set but ``axis_name``.
+"""
 _CALL = (
     "call `optimizer(predict_fn, loss_fn, ...)` with the functions `predict_fn(params, batch) -> outputs` "
     "and `loss_fn(outputs, batch) -> scalar`; all else goes by name, such as `learning_rate=0.5`"
@@ -123,6 +128,8 @@ def _optimizer_of(family: LearnedFamily, meta_params: Any, recommended: Mapping[
     shown = list(inspect.signature(family.optimizer).parameters.values())[1:]
     # Without annotations, which fill a screen once JAX's unions are written out.
     shown = [p.replace(default=recommended.get(p.name, p.default), annotation=p.empty) for p in shown]
+    if family.full_batch is not None:
+        shown.insert(2, inspect.Parameter("full_batch", inspect.Parameter.KEYWORD_ONLY, default=False))
     parameters = {parameter.name: parameter for parameter in shown}
 
     def optimizer(predict_fn: Any = None, loss_fn: Any = None, *others: Any, **arguments: Any) -> Any:
@@ -136,6 +143,14 @@ def _optimizer_of(family: LearnedFamily, meta_params: Any, recommended: Mapping[
                 raise TypeError(f"`{name}` {came}; {_CALL}")
         if others:
             raise TypeError(f"got {2 + len(others)} arguments by position; {_CALL}")
+        if arguments.pop("full_batch", False) and family.full_batch is not None:
+            if superfluous := sorted(arguments.keys() - {"axis_name"}):
+                raise ValueError(
+                    f"`full_batch=True` leaves nothing to set; leave out {', '.join(superfluous)}. "
+                    "`hessian_free` with `LevenbergMarquardt.without_noise(...)` and `solvers.BySize(...)` "
+                    "has all of it as arguments"
+                )
+            return family.full_batch(predict_fn, loss_fn, **arguments)
         return family.optimizer(meta_params, predict_fn, loss_fn, **{**recommended, **arguments})
 
     shows: Any = optimizer
@@ -149,7 +164,7 @@ def _help(family: LearnedFamily, names: list[str], recommended: Mapping[str, Any
     """Returns the docstring of an optimizer, with the arguments as its family explains them."""
     section = re.search(r"^Args:\n((?:  .*\n|\n)+)", inspect.getdoc(family.optimizer) or "", re.MULTILINE)
     entries = re.findall(r"^  (\w+): ((?:.*\n)(?:    .*\n)*)", section[1] if section else "", re.MULTILINE)
-    texts = dict(entries) | {name: f"{text}\n" for name, text in _MODEL.items()}
+    texts = dict(entries) | {name: f"{text}\n" for name, text in _MODEL.items()} | {"full_batch": _FULL_BATCH}
     explained = "".join(f"  {name}: {texts[name]}" for name in names if name in texts)
     about = f"What it is: {family.description}. Defaults from the record: {_assigned(recommended)}."
     return f"""Returns {family.label} with these meta-parameters, as an optax transformation.

@@ -4,6 +4,7 @@ import json
 import sys
 
 import ablation_preconditioner
+import deterministic
 import first_order_cifar10
 import held_out
 import jax
@@ -95,6 +96,21 @@ RUNS = {
         "results.json figure.png",
     ),
     "bowl": (lodo_tasks, ["--task", "bowl", "--steps", "20"], "bowl.json"),
+    "deterministic": (
+        deterministic,
+        [
+            "--quick",
+            "--seconds",
+            "0.01",
+            "--problems",
+            "heat",
+            "nist",
+            "--optimizers",
+            "full_batch=True",
+            "Adam",
+        ],
+        "results.json figure.png",
+    ),
     "step": (step_time, [*SPEED, "--tasks", "linear", "--batches", "4"], "results.json figure.png"),
     "memory": (step_memory, SPEED, "results.json figure.png"),
     "meta step": (meta_step_time, [*SPEED, "--tasks", "digits-mlp"], "results.json figure.png"),
@@ -190,6 +206,7 @@ def test_a_script_runs_and_reports(name, tiny, tmp_path, capsys):
         (lodo_tasks, ["--task", "images"], "`task` must be one of 'bowl', 'pixels', got 'images'"),
         (step_time, ["--tasks", "cnn"], "`tasks` must be one of 'digits-mlp'"),
         (step_time, ["--batches", "64", "0"], "numbers of examples such as 64 128, got (64, 0)"),
+        (deterministic, ["--problems", "wave"], "`problems` must be one of 'poisson'"),
         (step_memory, ["--steps", "0"], "`steps` must be at least 1, got 0"),
         (meta_step_time, ["--tasks", "resnet9"], "`tasks` must be one of 'digits-mlp'"),
         (second_order_cifar10, ["--decays", "0.5"], "`decays` must be among 0.667, 0.9,"),

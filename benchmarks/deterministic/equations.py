@@ -102,7 +102,10 @@ def _equation(
         difference = jax.vmap(lambda point: network(params, point))(x) - solution
         return jnp.sqrt(jnp.mean(difference**2) / jnp.mean(solution**2))
 
-    loss_fn = lambda outputs, batch: sum(jnp.mean(leaf**2) for leaf in jax.tree.leaves(outputs))
+    def loss_fn(outputs: Any, batch: Any) -> jax.Array:
+        del batch
+        return jnp.sum(jnp.stack([jnp.mean(leaf**2) for leaf in jax.tree.leaves(outputs)]))
+
     return Problem(sizes, cast(batch), predict_fn, loss_fn, error, dtype)
 
 

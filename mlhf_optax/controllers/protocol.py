@@ -12,6 +12,7 @@ optimizer                   controller                 solver             after 
 ``gauss_newton``            ``constant``               ``PCG(4)``         the same, growth on request
 ``hessian_free``            ``scheduled``              ``TolerancePCG``   learning rate
 ``hessian_free``, adapted   ``levenberg_marquardt``    ``TolerancePCG``   learning rate
+``full_batch=True``         ``levenberg_marquardt``    ``BySize``         nothing
 ==========================  =========================  =================  ==================================
 
 A step calls ``control`` (what damping and preconditioner are made of), ``operators`` (S and P for the solver)

@@ -171,6 +171,29 @@ def test_refused_steps_are_counted_apart_from_skipped_ones():
     assert (int(info.refused_steps), int(info.skipped_steps)) == (0, 1)
 
 
+def test_the_first_step_of_a_fit_is_as_long_as_the_radius_and_later_ones_follow_the_ratio():
+    fit = nist.load()["Misra1a"]
+    rule = LevenbergMarquardt.without_noise()
+    model, start = Model(fit.predict_fn, nist.loss_fn), fit.starts[0]
+    tx = hessian_free(1.0, *(fit.predict_fn, nist.loss_fn), damping=rule, solver=Exact())
+    state = jax.jit(tx.update)(
+        jax.grad(model.loss)(start, fit.batch), tx.init(start), start, batch=fit.batch
+    )[1][0]
+    unit = problems.flat(state.controller["diagonal"])
+    norm = lambda tree: np.linalg.norm(np.sqrt(unit) * problems.flat(tree))
+    matrix = ggn_matvec(fit.predict_fn, nist.loss_fn, start, fit.batch).matrix
+    damped = np.asarray(matrix) + np.diag(float(state.controller["damping"]) * unit)
+    direction = np.linalg.solve(damped, problems.flat(jax.grad(model.loss)(start, fit.batch)))
+    length = np.linalg.norm(np.sqrt(unit) * direction)
+    assert length <= 0.1 * norm(start) * (1 + 1e-6)
+    np.testing.assert_allclose(state.controller["length"], length, rtol=1e-6)
+    ratio = float(state.info.reduction_ratio)
+    want = rule.adapt_radius(jnp.asarray(0.1 * norm(start)), jnp.asarray(length), jnp.asarray(ratio))
+    np.testing.assert_allclose(state.controller["radius"], want, rtol=1e-6)
+    assert rule.has_radius(32)
+    assert not rule.has_radius(33)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_nothing_is_kept_in_less_than_the_precision_of_the_parameters(dtype, general):
     tx = general.optimizer(*MODEL_FUNCTIONS, full_batch=True)

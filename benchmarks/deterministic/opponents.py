@@ -118,10 +118,11 @@ def makers(horizon: Callable[[float], int]) -> dict[str, Callable[[Any, Any], Co
     found["Muon: 0.02"] = optax_of(
         lambda p: optax.contrib.muon(optax.cosine_decay_schedule(0.02, horizon(2e-3)))
     )
-    for label, name, arguments in (("SSBroyden", "ssbroyden", ()), ("SOAP", "soap", (3e-3,))):
+    for label, name in (("SSBroyden", "ssbroyden"), ("SOAP", "soap")):
         try:
             function = getattr(importlib.import_module(f"jno.optimizers.{name}"), name)
         except (ImportError, AttributeError):
             continue
-        found[label] = optax_of(lambda p, f=function, a=arguments: f(*a))
+        options_of = lambda p, name=name: {"qr_dtype": p.dtype} if name == "soap" else {}
+        found[label] = optax_of(lambda p, f=function, o=options_of: f(**o(p)))
     return found

@@ -25,7 +25,7 @@ from mlhf_optax.controllers.protocol import (
 )
 from mlhf_optax.dense import cheaper_space
 from mlhf_optax.support import placement, trees
-from mlhf_optax.support.checks import check_choice, require
+from mlhf_optax.support.checks import POSITIVE, check_choice, check_number, require
 
 Scaling = Literal["identity", "marquardt", "geometric", "by size"]
 _FEW_PARAMETERS = 32  # of a fit to measurements, each with a unit of its own
@@ -67,6 +67,12 @@ class LevenbergMarquardt:
         Both need the Jacobian, so use them with :class:`mlhf_optax.solvers.Exact` or
         :class:`mlhf_optax.solvers.BySize`, which form it anyway.
 
+      first_radius: for up to 32 parameters with Marquardt's scaling, and without ``initial_damping``: the
+        damping of a step is such that the direction is as long as a radius, or zero where it is shorter by
+        itself. Lengths are in units of the scaling. The first radius is this share of the length of the
+        parameters; later it follows the reduction ratio, halved below 0.25 and doubled above 0.75. This takes
+        the eigenvalues of the matrix. None, and for more parameters: the damping itself is adapted.
+
     Raises:
       ValueError: for a value out of range.
 
@@ -84,6 +90,7 @@ class LevenbergMarquardt:
     growth: float | None = None
     refuses: bool = False
     scaling: Scaling = "identity"
+    first_radius: float | None = None
 
     @classmethod
     def without_noise(cls, **changes: Any) -> "LevenbergMarquardt":
@@ -97,6 +104,7 @@ class LevenbergMarquardt:
           True
         """
         rule = cls(None, 1 / 3, 1e-4, 0.75, 1e-15, 1e10, growth=2.0, refuses=True, scaling="by size")
+        changes = {"first_radius": 0.1} | changes
         return dataclasses.replace(rule, **changes)
 
     def __post_init__(self):
@@ -109,6 +117,7 @@ class LevenbergMarquardt:
         require(first is None or least <= first <= most, "initial_damping", bounds, first)
         require(self.growth is None or self.growth > 1, "growth", "above 1, or None", self.growth)
         check_choice("scaling", self.scaling, get_args(Scaling))
+        check_number("first_radius", self.first_radius, POSITIVE, or_none=True)
 
     def adapt(self, damping: jax.Array, ratio: jax.Array) -> jax.Array:
         """Returns the damping of the next step.
@@ -130,6 +139,23 @@ class LevenbergMarquardt:
         factor = jnp.where(ratio > self.high, self.decay, grown_or_kept)
         dtype = getattr(damping, "dtype", jnp.float32)
         return jnp.clip(damping * factor, self.min_damping, self.max_damping).astype(dtype)
+
+    def has_radius(self, num_params: int) -> bool:
+        """Returns whether the damping follows from a radius, for so many parameters."""
+        is_scaled = self.scaling_of(num_params) == "marquardt" and num_params <= _FEW_PARAMETERS
+        return is_scaled and self.first_radius is not None and self.initial_damping is None
+
+    def adapt_radius(self, radius: jax.Array, length: jax.Array, ratio: jax.Array) -> jax.Array:
+        """Returns the radius of the next step, from the length of the direction and its reduction ratio.
+
+        Example:
+          >>> rule = LevenbergMarquardt.without_noise()
+          >>> [float(rule.adapt_radius(jnp.array(1.0), jnp.array(0.8), ratio)) for ratio in (0.1, 0.5, 0.9)]
+          [0.4000000059604645, 1.0, 1.600000023841858]
+        """
+        known = jnp.where(jnp.isfinite(length), length, radius)
+        grown = jnp.where(ratio > 0.75, jnp.maximum(2 * known, radius), radius)
+        return jnp.where(ratio >= 0.25, grown, jnp.minimum(known, radius) / 2)  # NaN is too low
 
     def scaling_of(self, num_params: int) -> Scaling:
         """Returns the scaling for so many parameters.
@@ -180,6 +206,9 @@ def levenberg_marquardt(
         if scaling == "marquardt":
             zeros = lambda p: placement.zeros_like(p, trees.wide_dtype(p))
             state["diagonal"] = jax.tree.map(zeros, params)
+        if rule.has_radius(trees.size(params)):
+            # Zero until the first step; the length is that of the direction without acceleration.
+            state |= {"radius": jnp.zeros((), dtype), "length": jnp.zeros((), dtype)}
         if rule.refuses:
             state |= {"first_loss": jnp.zeros((), dtype), "next_loss": jnp.zeros((), dtype)}
         return state
@@ -196,6 +225,8 @@ def levenberg_marquardt(
     def control(view: View, state: Any) -> Control:
         if "diagonal" in state:
             state = state | {"diagonal": jax.tree.map(jnp.maximum, state["diagonal"], _diagonal(view))}
+        if "radius" in state:
+            state = state | _within_radius(rule, view, state, signal_of(view, state)["unit"])
         return Control(signal_of(view, state), state)
 
     def operators(view: View, signal: Any) -> Operators:
@@ -222,6 +253,11 @@ def levenberg_marquardt(
             kept = jnp.where(view.is_valid, jnp.where(moves, new_loss, loss), state["next_loss"])
             losses = {"first_loss": first, "next_loss": kept}
             next_state = state | {name: value.astype(damping.dtype) for name, value in losses.items()}
+        if "radius" in state:
+            radius = rule.adapt_radius(state["radius"], state["length"], jnp.where(moves, ratio, -1.0))
+            # Damping is that of this step, and worked out anew in the next.
+            next_state = next_state | {"radius": jnp.where(view.is_valid, radius, state["radius"])}
+            adapted = damping
         count = jnp.asarray(optax.safe_increment(state["count"]))
         next_state = next_state | {"count": count, "damping": adapted}
         is_accepted = moves & jnp.isfinite(new_loss)
@@ -235,6 +271,35 @@ def _diagonal(view: View) -> Any:
     """Returns the diagonal of G, a tree like the parameters."""
     flat, unravel = ravel_pytree(jax.tree.map(trees.at_least_f32, view.gradient))
     return unravel(view.ggn.diagonal.astype(flat.dtype))
+
+
+def _length(unit: Any, vector: Any) -> jax.Array:
+    """Returns the length of a tree like the parameters, each in its unit."""
+    return trees.norm(jax.tree.map(lambda u, v: jnp.sqrt(u) * v, unit, vector))
+
+
+def _within_radius(rule: LevenbergMarquardt, view: View, state: Any, unit: Any) -> dict[str, jax.Array]:
+    """Returns the radius, and the damping with which the direction is as long."""
+    share: Any = rule.first_radius
+    ones = jax.tree.map(jnp.ones_like, view.params)
+    length = _length(unit, view.params)
+    first = share * jnp.where(length > 0, length, _length(unit, ones))
+    radius = jnp.where(state["radius"] > 0, state["radius"], first.astype(state["radius"].dtype))
+    scale = jax.lax.rsqrt(ravel_pytree(unit)[0])
+    values, vectors = jnp.linalg.eigh(scale[:, None] * view.ggn.matrix * scale)
+    gradient = vectors.T @ (scale * ravel_pytree(view.gradient)[0])
+    length_at = lambda damping: jnp.linalg.norm(gradient / (jnp.maximum(values, 0.0) + damping))
+    low, high = jnp.log(rule.min_damping), jnp.log(rule.max_damping)
+
+    def halved(_: Any, ends: Any) -> Any:
+        middle = (ends[0] + ends[1]) / 2
+        is_long = length_at(jnp.exp(middle)) > radius
+        return jnp.where(is_long, middle, ends[0]), jnp.where(is_long, ends[1], middle)
+
+    ends = tuple(jnp.asarray(end, gradient.dtype) for end in (low, high))
+    damping = jnp.exp(jax.lax.fori_loop(0, 50, halved, ends)[1])
+    found = {"radius": radius, "length": length_at(damping), "damping": damping}
+    return {name: value.astype(state["damping"].dtype) for name, value in found.items()}
 
 
 def _geometric(view: View) -> Any:

@@ -8,7 +8,7 @@ linearization of the model (paper, section 2.2).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import chex
@@ -123,7 +123,9 @@ def loss_and_ggn(
 
     slope = lambda: jax.grad(lambda floats: loss_fn(outputs.merge(floats), batch))(outputs.floats)
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in outputs.floats]
-    at = Linearization(params, shapes, push_forward, curvature, slope, bend, axis_name)
+    at = Linearization(
+        params, shapes, push_forward, curvature, slope, bend, axis_name, outputs.has_convolutions
+    )
     return placement.mean_over(loss_fn(outputs.tree, batch), axis_name), GGN(matvec, at)
 
 
@@ -134,11 +136,13 @@ class _Outputs(NamedTuple):
       tree: as the model returns them.
       floats: the leaves that are differentiated.
       merge: from such leaves to a tree; the others, predictions, masks and counters, are constants.
+      has_convolutions: whether they come from any.
     """
 
     tree: Outputs
     floats: list[jax.Array]
     merge: Callable[[list[jax.Array]], Outputs]
+    has_convolutions: bool = False
 
 
 def _split(tree: Outputs) -> _Outputs:
@@ -168,7 +172,9 @@ def _linearized(
             "return logits, means or log-probabilities, not predictions"
         )
     outputs = _split(tree)
-    if _custom_rules(jax.make_jaxpr(push_forward)(params)):
+    program = jax.make_jaxpr(push_forward)(params)
+    outputs = outputs._replace(has_convolutions=_has_convolutions(program))
+    if _custom_rules(program):
         return outputs, *_from_reverse_mode(floats, params, leaves)
     transposed = jax.linear_transpose(push_forward, params)
 
@@ -188,19 +194,23 @@ def _linearized(
 _CUSTOM_VJP = ("custom_lin", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """Returns all equations of a program, also those of loops and functions that it calls."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield equation
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple | list) else [value]:
+                if hasattr(part, "eqns") or hasattr(part, "jaxpr"):
+                    yield from _equations(part)
+
+
 def _custom_rules(jaxpr: Any) -> list[str]:
     """Returns the names of the ``jax.custom_vjp`` functions in a program, which JAX refuses only late."""
-    inner = getattr(jaxpr, "jaxpr", jaxpr)
-    found = []
-    for equation in inner.eqns:
-        if equation.primitive.name in _CUSTOM_VJP:
-            found.append(_function_name(equation))
-        for value in equation.params.values():
-            parts = value if isinstance(value, tuple | list) else [value]
-            for part in parts:
-                if hasattr(part, "eqns") or hasattr(part, "jaxpr"):
-                    found += _custom_rules(part)
-    return found
+    return [_function_name(own) for own in _equations(jaxpr) if own.primitive.name in _CUSTOM_VJP]
+
+
+def _has_convolutions(jaxpr: Any) -> bool:
+    return any(own.primitive.name == "conv_general_dilated" for own in _equations(jaxpr))
 
 
 def _function_name(equation: Any) -> str:

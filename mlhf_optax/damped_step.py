@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from mlhf_optax.controllers.protocol import Control, Controller, Observed, Operators, Outcome, View
+from mlhf_optax.dense import PackedGGN
 from mlhf_optax.model import Model
 from mlhf_optax.solvers import PCG, Solution, Solver, System
 from mlhf_optax.step_info import StepInfo, initial_info, next_info
@@ -31,7 +32,6 @@ class DampedStepState(NamedTuple):
         descend, and a skipped step changes nothing else, so full-batch training would repeat it forever;
         from zero CG always descends.
       residual: r of the last such step, if the controller looks at it; else empty.
-      damped: S d of the last such step, likewise.
       controller: state of the controller.
       initial_rms: root mean square of the parameters when the optimizer was initialised.
       info: what the last step did.
@@ -40,7 +40,6 @@ class DampedStepState(NamedTuple):
     count: jax.Array  # shape=(), dtype=int32
     direction: chex.ArrayTree
     residual: Any
-    damped: Any
     controller: Any
     initial_rms: jax.Array  # shape=(), at least float32
     info: StepInfo
@@ -109,7 +108,6 @@ def init_state(controller: Controller, params: chex.ArrayTree) -> DampedStepStat
         count=jnp.zeros((), jnp.int32),
         direction=vector(controller.is_warm_started),
         residual=vector(controller.keeps_residual),
-        damped=vector(controller.keeps_damped),
         controller=controller.init(params),
         initial_rms=jnp.array(trees.root_mean_square(params)),
         info=initial_info(),
@@ -130,23 +128,28 @@ def linearize(
     A step with numbers that are not finite is skipped, but still computed, on zeros: otherwise derivatives
     through it would be NaN although nothing of it was used.
     """
+    packing = None if controller.packing is None else controller.packing(params)
+    pack = (lambda tree: tree) if packing is None else packing.pack
+    vector = pack(gradient)
     # A gradient whose square overflows is as bad: no inner product of the solve would be finite.
-    is_valid = trees.is_finite([trees.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradient)])
-    gradient, batch = trees.zero_unless(is_valid, gradient), _shielded(is_valid, batch)
+    is_valid = trees.is_finite([trees.vdot(leaf, leaf) for leaf in jax.tree.leaves(vector)])
+    vector, batch = trees.zero_unless(is_valid, vector), _shielded(is_valid, batch)
     loss, ggn = model.linearized(params, batch)
-    direction = state.direction if controller.is_warm_started else jax.tree.map(jnp.zeros_like, gradient)
+    old = lambda tree: pack(tree) if jax.tree.leaves(tree) else tree
     return View(
-        params=params,
-        gradient=gradient,
-        direction=direction,
-        residual=state.residual,
-        damped=state.damped,
-        ggn=ggn,
+        params=pack(params),
+        gradient=vector,
+        direction=old(state.direction)
+        if controller.is_warm_started
+        else jax.tree.map(jnp.zeros_like, vector),
+        residual=old(state.residual),
+        ggn=ggn if packing is None else PackedGGN(ggn, packing),
         loss=jnp.where(is_valid, loss, jnp.nan),
         loss_at=lambda p: model.loss(p, batch),
         initial_rms=state.initial_rms,
         is_valid=is_valid,
         axis_name=model.axis_name,
+        packing=packing,
     )
 
 
@@ -195,11 +198,6 @@ def damped_step(
 def _solve(controller: Controller, solver: Solver, view: View, signal: Any) -> Solved:
     """Solves ``(G + S) d = b``, with S, P and b from the controller's signal."""
     operators = controller.operators(view, signal)
-    if controller.keeps_damped and operators.damping_after_preconditioner is None:
-        raise ValueError(
-            "the controller has `keeps_damped=True`, but operators without `damping_after_preconditioner`; "
-            "without it no solve tells damping times direction, so give them one, or do not keep it"
-        )
     b = view.gradient if operators.right_hand_side is None else operators.right_hand_side
     start = view.direction if operators.start is None else operators.start
     system = System(view.ggn, operators, b, start if controller.is_warm_started else None)
@@ -244,7 +242,7 @@ def _advance(
     """Returns the direction that is handed on, zero for a skipped step, and the next state."""
     solution, is_taken = solved.solution, observed.is_accepted
     moves = is_taken & ~verdict.is_optimum
-    direction, s_d = trees.zero_unless(moves, (solution.direction, solution.damped))
+    direction = trees.zero_unless(moves, solution.direction)
     handed_on = _scaled(solved.operators.step_scale, is_taken, direction)
     info = next_info(
         state.info,
@@ -260,17 +258,16 @@ def _advance(
         controller=observed.state,
         info=info,
     )
-    # A start that did not lead down is forgotten: from zero the next CG descends.
-    fits = verdict.is_sound | ~verdict.is_finite
-    old_direction, old_s_d = trees.zero_unless(fits, (state.direction, state.damped))
+    unpack = (lambda vector: vector) if view.packing is None else view.packing.unpack
     if controller.is_warm_started:
-        new_state = new_state._replace(direction=trees.select(is_taken, direction, old_direction))
+        # A start that did not lead down is forgotten: from zero the next CG descends.
+        fits = verdict.is_sound | ~verdict.is_finite
+        kept = trees.select(is_taken, direction, trees.zero_unless(fits, view.direction))
+        new_state = new_state._replace(direction=unpack(kept))
     if controller.keeps_residual:
-        residual = trees.select(is_taken, solution.residual, state.residual)
-        new_state = new_state._replace(residual=residual)
-    if controller.keeps_damped:
-        new_state = new_state._replace(damped=trees.select(is_taken, s_d, old_s_d))
-    return handed_on, placement.placed_like(state, new_state)
+        residual = trees.select(is_taken, solution.residual, view.residual)
+        new_state = new_state._replace(residual=unpack(residual))
+    return unpack(handed_on), placement.placed_like(state, new_state)
 
 
 def _scaled(scale: jax.Array | None, is_taken: jax.Array, direction: chex.ArrayTree) -> chex.ArrayTree:

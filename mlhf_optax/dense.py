@@ -13,7 +13,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from mlhf_optax.jacobian import is_elementwise, rows_per_example
-from mlhf_optax.support import placement, trees
+from mlhf_optax.support import loops, placement, trees
+from mlhf_optax.support.packing import AnyPacking, Vector
 
 Matvec = Callable[[chex.ArrayTree], chex.ArrayTree]
 Space = Literal["parameters", "outputs"]
@@ -59,6 +60,7 @@ class Linearization(NamedTuple):
       slope: returns the gradient of the loss by the outputs.
       bend: ``v -> d^2 outputs(params + t v) / dt^2`` at t = 0.
       axis_name: axis along which batches differ.
+      has_convolutions: whether the model has any.
     """
 
     params: chex.ArrayTree
@@ -68,6 +70,7 @@ class Linearization(NamedTuple):
     slope: Callable[[], list[jax.Array]]
     bend: Callable[[Any], list[jax.Array]]
     axis_name: placement.AxisName = None
+    has_convolutions: bool = False
 
 
 class Rows(NamedTuple):
@@ -112,6 +115,11 @@ class GGN:
         return trees.size(self._at.params)
 
     @property
+    def has_convolutions(self) -> bool:
+        """Whether the model has any, also in loops and functions that it calls."""
+        return self._at.has_convolutions
+
+    @property
     def num_outputs(self) -> int | None:
         """M, how many outputs there are; None where they are complex, or differ from device to device."""
         is_complex = any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in self._at.outputs)
@@ -139,7 +147,7 @@ class GGN:
             return self.rows.jacobian.T @ self.rows.curved
         at, (flat, unravel) = self._at, ravel_pytree(self._at.params)
         of_unit = lambda unit: at.push_forward(placement.mark_varying(unravel(unit), at.axis_name))
-        jacobian = jax.lax.map(of_unit, jnp.eye(flat.size, dtype=flat.dtype), batch_size=AT_ONCE)
+        jacobian = loops.in_batches(of_unit, jnp.eye(flat.size, dtype=flat.dtype), batch_size=AT_ONCE)
         curved = jax.vmap(at.curvature)(jacobian)
         rows = lambda tree: jnp.concatenate(
             [trees.at_least_f32(leaf.reshape(flat.size, -1)) for leaf in tree], axis=1
@@ -183,6 +191,27 @@ class GGN:
         return jnp.concatenate([trees.at_least_f32(leaf).ravel() for leaf in leaves])
 
 
+class PackedGGN(NamedTuple):
+    """The product of a GGN on vectors of a packing.
+
+    Attributes:
+      of_trees: the GGN on trees like the parameters.
+      packing: how these are packed.
+    """
+
+    of_trees: GGN
+    packing: AnyPacking
+
+    def __call__(self, vector: Vector) -> Vector:
+        """Returns the product with a vector."""
+        return self.packing.pack(self.of_trees(self.packing.unpack(vector)))
+
+    @property
+    def has_convolutions(self) -> bool:
+        """Whether the model has any."""
+        return self.of_trees.has_convolutions
+
+
 def _count(leaf: Any) -> int:
     return math.prod(leaf.shape)
 
@@ -204,14 +233,14 @@ def _rows_of(at: Linearization, which: int, num_params: int, unravel: Callable) 
                 [flat(leaf, size) for leaf in jax.tree.leaves(rows(seed.reshape(others)))], axis=1
             )
             units = jnp.eye(each, dtype=output.dtype)
-            found = of_unit(units[0])[None] if each == 1 else jax.lax.map(of_unit, units, batch_size=16)
+            found = of_unit(units[0])[None] if each == 1 else loops.in_batches(of_unit, units, batch_size=16)
             return jnp.moveaxis(found, 0, 1).reshape(size * each, num_params)
     count = size * each
     if count < num_params:
         row = lambda unit: jnp.concatenate(
             [flat(leaf, 1)[0] for leaf in jax.tree.leaves(pull_back(unit.reshape(output.shape)))]
         )
-        return jax.lax.map(row, jnp.eye(count, dtype=output.dtype), batch_size=AT_ONCE)
+        return loops.in_batches(row, jnp.eye(count, dtype=output.dtype), batch_size=AT_ONCE)
     column = lambda unit: flat(forward(unravel(unit)), 1)[0]
     dtype = jnp.result_type(*jax.tree.leaves(at.params))
-    return jax.lax.map(column, jnp.eye(num_params, dtype=dtype), batch_size=AT_ONCE).T
+    return loops.in_batches(column, jnp.eye(num_params, dtype=dtype), batch_size=AT_ONCE).T

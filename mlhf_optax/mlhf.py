@@ -29,7 +29,7 @@ def scale_by_mlhf(
     schedule: optax.Schedule | None = None,
     layer_types_fn: LayerTypesFn | None = None,
     carry_dtype: Any = "float32",
-    unroll: bool | int = True,
+    unroll: bool | int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the gradient g by the MLHF direction d, in the sign of the gradient.
 
@@ -51,7 +51,8 @@ def scale_by_mlhf(
       layer_types_fn: maps the parameters to a tree of layer type names, for LSTMs on every coordinate;
         :func:`mlhf_optax.layer_types` if None.
       carry_dtype: dtype in which the states of LSTMs on every coordinate are stored.
-      unroll: unroll the CG loop (:func:`mlhf_optax.pcg.pcg`).
+      unroll: unroll the CG loop (:func:`mlhf_optax.pcg.pcg`); None for models with convolutions alone, which
+        XLA on CPUs runs far slower in a loop.
 
     Returns:
       A transformation whose ``update(grads, state, params, *, batch)`` needs the batch; its state is a
@@ -137,7 +138,7 @@ def mlhf(
     weight_decay: float = 0.0,
     layer_types_fn: LayerTypesFn | None = None,
     carry_dtype: Any = "float32",
-    unroll: bool | int = True,
+    unroll: bool | int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The MLHF optimizer: :func:`scale_by_mlhf`, the learning rate and the bound on the update.
 

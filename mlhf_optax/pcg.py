@@ -19,7 +19,7 @@ from jax import lax
 
 from mlhf_optax.curvature import Matvec
 from mlhf_optax.support import loops
-from mlhf_optax.support.trees import vdot
+from mlhf_optax.support.trees import once, vdot
 
 
 class Info(NamedTuple):
@@ -57,7 +57,6 @@ def pcg(
     preconditioner: Matvec | None = None,
     shift: Matvec | None = None,
     shift_after_preconditioner: Matvec | None = None,
-    shifted_x0: chex.ArrayTree | None = None,
     initial_residual: chex.ArrayTree | None = None,
     tolerance: chex.Numeric = 0.0,
     early_exit: bool = False,
@@ -75,7 +74,6 @@ def pcg(
       shift: S, if the matrix of the system is ``A + S`` and ``S P^-1`` is cheap. As p is made of
         ``y = P^-1 r``, ``S p`` is known from r, and no step needs a product with S.
       shift_after_preconditioner: the product with ``S P^-1``; None if ``preconditioner`` is ``S^-1``.
-      shifted_x0: ``S x0`` if it is known already.
       initial_residual: ``b - A x0`` if it is known already, which saves one product.
       tolerance: absolute norm of the residual below which no further step is taken.
       early_exit: leave the loop at convergence instead of idling to the end. Saves time where the
@@ -108,7 +106,7 @@ def pcg(
         r0 = b
         s_x0 = () if shift is None else jax.tree.map(jnp.zeros_like, b)
     elif shift is not None:
-        s_x0 = shift(start) if shifted_x0 is None else shifted_x0
+        s_x0 = shift(start)
     if r0 is None:
         a_x0 = matvec(start) if shift is None else jax.tree.map(jnp.add, matvec(start), s_x0)
         r0 = jax.tree.map(jnp.subtract, b, a_x0)
@@ -161,6 +159,111 @@ def pcg(
         state = loops.repeat(num_steps, step, state, unroll)
     norm = jnp.sqrt(lax.stop_gradient(vdot(state.r, state.r))).astype(jnp.float32)
     return state.x, state.r, Info(state.steps, norm, state.s_x)
+
+
+def pcg_from_direction(
+    matvec: Matvec,
+    b: chex.ArrayTree,
+    first: chex.ArrayTree,
+    *,
+    longest: jax.Array | float,
+    num_steps: int,
+    preconditioner: Matvec,
+    shift: Matvec,
+    shift_after_preconditioner: Matvec,
+    unroll: bool | int = True,
+) -> tuple[chex.ArrayTree, chex.ArrayTree, Info]:
+    """Takes a step along a given direction, then ``num_steps`` steps of preconditioned conjugate gradient.
+
+    CG starts from zero, and each step has the length that is exact in the quadratic model, so what is found
+    leads down, however bad the given direction is. A start that is taken as it is can lead up, if the matrix
+    has changed since: a few steps do not mend it. The steps after the first are not conjugate to it, as then
+    a first direction that is no longer a good one would hold them back.
+
+    Args:
+      matvec: product with ``A``, on pytrees shaped like ``b``; the matrix of the system is ``A + S``.
+      b: right-hand side, a pytree of arrays.
+      first: the first direction, shaped like ``b``, such as the solution of the step before; zero for none.
+      longest: its largest multiple, > 0; the smallest is zero.
+      num_steps: number of steps K >= 1 after it, a Python int.
+      preconditioner: P^-1, as for :func:`pcg`.
+      shift: S, used once.
+      shift_after_preconditioner: the product with ``S P^-1``.
+      unroll: unroll the loop, as for :func:`pcg`. If False, it holds one product and one preconditioner,
+        which compile once.
+
+    Returns:
+      As :func:`pcg`; ``info.steps`` counts the step along ``first``, too.
+
+    Raises:
+      TypeError: if ``num_steps`` is not an int.
+      ValueError: if ``num_steps`` is negative.
+
+    Example:
+      >>> a = jnp.array([[4.0, 1.0], [1.0, 3.0]])
+      >>> same = lambda v: v
+      >>> how = dict(preconditioner=same, shift=same, shift_after_preconditioner=same)
+      >>> x, r, info = pcg_from_direction(
+      ...     lambda v: a @ v, jnp.array([1.0, 2.0]), jnp.ones(2), longest=1.0, num_steps=2, **how
+      ... )
+      >>> [round(float(number), 3) for number in x]
+      [0.105, 0.474]
+    """
+    check_num_steps(num_steps)
+    b_b = lax.stop_gradient(vdot(b, b))
+    limits = jnp.finfo(b_b.dtype)
+    noise = jnp.maximum((10 * limits.eps) ** 2 * b_b, limits.tiny)  # of <r, r>
+    zeros_like = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+
+    def step(state: _FromDirection) -> _FromDirection:
+        is_first, is_last = state.index == 0, state.index == num_steps
+        a_p = jax.tree.map(jnp.add, matvec(state.p), state.s_p)
+        curvature = vdot(state.p, a_p)
+        active = (curvature > limits.tiny) & (state.slope > limits.tiny)
+        alpha = _where_divide(active, state.slope, curvature)
+        alpha = once(jnp.where(is_first, jnp.minimum(alpha, longest), alpha))
+        x, r = _add_scaled(state.x, alpha, state.p), _add_scaled(state.r, -alpha, a_p)
+        s_x = _add_scaled(state.s_x, alpha, state.s_p)
+        # The last residual needs no direction.
+        y = loops.cond(is_last, zeros_like, lambda r: preconditioner(r), r)
+        rho = vdot(r, y)
+        beta = once(_where_divide(active & ~is_first, rho, state.rho))
+        p = _add_scaled(y, beta, state.p)
+        s_p = _add_scaled(shift_after_preconditioner(r), beta, state.s_p)
+        is_left = lax.stop_gradient(vdot(r, r)) > noise
+        return _FromDirection(
+            x,
+            r,
+            p,
+            s_x,
+            s_p,
+            slope=jnp.where(is_left, rho, 0.0),
+            rho=rho,
+            steps=state.steps + active.astype(jnp.int32),
+            index=state.index + 1,
+        )
+
+    zero = zeros_like(b)
+    slope = vdot(first, b)
+    count = jnp.zeros((), jnp.int32)
+    state = _FromDirection(zero, b, first, zero, shift(first), slope, jnp.ones_like(slope), count, count)
+    state = loops.repeat(num_steps + 1, step, state, unroll)
+    norm = jnp.sqrt(lax.stop_gradient(vdot(state.r, state.r))).astype(jnp.float32)
+    return state.x, state.r, Info(state.steps, norm, state.s_x)
+
+
+class _FromDirection(NamedTuple):
+    """The loop of :func:`pcg_from_direction`; `slope` is <p, r>, and `rho` is <r, y>."""
+
+    x: Any
+    r: Any
+    p: Any
+    s_x: Any
+    s_p: Any
+    slope: jax.Array
+    rho: jax.Array
+    steps: jax.Array
+    index: jax.Array
 
 
 def check_num_steps(num_steps: Any, name: str = "num_steps") -> None:

@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mlhf_optax.controllers.protocol import Observed, Operator, Operators
+from mlhf_optax.controllers.protocol import Observed, Operator, Operators, PerTensor
 from mlhf_optax.solvers import Solution
 
 _LOSS_DECAY = 0.9  # of the running mean of losses
@@ -130,6 +130,9 @@ def _min_mean_max(operator: Operator | None, like: chex.ArrayTree) -> tuple[jax.
     if operator is None:
         one = jnp.ones((), jnp.float32)
         return one, one, one
+    if isinstance(operator.values, PerTensor):
+        numbers, sizes = operator.values
+        return jnp.min(numbers), jnp.sum(sizes * numbers) / jnp.sum(sizes), jnp.max(numbers)
     leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(operator.values)]
     sizes = [leaf.size for leaf in jax.tree.leaves(like)]
     totals = [

@@ -11,6 +11,7 @@ from mlhf_optax.support import placement, trees
 from mlhf_optax.support.checks import DECAY, INSIDE_0_1, POSITIVE, check_number
 
 _FREE_UPDATES = 3  # until then nothing can be called typical
+_MIN_RMS = 1e-3  # of parameters, below which they count as this large
 
 
 def after_solve(
@@ -44,16 +45,72 @@ def after_solve(
       >>> tx.update(jnp.array([1.0, 2.0]), tx.init(w), w)[0]
       Array([-0.5, -1. ], dtype=float32)
     """
-    return optax.chain(
-        *(() if max_growth is None else (limit_growth(max_growth),)),
-        decay_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-        optax.identity() if max_update_ratio is None else limit_update_ratio(max_update_ratio),
-        optax.identity() if momentum is None else average_updates(momentum),
-    )
+    check_number("max_growth", max_growth, POSITIVE, or_none=True)
+    check_number("max_update_ratio", max_update_ratio, POSITIVE, or_none=True)
+    growth = None if max_growth is None else limit_growth(max_growth)
+    averaging = None if momentum is None else average_updates(momentum)
+    has_decay = not (isinstance(weight_decay, int | float) and weight_decay == 0)
+
+    def init_fn(params):
+        state = AfterSolveState(
+            jnp.zeros((), jnp.int32),
+            () if growth is None else growth.init(params),
+            () if averaging is None else averaging.init(params),
+        )
+        return placement.copied_to_mesh_of(params, state)
+
+    def update_fn(updates, state, params: Any = None):
+        if has_decay or max_update_ratio is not None:
+            require_params(params, "after_solve")
+        norm = trees.norm(updates)
+        is_step = norm > 0
+        rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        scale = -jnp.asarray(rate, norm.dtype)
+        # All that is done to a direction is one factor on it, and one on the parameters.
+        decay = scale * weight_decay if has_decay else None
+        new_growth = state.growth
+        if max_growth is not None:
+            bound, new_growth = _bounded_growth(max_growth, 0.98, norm, state.growth)
+            scale = scale * bound
+        if max_update_ratio is not None:
+            of_params = trees.norm(params)
+            length = jnp.abs(scale) * norm
+            if decay is not None:
+                both = 2 * scale * decay * trees.vdot(updates, params)
+                length = trees.safe_sqrt(length**2 + both + jnp.square(decay * of_params))
+            allowed = max_update_ratio * jnp.maximum(of_params, _MIN_RMS * trees.size(params) ** 0.5)
+            shorter = jnp.where(length > allowed, allowed / jnp.where(length > allowed, length, 1.0), 1.0)
+            scale, decay = shorter * scale, None if decay is None else shorter * decay
+        scale = trees.once(scale)
+        if decay is None:
+            updates = jax.tree.map(lambda u: (scale * u).astype(u.dtype), updates)
+        else:
+            both = lambda u, w: jnp.where(is_step, scale * u + decay * w, 0.0).astype(u.dtype)
+            updates = jax.tree.map(both, updates, params)
+        new_average = state.average
+        if averaging is not None:
+            updates, new_average = averaging.update(updates, state.average)
+        count = jnp.where(is_step, jnp.asarray(optax.safe_increment(state.count)), state.count)
+        return updates, AfterSolveState(count, new_growth, new_average)
+
+    return optax.GradientTransformation(init_fn, update_fn)
 
 
-def limit_update_ratio(max_update_ratio: float, min_rms: float = 1e-3) -> optax.GradientTransformation:
+class AfterSolveState(NamedTuple):
+    """State of :func:`after_solve`.
+
+    Attributes:
+      count: updates so far, which a schedule is given; those that are zero are not among them.
+      growth: a :class:`LimitGrowthState`; empty without ``max_growth``.
+      average: an :class:`AverageUpdatesState`; empty without ``momentum``.
+    """
+
+    count: jax.Array  # shape=(), dtype=int32
+    growth: Any
+    average: Any
+
+
+def limit_update_ratio(max_update_ratio: float, min_rms: float = _MIN_RMS) -> optax.GradientTransformation:
     """Bounds the norm of the whole update to a share of the norm of the parameters.
 
     Scales the update by ``min(1, max_update_ratio * max(|w|, min_rms * sqrt(N)) / |u|)``, with norms over
@@ -84,15 +141,10 @@ def limit_update_ratio(max_update_ratio: float, min_rms: float = 1e-3) -> optax.
         smallest = min_rms * trees.size(params) ** 0.5
         allowed = max_update_ratio * jnp.maximum(trees.norm(params), smallest)
         norm = trees.norm(updates)
-        return _shortened(updates, norm, allowed, norm > allowed), state
+        scale = jnp.where(norm > allowed, allowed / jnp.where(norm > allowed, norm, 1.0), 1.0)
+        return jax.tree.map(lambda u: (scale * u).astype(u.dtype), updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update_fn)
-
-
-def _shortened(updates: Any, norm: jax.Array, allowed: jax.Array, is_long: jax.Array) -> Any:
-    """Returns updates with the norm that is allowed where they are too long."""
-    scale = jnp.where(is_long, allowed / jnp.where(is_long, norm, 1.0), 1.0)
-    return jax.tree.map(lambda u: (scale * u).astype(u.dtype), updates)
 
 
 class LimitGrowthState(NamedTuple):
@@ -149,19 +201,26 @@ def limit_growth(max_growth: float = 1.0, decay: float = 0.98) -> optax.Gradient
 
     def update_fn(updates, state, params: Any = None):
         del params
-        norm = trees.norm(updates)
-        is_step = norm > 0
-        allowed = max_growth * jnp.exp(state.log_norm)
-        is_long = (state.count >= _FREE_UPDATES) & (norm > allowed)
-        # The weights of a mean over all so far, until they decay more slowly than that.
-        share = jnp.maximum(1 - decay, 1 / (state.count + 1))
-        log_norm = state.log_norm + share * (jnp.log(jnp.where(is_step, norm, 1.0)) - state.log_norm)
-        new = LimitGrowthState(
-            jnp.asarray(optax.safe_increment(state.count)), log_norm.astype(state.log_norm.dtype)
-        )
-        return _shortened(updates, norm, allowed, is_long), trees.select(is_step, new, state)
+        scale, new = _bounded_growth(max_growth, decay, trees.norm(updates), state)
+        return jax.tree.map(lambda u: (scale * u).astype(u.dtype), updates), new
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _bounded_growth(
+    max_growth: float, decay: float, norm: jax.Array, state: LimitGrowthState
+) -> tuple[jax.Array, LimitGrowthState]:
+    """Returns the factor of :func:`limit_growth` on an update of that norm, and its next state."""
+    is_step = norm > 0
+    allowed = max_growth * jnp.exp(state.log_norm)
+    is_long = (state.count >= _FREE_UPDATES) & (norm > allowed)
+    # The weights of a mean over all so far, until they decay more slowly than that.
+    share = jnp.maximum(1 - decay, 1 / (state.count + 1))
+    log_norm = state.log_norm + share * (jnp.log(jnp.where(is_step, norm, 1.0)) - state.log_norm)
+    count = jnp.asarray(optax.safe_increment(state.count))
+    new = LimitGrowthState(count, log_norm.astype(state.log_norm.dtype))
+    scale = jnp.where(is_long, allowed / jnp.where(is_long, norm, 1.0), 1.0)
+    return scale, trees.select(is_step, new, state)
 
 
 def decay_weights(weight_decay: float | jax.Array) -> optax.GradientTransformation:

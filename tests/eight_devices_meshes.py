@@ -33,10 +33,10 @@ from many_devices import (
 )
 
 from mlhf_optax import gauss_newton, hessian_free
-from mlhf_optax.controllers import kronecker_factors
 from mlhf_optax.curvature_batch import curvature_subset
 from mlhf_optax.pretrained import load_pretrained
 from mlhf_optax.support import placement
+from mlhf_optax.support.packing import packing_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "many-devices.md"
 WHOLE, ROWS, COLUMNS = P(), P("data"), P(None, "model")
@@ -235,18 +235,19 @@ def test_both_kinds_of_mesh_have_as_many_collectives(name):
 def test_kronecker_products_lie_as_the_tensor_wherever_that_is_cut(shape, axes, is_context, run):
     layout = Layout(shape=(4, 2), is_context=is_context)
     tensor = jax.random.normal(jax.random.key(0), shape)
-    sides = kronecker_factors.init_sides(shape, 128)
+    outer = lambda x: packing_of(x, 128).outer(packing_of(x, 128).pack(x))
+    sandwich = lambda f, x: packing_of(x, 128).unpack(
+        packing_of(x, 128).sandwich(f, packing_of(x, 128).pack(x))
+    )
     with layout.context():
-        own, placed = layout.put(sides, WHOLE), layout.put(tensor, P(*axes))
-        averaged = run(lambda s, x: kronecker_factors.average_sides(s, x, 0.9))(own, placed)
-        factors = [side._replace(power=side.factor) for side in averaged]
-        product = run(kronecker_factors.times_sides)(factors, placed)
-    of_one = kronecker_factors.average_sides(sides, tensor, 0.9)
-    assert_close(averaged, of_one)
-    of_one = kronecker_factors.times_sides([side._replace(power=side.factor) for side in of_one], tensor)
+        placed = layout.put(tensor, P(*axes))
+        factors = layout.put(run(outer)(placed), WHOLE)
+        product = run(sandwich)(factors, placed)
+    of_one = outer(tensor)
+    assert_close(factors, of_one)
+    of_one = sandwich(of_one, tensor)
     np.testing.assert_allclose(product, of_one, rtol=1e-3, atol=1e-3 * float(jnp.abs(of_one).max()))
     assert spec(product) == spec(placed)
-    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(averaged))
 
 
 @pytest.mark.parametrize("kind", [EXPLICIT, AUTO])

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import math
 import re
 
 import jax
@@ -36,10 +35,11 @@ from many_devices import (
 )
 
 from mlhf_optax import lodo
-from mlhf_optax.controllers import kronecker_factors
+from mlhf_optax.controllers.kronecker_factors import KroneckerRule
 from mlhf_optax.curvature_batch import curvature_subset
 from mlhf_optax.pretrained import load_pretrained
 from mlhf_optax.support import placement
+from mlhf_optax.support.packing import Packing, Unpacked, packing_of
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"curvature_batch_size": 0.25}], ids=["whole", "quarter"])
@@ -70,7 +70,7 @@ def test_a_fraction_takes_its_share_of_every_device_and_an_uneven_one_says_what_
 
 
 @pytest.mark.parametrize("init", [jax.jit, lambda f: f], ids=["jit", "eager"])
-@pytest.mark.parametrize(("make", "followers"), [(coordinate, 44), (diagonal, 8), (tensor, 16)])
+@pytest.mark.parametrize(("make", "followers"), [(coordinate, 44), (diagonal, 8), (tensor, 12)])
 def test_state_follows_sharded_parameters_and_no_step_is_compiled_twice(make, followers, init):
     tx = make()
     params, state, batch = on_mesh(tx, cut(start()), init)
@@ -138,24 +138,26 @@ def test_kronecker_factors_are_decomposed_once_not_on_every_device(shardings):
     assert_close(two_steps(step, *placed), expected(tensor))
 
 
-def test_large_kronecker_factors_move_a_sharded_matrix_as_often_as_small_ones(monkeypatch):
-    """Taken apart as on one device, each of the eight parts would be sent for by itself."""
-    shape = (256, 1024)
-    assert math.prod(shape) >= kronecker_factors._LARGE
-    sides = jax.device_put(kronecker_factors.init_sides(shape, 128), PLACED(P()))
-    matrix = jax.device_put(jax.random.normal(jax.random.key(0), shape), PLACED(P(None, "data")))
+def test_parameters_on_a_mesh_stay_as_they_are_and_are_not_packed(monkeypatch):
+    """In one array, each of them would be gathered, and each part of a product sent for by itself."""
+    params = {"w": jax.random.normal(jax.random.key(0), (256, 1024)), "b": jnp.ones(8)}
+    placed = jax.device_put(params, {"w": PLACED(P(None, "data")), "b": PLACED(P())})
+    assert isinstance(packing_of(placed, 128), Unpacked)
+    assert isinstance(packing_of(params, 128), Packing)
+    factors = jax.device_put(KroneckerRule().init(params).power, PLACED(P()))
 
     def compiled():  # a new function each time, as jit would find what it has traced before
-        return jax.jit(lambda s, v: kronecker_factors.times_sides(s, v)).lower(sides, matrix).compile()
+        def product(factors, tree):
+            packing = packing_of(tree, 128)
+            return packing.unpack(packing.sandwich(factors, packing.pack(tree)))
+
+        return jax.jit(product).lower(factors, placed).compile()
 
     here = compiled()
-    counts = collectives(here)
-    np.testing.assert_allclose(here(sides, matrix), matrix, rtol=1e-5)  # the first factors are identities
-    monkeypatch.setattr(kronecker_factors, "_LARGE", 2 * math.prod(shape))
-    assert counts == collectives(compiled())
-    monkeypatch.undo()
+    assert_close(here(factors, placed), params)  # the first factors are identities
     monkeypatch.setattr(placement, "is_on_mesh", lambda array: False)
-    assert counts.total() < collectives(compiled()).total()
+    assert "all-gather" not in collectives(here)
+    assert "all-gather" in collectives(compiled())
 
 
 def mapped(step, **options):

@@ -37,7 +37,6 @@ class Reference:
         self.w0_of_tensors = [max(rms(w), self.w0) for w in self.w]
         zeros = lambda: [np.zeros_like(p) for p in self.w]
         self.d, self.mean, self.square = zeros(), zeros(), zeros()
-        self.damped, self.last_damping = zeros(), np.ones(2)
         self.mean_weight = self.square_weight = self.largest = 0.0
         rows, columns = self.w[1].shape
         self.factors = [np.zeros((rows, rows)), np.zeros((columns, columns))]
@@ -77,17 +76,13 @@ class Reference:
             damping[start:end, start:end] = scale * unit * metric
             start = end
         rhs = np.concatenate([m.ravel() / self.mean_weight for m in self.mean])
-        d = said["warm"] * np.concatenate([part.ravel() for part in self.d])
-        s_d = damping @ d
-        scales = [scale * unit for scale, unit in zip(said["damping"], units, strict=True)]
-        if not self.is_refreshed:  # what the step before found, for the matrix
-            s_d[columns:] = said["warm"] * scales[1] / self.last_damping[1] * self.damped[1].ravel()
-        self.last_damping = scales
+        first = np.concatenate([part.ravel() for part in self.d])
         inverse = trust[:, None] * np.linalg.inv(damping)
-        d, r, s_d = self.solve(ggn, damping, inverse, rhs, d, s_d)
+        d, r = self.solve(ggn + damping, inverse, rhs, first, said["warm"])
+        s_d = damping @ d
         cut = lambda v: [v[:columns], v[columns:].reshape(self.w[1].shape)]
-        self.d, self.damped = cut(d), cut(s_d)
-        for i, (di, ri, bi, si) in enumerate(zip(self.d, cut(r), cut(rhs), self.damped, strict=True)):
+        self.d = cut(d)
+        for i, (di, ri, bi, si) in enumerate(zip(self.d, cut(r), cut(rhs), cut(s_d), strict=True)):
             self.residual[i] = np.sqrt(np.sum(ri * ri) / np.sum(bi * bi))
             self.share[i] = np.clip(np.sum(di * si) / (np.sum(di * bi) - np.sum(di * ri)), 0, 1)
         self.rate, self.last_power = said["rate"], said["power"][1]
@@ -100,18 +95,20 @@ class Reference:
         return loss
 
     @staticmethod
-    def solve(ggn, damping, inverse, b, d, s_d, steps=2):
-        matrix = ggn + damping
-        r = b - ggn @ d - s_d
+    def solve(matrix, inverse, b, first, longest, steps=2):
+        d = np.zeros_like(b)
+        if first.any():
+            d = np.clip(first @ b / (first @ matrix @ first), 0, longest) * first
+        r = b - matrix @ d
         y = inverse @ r
         p = y
         for _ in range(steps):
             rho = r @ y
             alpha = rho / (p @ matrix @ p)
-            d, r, s_d = d + alpha * p, r - alpha * matrix @ p, s_d + alpha * damping @ p
+            d, r = d + alpha * p, r - alpha * matrix @ p
             y = inverse @ r
             p = y + (r @ y) / rho * p
-        return d, r, s_d
+        return d, r
 
     @staticmethod
     def diagonal(square, exponent):
@@ -128,8 +125,7 @@ class Reference:
         self.mean_weight = (1 - share) * self.mean_weight + share
         for i, outer in enumerate((g[1] @ g[1].T, g[1].T @ g[1])):
             self.factors[i] = C.factor_decay * self.factors[i] + (1 - C.factor_decay) * outer
-        self.is_refreshed = self.count + 1 in (1, 2, 4, 8) or (self.count + 1) % 10 == 0
-        if self.is_refreshed:
+        if self.count + 1 in (1, 2, 4, 8, 16) or (self.count + 1) % 20 == 0:
             self.powers = [power_of(factor, self.last_power) for factor in self.factors]
 
     def controls(self, g, loss):

@@ -143,8 +143,8 @@ def test_a_direction_that_is_not_one_of_descent_is_skipped_and_the_next_cg_start
     assert is_zero(updates)
     assert float(skipped[0].info.descent) < 0
     assert int(skipped[0].info.skipped_steps) == 1
-    assert is_zero((skipped[0].direction, skipped[0].damped))
-    others = {"info": None, "direction": None, "damped": None}
+    assert is_zero(skipped[0].direction)
+    others = {"info": None, "direction": None}
     assert_same(skipped[0]._replace(**others), state[0]._replace(**others))
     assert_same(skipped[1:], state[1:])
     # So the same batch does not fail for ever, also if one that is not finite comes between.
@@ -229,7 +229,7 @@ def test_a_gradient_out_of_all_proportion_does_not_stay_in_running_means(name):
         return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(200))[1]
 
     usual, spoilt = jax.jit(jax.vmap(losses))(jnp.array([1.0, 1e10]))
-    assert spoilt[21:].max() < 2 * usual[20]
+    assert spoilt[21:].max() < 3 * usual[20]
     assert spoilt[-1] < 0.5 * usual[20]
     assert usual[-1] < 0.5 * usual[20]
 
@@ -339,35 +339,30 @@ def test_a_controller_of_a_users_own_takes_the_steps_it_asks_for(x64):
             rtol=1e-5,
         )
         params = jax.tree.map(lambda p, d: p - d, params, direction)
-    assert jax.tree.leaves((state.direction, state.residual, state.damped)) == []
+    assert jax.tree.leaves((state.direction, state.residual)) == []
 
 
-def test_a_controller_that_keeps_what_a_solve_does_not_tell_is_an_error():
-    controller = gradient_sized(5.0)._replace(is_warm_started=True, keeps_damped=True)
-    tx = scale_by_damped_step(controller, Model(problems.linear, problems.LOSS))
+def test_a_bounded_first_direction_without_a_preconditioner_is_an_error():
+    controller = gradient_sized(5.0)._replace(is_warm_started=True)
+    operators = lambda view, signal: gradient_sized(5.0).operators(view, signal)._replace(longest=1.0)
+    tx = scale_by_damped_step(controller._replace(operators=operators), Model(problems.linear, problems.LOSS))
     params, batch = problems.linear_params(dtype=jnp.float32), problems.batch()
-    with pytest.raises(ValueError, match=r"keeps_damped=True.*without `damping_after_preconditioner`"):
+    with pytest.raises(ValueError, match="`longest` need a `preconditioner` and `damping_after_precond"):
         tx.update(gradient(params, batch), tx.init(params), params, batch=batch)
 
 
 def test_a_controller_is_handed_what_it_keeps_of_the_step_before(x64):
-    """S d of a step, known from the solve, saves the product with S at the start of the next one."""
     seen = []
 
     def control(view, state):
-        jax.debug.callback(lambda *values: seen.append(values), view.direction, view.residual, view.damped)
+        jax.debug.callback(lambda *values: seen.append(values), view.direction, view.residual)
         return Control((), state)
 
     def operators(view, signal):
         scales = jax.tree.map(lambda p: jnp.full((), 2.0), view.params)
-        return Operators(
-            Scale(scales),
-            Quotient(scales),
-            damping_after_preconditioner=lambda r: r,
-            damped_start=view.damped,
-        )
+        return Operators(Scale(scales), Quotient(scales), damping_after_preconditioner=lambda r: r)
 
-    controller = Controller(lambda params: (), control, operators, keeps_residual=True, keeps_damped=True)
+    controller = Controller(lambda params: (), control, operators, keeps_residual=True)
     params, batches = problems.mlp_params(), problems.batches(3)
     tx = scale_by_damped_step(controller, Model(problems.mlp, problems.LOSS), solver=PCG(2))
     model, state, update = references.Model(), tx.init(params), jax.jit(tx.update)
@@ -376,19 +371,18 @@ def test_a_controller_is_handed_what_it_keeps_of_the_step_before(x64):
         before = state
         _, state = update(grads, state, params, batch=batch)
         jax.effects_barrier()
-        kept = (before.direction, before.residual, before.damped)
+        kept = (before.direction, before.residual)
         # The callback is handed float32.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), seen[-1], kept)
         w, d = problems.flat(params), problems.flat(state.direction)
-        np.testing.assert_allclose(problems.flat(state.damped), 2 * d, rtol=1e-9, atol=1e-12)
         residual = model.gradient(w, batch) - model.ggn(w, batch) @ d - 2 * d
         np.testing.assert_allclose(problems.flat(state.residual), residual, rtol=1e-7, atol=1e-10)
     # A bad batch leaves them, and an optimum has no direction.
     bad = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grads)
     _, kept = update(bad, state, params, batch=batch)
-    assert_same((kept.direction, kept.damped), (state.direction, state.damped))
+    assert_same((kept.direction, kept.residual), (state.direction, state.residual))
     _, at_rest = update(jax.tree.map(jnp.zeros_like, grads), state, params, batch=batch)
-    assert not any(map(np.any, jax.tree.leaves((at_rest.direction, at_rest.damped))))
+    assert not any(map(np.any, jax.tree.leaves(at_rest.direction)))
 
 
 @pytest.mark.parametrize(("solver", "got"), [(PCG, "the class PCG"), (4, "int")])

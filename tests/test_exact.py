@@ -16,9 +16,11 @@ from mlhf_optax import (
     scale_by_damped_step,
     scale_by_hessian_free,
 )
-from mlhf_optax.controllers import Control, Controller, Operators, Quotient, Scale, scheduled
+from mlhf_optax.controllers import Control, Controller, Operators, Product, scheduled
+from mlhf_optax.controllers.protocol import PerTensor, accept
 from mlhf_optax.curvature import ggn_matvec
 from mlhf_optax.solvers import Exact
+from mlhf_optax.support.packing import packing_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -50,18 +52,40 @@ def test_the_direction_solves_the_damped_system_to_rounding():
     assert int(state.info.cg_steps) == 1
 
 
-def test_a_controller_that_keeps_damping_times_direction_is_told_it():
+def test_a_controller_on_vectors_is_told_damping_times_direction():
+    """Matrices are written out in the space of trees; what a controller on vectors sees is packed again."""
+    seen = []
+
     def operators(view, signal):
-        scales = jax.tree.map(lambda p: jnp.full((), 2.0), view.params)
-        return Operators(Scale(scales), Quotient(scales), damping_after_preconditioner=lambda r: r)
+        times = lambda v: 2.0 * v
+        sizes = jnp.asarray(view.packing.sizes)
+        return Operators(
+            Product(PerTensor(jnp.full(len(sizes), 2.0), sizes), times),
+            Product(PerTensor(jnp.full(len(sizes), 0.5), sizes), lambda v: v / 2),
+            damping_after_preconditioner=lambda r: r,
+        )
+
+    def observe(view, outcome, state):
+        seen.append([view.packing.unpack(v) for v in (outcome.direction, outcome.damped)])
+        return accept(view, outcome, state)
 
     controller = Controller(
-        lambda params: (), lambda view, state: Control((), state), operators, keeps_damped=True
+        lambda params: (),
+        lambda view, state: Control((), state),
+        operators,
+        observe,
+        packing=lambda params: packing_of(params, 128),
     )
     params, batch = problems.mlp_params(), problems.batch()
     tx = scale_by_damped_step(controller, Model(problems.mlp, problems.LOSS), solver=Exact())
-    direction, state, _ = direction_of(tx, params, batch)
-    np.testing.assert_allclose(problems.flat(state.damped), 2 * direction, rtol=1e-10)
+    grads = jax.grad(problems.mlp_loss)(params, batch)
+    direction, _ = tx.update(grads, tx.init(params), params, batch=batch)
+    matrix = references.Model().ggn(problems.flat(params), jax.tree.map(np.asarray, batch))
+    want = np.linalg.solve(matrix + 2 * np.eye(len(matrix)), problems.flat(grads))
+    np.testing.assert_allclose(problems.flat(direction), want, rtol=1e-9, atol=1e-12)
+    ((kept, damped),) = seen
+    np.testing.assert_allclose(problems.flat(kept), want, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(problems.flat(damped), 2 * want, rtol=1e-9, atol=1e-12)
 
 
 def test_too_many_parameters_are_an_error_that_says_the_sizes():
@@ -159,8 +183,8 @@ def test_problems_with_known_minima_are_solved_with_nothing_set(name):
     residuals, start, minimum = PROBLEMS[name]
     losses, state = fit(residuals, start, LevenbergMarquardt.without_noise())
     assert losses[-1] <= minimum * (1 + 1e-6) + 1e-15
-    # A step that raises the loss is refused, so the loss never rises.
-    assert np.all(np.diff(losses) <= 0)
+    # A step that raises the loss is refused, so it never rises, but for the rounding of residuals.
+    assert np.all(np.diff(losses) <= np.finfo(float).eps ** 2 * losses[0])
     assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.all(jnp.isfinite(x))), state.controller))
 
 

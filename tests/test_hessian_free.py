@@ -126,7 +126,7 @@ def test_adapted_damping_agrees_with_a_second_implementation(rule, learning_rate
 
 def ratio_of(loss, w, gradient, direction, residual, damping, step_size):
     """The reduction ratio and the loss after the step; of what a step sees only these are needed."""
-    view = View(w, gradient, None, None, None, None, loss(w), loss, None, None)
+    view = View(w, gradient, None, None, None, loss(w), loss, None, None)
     outcome = Outcome(direction, residual, jnp.array(True))
     scale = Scale(jax.tree.map(lambda _: jnp.asarray(damping), w))
     ratio, _, new_loss = reduction_ratio(view, outcome, scale, step_size)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mlhf_optax import SquaredError, gauss_newton
-from mlhf_optax.controllers.kronecker_factors import Side, matrix_shape, times_sides
 from mlhf_optax.controllers.metrics import diagonal, get_metric, kronecker
+from mlhf_optax.support.packing import matrix_shape
 
 
 def gradients(shape, count, seed=0):
@@ -82,28 +82,6 @@ def test_a_long_side_is_cut_into_blocks_that_know_nothing_of_each_other():
     np.testing.assert_allclose(got, np.kron(left[:5, :5], right), atol=2e-5)
 
 
-@pytest.mark.parametrize("shape", [(400, 385), (385, 400), (140, 2100), (40, 385)])
-def test_a_product_with_blocks_is_the_same_at_every_size(shape):
-    """Large matrices are multiplied block by block, small ones and those of many blocks at once."""
-    random = np.random.default_rng(0)
-
-    def side(rows):
-        blocks = -(-rows // 128)
-        size = -(-rows // blocks)
-        values = random.normal(size=(blocks, size, size))
-        matrix = (values + values.transpose(0, 2, 1)) / size
-        whole = np.zeros((blocks * size, blocks * size))
-        for index in range(blocks):
-            part = slice(index * size, (index + 1) * size)
-            whole[part, part] = matrix[index]
-        return Side(*[jnp.asarray(matrix, jnp.float32)] * 3), whole[:rows, :rows]
-
-    (left, dense_left), (right, dense_right) = map(side, shape)
-    x = random.normal(size=shape)
-    got = jax.jit(times_sides)((left, right), jnp.asarray(x, jnp.float32))
-    np.testing.assert_allclose(got, dense_left @ x @ dense_right, atol=2e-5)
-
-
 def test_vectors_and_scalars_have_a_diagonal_of_their_own():
     grads = [{"b": np.array([1.0, 3.0]), "s": np.array(2.0)}] * 3
     metric = kronecker(floor=0.0)
@@ -146,7 +124,7 @@ def test_powers_are_taken_anew_at_steps_1_2_4_8_and_every_tenth():
     update = jax.jit(metric.update)
     for step, g in enumerate(gradients((3, 2), 30), start=1):
         state = update(jnp.asarray(g, jnp.float32), state)
-        power = np.asarray(state.sides[0].power)
+        power = np.asarray(state.factors.power)
         if before is None or not np.array_equal(power, before):
             changed.append(step)
         before = power

@@ -82,8 +82,7 @@ OPTIMIZERS = {
             "unroll": 1,
         },
         static=("num_cg_steps", "unroll"),
-        # Both factors of a matrix as means, powers and inverse powers; direction, S d, two running means.
-        by_parameter=((1, 2, 2),) * 3 + ((1, 3, 3),) * 3 + ((3, 2),) * 4,
+        by_parameter=((3, 2),) * 3,  # direction and two running means; factors are no trees like parameters
         left_out="accept_learning_rate_schedule",  # numbers multiply the rate, schedules bound it
     ),
     "gauss_newton kronecker": Entry(
@@ -91,7 +90,7 @@ OPTIMIZERS = {
         {"damping": 0.3, "metric": "kronecker", "gradient_decay": 0.8, "num_cg_steps": 2, "unroll": 1},
         static=("num_cg_steps", "unroll"),
         injected=("damping",),
-        by_parameter=((1, 2, 2),) * 3 + ((1, 3, 3),) * 3 + ((3, 2),) * 2,
+        by_parameter=((3, 2),) * 2,
     ),
     "gauss_newton": Entry(
         gauss_newton,

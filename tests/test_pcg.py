@@ -9,7 +9,7 @@ import pytest
 import references
 
 from mlhf_optax.controllers import Quotient, Scale
-from mlhf_optax.pcg import pcg
+from mlhf_optax.pcg import pcg, pcg_from_direction
 
 pytestmark = pytest.mark.usefixtures("x64", "strict_ranks")
 
@@ -163,24 +163,121 @@ def test_a_shift_whose_inverse_preconditions_needs_no_product_in_a_step():
         calls.append(1)
         return values * v
 
-    def solved(**known):
-        calls.clear()
-        inverse = lambda r: 0.5 * r / values
-        after = {"shift_after_preconditioner": lambda r: 0.5 * r}
-        x, r, info = pcg(
-            lambda v: matrix @ v, b, x0, num_steps=3, preconditioner=inverse, shift=shift, **after, **known
-        )
-        return len(calls), (x, r, info.shifted)
-
-    whole = pcg(
-        lambda v: matrix @ v + values * v, b, x0, num_steps=3, preconditioner=lambda r: 0.5 * r / values
+    inverse, after = lambda r: 0.5 * r / values, lambda r: 0.5 * r
+    x, r, info = pcg(
+        lambda v: matrix @ v,
+        b,
+        x0,
+        num_steps=3,
+        preconditioner=inverse,
+        shift=shift,
+        shift_after_preconditioner=after,
     )
-    for known, wanted in (({}, 1), ({"shifted_x0": values * x0}, 0)):
-        count, (x, r, shifted) = solved(**known)
-        assert count == wanted
-        np.testing.assert_allclose(x, whole[0], rtol=1e-10)
-        np.testing.assert_allclose(r, whole[1], atol=1e-10)
-        np.testing.assert_allclose(shifted, values * x, rtol=1e-10)
+    whole = pcg(lambda v: matrix @ v + values * v, b, x0, num_steps=3, preconditioner=inverse)
+    assert len(calls) == 1
+    np.testing.assert_allclose(x, whole[0], rtol=1e-10)
+    np.testing.assert_allclose(r, whole[1], atol=1e-10)
+    np.testing.assert_allclose(info.shifted, values * x, rtol=1e-10)
+
+
+# From the direction of the step before.
+
+
+def naive_from_direction(matrix, b, first, longest, inverse, num_steps):
+    """NumPy: an exact step along ``first``, then CG from there that knows nothing of it."""
+    x = np.zeros_like(b)
+    if first.any():
+        x = np.clip(first @ b / (first @ matrix @ first), 0, longest) * first
+    return references.naive_pcg(matrix, b, x, inverse, num_steps)
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+@pytest.mark.parametrize("case", ["fits", "too long", "leads up", "none"])
+def test_from_a_direction_each_step_has_its_exact_length(case, unroll):
+    matrix, b, _, values = system()
+    whole = matrix + np.diag(values)
+    solution = np.linalg.solve(whole, b)
+    first = {"fits": 1.5 * solution, "too long": 0.1 * solution, "leads up": -solution, "none": 0 * b}[case]
+    calls = []
+
+    def inverse(r):
+        calls.append(1)
+        return 0.5 * r / values
+
+    @jax.jit
+    def solve(first):
+        return pcg_from_direction(
+            lambda v: matrix @ v,
+            b,
+            first,
+            longest=0.9,
+            num_steps=2,
+            preconditioner=inverse,
+            shift=lambda v: values * v,
+            shift_after_preconditioner=lambda r: 0.5 * r,
+            unroll=unroll,
+        )
+
+    x, r, info = solve(first)
+    want_x, want_r = naive_from_direction(whole, b, first, 0.9, 0.5 / values, 2)
+    np.testing.assert_allclose(x, want_x, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(r, want_r, atol=1e-9)
+    np.testing.assert_allclose(info.shifted, values * x, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(info.residual_norm, np.linalg.norm(want_r), rtol=1e-5, atol=1e-9)
+    assert int(info.steps) == {"fits": 1, "too long": 3}.get(case, 2)
+    assert len(calls) == 1
+    assert float(x @ b) > 0
+    # The last residual needs no direction.
+    with jax.disable_jit():
+        calls.clear()
+        np.testing.assert_allclose(solve(first)[0], x, rtol=1e-9)
+        assert len(calls) == 2
+
+
+def test_from_any_direction_the_solution_leads_down_and_lowers_the_quadratic_model():
+    random = np.random.default_rng(1)
+    for seed in range(20):
+        matrix, b, first, values = system(seed)
+        whole = matrix + np.diag(values)
+        same = lambda r, values=values: r / values
+        x, _, _ = pcg_from_direction(
+            lambda v, matrix=matrix: matrix @ v,
+            b,
+            10 ** random.uniform(-3, 3) * first,
+            longest=1.0,
+            num_steps=1,
+            preconditioner=same,
+            shift=lambda v, values=values: values * v,
+            shift_after_preconditioner=lambda r: r,
+        )
+        assert x @ b > 0
+        assert 0.5 * x @ whole @ x - x @ b < 0
+
+
+def test_from_a_direction_derivatives_are_those_of_finite_differences():
+    matrix, b, first, values = system()
+
+    @jax.jit
+    def outcome(numbers):
+        scale, longest = numbers
+        x, r, _ = pcg_from_direction(
+            lambda v: matrix @ v,
+            b,
+            first * jnp.sign(first @ b),
+            longest=longest,
+            num_steps=2,
+            preconditioner=lambda r: r / (scale * values),
+            shift=lambda v: scale * values * v,
+            shift_after_preconditioner=lambda r: r,
+            unroll=False,
+        )
+        return jnp.sum(x**2) + jnp.sum(r * b)
+
+    for at in ((0.7, 0.01), (0.7, 50.0)):
+        at = jnp.array(at)
+        steps = 1e-6 * jnp.eye(2)
+        want = [(outcome(at + e) - outcome(at - e)) / 2e-6 for e in steps]
+        np.testing.assert_allclose(jax.grad(outcome)(at), want, rtol=1e-5, atol=1e-7)
 
 
 # Tolerance.

@@ -194,7 +194,9 @@ def test_numbers_that_are_injected_do_not_change_the_structure_of_the_state():
     )
     tx = optax.inject_hyperparams(make)(1.0, **values)
     state, update = tx.init(params), jax.jit(tx.update)
-    assert jax.tree.structure(state.inner_state[3]) == jax.tree.structure(average_updates(0.9).init(params))
+    assert jax.tree.structure(state.inner_state.average) == jax.tree.structure(
+        average_updates(0.9).init(params)
+    )
     updates, after = update(-10 * params, state, params)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     np.testing.assert_allclose(updates, 0.5 * params, rtol=1e-6)

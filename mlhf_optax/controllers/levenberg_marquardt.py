@@ -24,7 +24,7 @@ from mlhf_optax.controllers.protocol import (
     View,
 )
 from mlhf_optax.dense import cheaper_space
-from mlhf_optax.support import placement, trees
+from mlhf_optax.support import loops, placement, trees
 from mlhf_optax.support.checks import POSITIVE, check_choice, check_number, require
 
 Scaling = Literal["identity", "marquardt", "geometric", "by size"]
@@ -286,18 +286,18 @@ def _within_radius(rule: LevenbergMarquardt, view: View, state: Any, unit: Any) 
     first = share * jnp.where(length > 0, length, _length(unit, ones))
     radius = jnp.where(state["radius"] > 0, state["radius"], first.astype(state["radius"].dtype))
     scale = jax.lax.rsqrt(ravel_pytree(unit)[0])
-    values, vectors = jnp.linalg.eigh(scale[:, None] * view.ggn.matrix * scale)
+    values, vectors = jnp.linalg.eigh(scale[:, None] * view.ggn.matrix * scale[None])
     gradient = vectors.T @ (scale * ravel_pytree(view.gradient)[0])
     length_at = lambda damping: jnp.linalg.norm(gradient / (jnp.maximum(values, 0.0) + damping))
     low, high = jnp.log(rule.min_damping), jnp.log(rule.max_damping)
 
-    def halved(_: Any, ends: Any) -> Any:
+    def halved(ends: Any) -> Any:
         middle = (ends[0] + ends[1]) / 2
         is_long = length_at(jnp.exp(middle)) > radius
         return jnp.where(is_long, middle, ends[0]), jnp.where(is_long, ends[1], middle)
 
     ends = tuple(jnp.asarray(end, gradient.dtype) for end in (low, high))
-    damping = jnp.exp(jax.lax.fori_loop(0, 50, halved, ends)[1])
+    damping = jnp.exp(loops.repeat(50, halved, ends)[1])
     found = {"radius": radius, "length": length_at(damping), "damping": damping}
     return {name: value.astype(state["damping"].dtype) for name, value in found.items()}
 

@@ -12,15 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlhf_optax.controllers.kronecker_factors import (
-    KroneckerRule,
-    matrix_shape,
-    sides_of_tensors,
-    times_sides,
-)
+from mlhf_optax.controllers.kronecker_factors import Factors, KroneckerRule
 from mlhf_optax.controllers.protocol import Operators, Product, Scale
 from mlhf_optax.support import placement, trees
 from mlhf_optax.support.checks import DECAY, NOT_NEGATIVE, POSITIVE_SHARE, check_number, require
+from mlhf_optax.support.packing import matrix_shape
 
 
 class Metric(NamedTuple):
@@ -157,14 +153,13 @@ class KroneckerState(NamedTuple):
 
     Attributes:
       count: gradients averaged so far.
-      sides: left and right :class:`mlhf_optax.controllers.kronecker_factors.Side` of all matrices; every
-        field of theirs is a tree like the parameters, None for vectors and scalars.
+      factors: :class:`mlhf_optax.controllers.kronecker_factors.Factors` of all matrices.
       squares: running mean of the squared gradient of vectors and scalars, a tree like the parameters,
         None for matrices.
     """
 
     count: jax.Array  # shape=(), dtype=int32
-    sides: Any
+    factors: Factors
     squares: Any
 
 
@@ -190,7 +185,7 @@ def kronecker(
         are damped.
       block: longest side of a factor. A longer side is cut into blocks of rows, each with a factor of its
         own. A side of n rows takes about ``3 * n * min(n, block)`` floats.
-      refresh_every: steps between two eigendecompositions; the first ones are at steps 1, 2, 4 and 8.
+      refresh_every: steps between two eigendecompositions; the first ones are at steps 1, 2, 4, 8 and so on.
 
     Returns:
       The metric.
@@ -201,8 +196,8 @@ def kronecker(
     Example:
       >>> metric = kronecker()
       >>> params = {"kernel": jnp.ones((300, 4)), "bias": jnp.ones(4)}
-      >>> [side.factor["kernel"].shape for side in metric.init(params).sides]
-      [(3, 100, 100), (1, 4, 4)]
+      >>> metric.init(params).factors.factor.shape  # 3 blocks of 100 x 100, one of 4 x 4
+      (30016,)
 
     Source: Gupta, Koren, Singer, `Shampoo <https://arxiv.org/abs/1802.09568>`_, 2018.
     """
@@ -223,24 +218,26 @@ def kronecker(
             return trees.running_mean(mean, jnp.square(g.astype(jnp.float32)), 1 - decay)
 
         count = jnp.asarray(optax.safe_increment(state.count))
-        powers = [power] * len(jax.tree.leaves(gradient))
+        packing = rule.packing(gradient)
+        powers = jnp.full(len(packing.sizes), power, jnp.float32)
         is_due = rule.is_refresh_due(count)
-        sides = rule.update(state.sides, gradient, is_due, powers, axis_name)
-        return KroneckerState(count, sides, jax.tree.map(averaged, gradient, state.squares))
+        factors = rule.update(state.factors, packing, packing.pack(gradient), is_due, powers, axis_name)
+        return KroneckerState(count, factors, jax.tree.map(averaged, gradient, state.squares))
 
     def times(state: KroneckerState, vector: chex.ArrayTree, inverse: bool = False) -> chex.ArrayTree:
         correction = trees.sum_of_weights(decay, state.count)
 
-        def one(v, sides, square):
-            if sides is not None:
-                return times_sides(sides, v, inverse)
+        def of_vector(v, square):
+            if square is None:
+                return v
             root = _root(square / correction)
             values = _relative(root, jnp.mean(root)) + floor
             return ((1.0 / values if inverse else values) * v).astype(v.dtype)
 
-        leaves, treedef = jax.tree.flatten(vector)
-        each = sides_of_tensors(state.sides, vector), treedef.flatten_up_to(state.squares)
-        return treedef.unflatten(map(one, leaves, *each))
+        packing = rule.packing(vector)
+        blocks = state.factors.inverse if inverse else state.factors.power
+        product = packing.unpack(packing.sandwich(blocks, packing.pack(vector)))
+        return jax.tree.map(of_vector, product, state.squares)
 
     return Metric(init, update, times, _ones)
 

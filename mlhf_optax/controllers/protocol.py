@@ -27,7 +27,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mlhf_optax.curvature import GGN, Matvec
+from mlhf_optax.dense import Matvec
+from mlhf_optax.support.packing import AnyPacking
 from mlhf_optax.support.placement import AxisName
 
 
@@ -35,31 +36,31 @@ class View(NamedTuple):
     """What a step sees before it solves.
 
     Attributes:
-      params: w, the current parameters.
+      params: w, the current parameters. This and the next three are vectors of ``packing`` if there is one.
       gradient: g, shaped like the parameters; zeros if it is not finite.
       direction: d0, where CG starts: the previous direction, or zeros.
       residual: r0, the previous residual, or zeros; empty unless the controller keeps it.
-      damped: S d0 with S of the step before; empty unless the controller keeps it.
-      ggn: product with the undamped GGN at w, and its matrix if asked for.
+      ggn: product with the undamped GGN at w, a :class:`mlhf_optax.dense.GGN`, on vectors a ``PackedGGN``.
       loss: loss on the batch of the GGN products at w, a scalar of at least float32.
       loss_at: ``loss_at(params)``, the loss on the whole batch.
       initial_rms: root mean square of the parameters when the optimizer was initialised, a scalar.
       is_valid: whether the gradient and its square are finite, shape (); a step that is not valid is skipped.
       axis_name: axis of ``jax.shard_map`` or ``jax.pmap`` along which batches differ and all else here is the
         same; None for ``jax.jit``.
+      packing: how trees like the parameters are packed, if the controller works on vectors.
     """
 
     params: chex.ArrayTree
     gradient: chex.ArrayTree
     direction: chex.ArrayTree
     residual: Any
-    damped: Any
-    ggn: GGN
+    ggn: Any
     loss: jax.Array
     loss_at: Callable[[Any], jax.Array]
     initial_rms: jax.Array
     is_valid: jax.Array
     axis_name: AxisName = None
+    packing: Any = None
 
 
 class Control(NamedTuple):
@@ -112,15 +113,27 @@ class Quotient(NamedTuple):
         return jax.tree.map(lambda p, v: ((1.0 / p) * v).astype(v.dtype), self.values, vector)
 
 
+class PerTensor(NamedTuple):
+    """Numbers that show how large an operator on vectors is.
+
+    Attributes:
+      numbers: one for every tensor, shape (tensors,).
+      sizes: of the tensors, likewise.
+    """
+
+    numbers: jax.Array
+    sizes: Any
+
+
 class Product(NamedTuple):
     """An operator that is given as a function.
 
     Attributes:
-      values: tree like the parameters that shows how large the operator is.
+      values: tree like the parameters that shows how large the operator is, or :class:`PerTensor`.
       times: the product with a vector.
     """
 
-    values: chex.ArrayTree
+    values: Any
     times: Matvec
 
     def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
@@ -132,8 +145,8 @@ class Operator(Protocol):
     """A linear map of trees like the parameters, with numbers that tell how large it is."""
 
     @property
-    def values(self) -> chex.ArrayTree:
-        """A tree like the parameters, a scalar per tensor or a number per coordinate, for the info."""
+    def values(self) -> Any:
+        """For the info: a tree of scalars per tensor or numbers per coordinate, or :class:`PerTensor`."""
         ...
 
     def __call__(self, vector: chex.ArrayTree, /) -> chex.ArrayTree:
@@ -149,12 +162,13 @@ class Operators(NamedTuple):
       preconditioner: approximates ``A^-1``, positive definite; None is the identity. Its ``values`` are
         shown, too.
       right_hand_side: what the system is solved for, such as a running mean of gradients; None is g.
-      start: where CG starts; None is the previous direction.
+      start: where CG starts; None is the previous direction. See ``longest``.
       step_scale: factor on the direction that is handed on, a scalar; None is 1.
       damping_after_preconditioner: the product with ``S P^-1`` where it is cheap, as for a preconditioner
         that is ``S^-1``. The solve then needs no product with S per step, and tells S d.
-      damped_start: S times ``start``, given with ``damping_after_preconditioner`` by a controller that knows
-        it; None to work it out.
+      longest: CG starts from zero, and its first direction is ``start``, with the length in [0, longest] that
+        is exact in the quadratic model; needs ``damping_after_preconditioner``. None to start from ``start``
+        as it is.
     """
 
     damping: Operator
@@ -163,7 +177,7 @@ class Operators(NamedTuple):
     start: chex.ArrayTree | None = None
     step_scale: jax.Array | None = None
     damping_after_preconditioner: Matvec | None = None
-    damped_start: chex.ArrayTree | None = None
+    longest: jax.Array | float | None = None
 
 
 class Outcome(NamedTuple):
@@ -220,8 +234,8 @@ class Controller(NamedTuple):
       observe: ``observe(view, outcome, state) ->`` :class:`Observed`; :func:`accept` for most.
       is_warm_started: CG starts from the previous direction, which the state then holds; otherwise from zero.
       keeps_residual: the state holds the previous residual, too, for the view; only if warm started.
-      keeps_damped: the state holds S times the previous direction, likewise; needs operators with
-        ``damping_after_preconditioner``.
+      packing: ``packing(params)``, how a tree like the parameters becomes the vectors that the controller
+        works on (:mod:`mlhf_optax.support.packing`); None for trees.
     """
 
     init: Callable[[chex.ArrayTree], Any]
@@ -230,4 +244,4 @@ class Controller(NamedTuple):
     observe: Callable[[View, Outcome, Any], Observed] = accept
     is_warm_started: bool = True
     keeps_residual: bool = False
-    keeps_damped: bool = False
+    packing: Callable[[chex.ArrayTree], AnyPacking] | None = None

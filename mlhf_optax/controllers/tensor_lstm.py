@@ -10,7 +10,7 @@ from a share.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -18,10 +18,25 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mlhf_optax.controllers.kronecker_factors import KroneckerRule, Sides, sides_of_tensors, times_sides
-from mlhf_optax.controllers.metrics import metric_operators
-from mlhf_optax.controllers.protocol import Control, Controller, Observed, Operators, Outcome, View, accept
-from mlhf_optax.controllers.tensor_features import averaged_losses, features, inner, mean_squares
+from mlhf_optax.controllers.kronecker_factors import Factors, KroneckerRule
+from mlhf_optax.controllers.protocol import (
+    Control,
+    Controller,
+    Observed,
+    Operators,
+    Outcome,
+    PerTensor,
+    Product,
+    View,
+    accept,
+)
+from mlhf_optax.controllers.tensor_features import (
+    Products,
+    averaged_losses,
+    features,
+    products,
+    with_scaled_gradient,
+)
 from mlhf_optax.controllers.tensor_network import (
     CONSTANTS,
     Constants,
@@ -30,8 +45,9 @@ from mlhf_optax.controllers.tensor_network import (
     bounded_controls,
     run_network,
 )
-from mlhf_optax.controllers.units import initial_sizes, tensor_units, without_jump
-from mlhf_optax.support import loops, placement, trees
+from mlhf_optax.controllers.units import initial_sizes, jump_scale, tensor_units
+from mlhf_optax.support import placement, trees
+from mlhf_optax.support.packing import AnyPacking, Vector
 
 _TINY = 1e-30
 
@@ -45,8 +61,8 @@ class TensorLSTMState(NamedTuple):
       mean_weight: sum of the weights in it, a scalar.
       square: running mean of squared gradients, shaped like the parameters.
       square_weight: sum of the weights in it.
-      factors: the Kronecker factors of all matrices, left and right sides, each field of which is a tree like
-        the parameters; None for other tensors.
+      mean_squares: mean of ``square`` over every tensor, shape (n,).
+      factors: the Kronecker factors of all matrices.
       initial_rms: shape (n,), root mean square of the parameters at the start, and not below that of all.
       largest: largest root mean square of gradients so far, a running mean.
       damping: shape (n,), of the last step.
@@ -64,7 +80,8 @@ class TensorLSTMState(NamedTuple):
     mean_weight: jax.Array
     square: chex.ArrayTree
     square_weight: jax.Array
-    factors: Any
+    mean_squares: jax.Array
+    factors: Factors
     initial_rms: jax.Array
     largest: jax.Array
     damping: jax.Array
@@ -82,15 +99,15 @@ class _Signal(NamedTuple):
 
     Attributes:
       controls: what the network chose.
+      mean: running mean of gradients with this one, a vector.
+      square: that of their squares, a vector.
       state: with this step's gradient.
-      grown: shape (n,), damping over that of the step before.
-      is_fresh: whether powers of factors were taken in this step, shape ().
     """
 
     controls: Controls
+    mean: Vector
+    square: Vector
     state: TensorLSTMState
-    grown: jax.Array
-    is_fresh: jax.Array
 
 
 def tensor_lstm(
@@ -125,7 +142,7 @@ def tensor_lstm(
         control=functools.partial(_control, meta_params, constants, schedule),
         operators=_operators,
         observe=_observe,
-        keeps_damped=True,
+        packing=_kronecker_rule(constants).packing,
     )
 
 
@@ -144,6 +161,7 @@ def _init(units: int, constants: Constants, params: chex.ArrayTree) -> TensorLST
         mean_weight=scalar(),
         square=zeros(),
         square_weight=scalar(),
+        mean_squares=each(0.0),
         factors=_kronecker_rule(constants).init(params),
         initial_rms=initial_sizes(params),
         largest=scalar(),
@@ -165,11 +183,17 @@ def _control(
     view: View,
     state: TensorLSTMState,
 ) -> Control:
+    packing: AnyPacking = view.packing
     # What is seen of this step.
-    view, state = _with_this_step(constants, view, state)
+    old_mean = packing.pack(state.mean)
+    inner = products(packing, view.params, view.gradient, view.direction, old_mean)
+    scale = jump_scale(_rms(packing, inner.g_g), _running_size(packing, state))
+    inner = with_scaled_gradient(inner, scale)
+    gradient = _scaled(scale, view.gradient)
+    state = _with_this_step(constants, packing, inner, view.loss, state)
 
     # What the network chooses.
-    seen = features(view, state, constants.update_ratio)
+    seen = features(packing, inner, state, view.initial_rms, constants.update_ratio)
     outputs, hidden, cell = run_network(meta_params, seen, state.hidden, state.cell)
     controls = bounded_controls(outputs, constants)
     # Far from any optimum curvature is a better guide than later, among noise: damping starts at a share.
@@ -181,20 +205,22 @@ def _control(
         controls = controls._replace(rate=room)
 
     # What becomes of it: damping in its unit, means and factors.
-    damping = _units(constants, view, state) * controls.damping
-    grown = damping / state.damping
+    damping = _units(constants, packing, inner, state) * controls.damping
+    squares = jax.tree.map(jnp.square, gradient)
+    square = trees.running_mean(packing.pack(state.square), squares, 1 - constants.square_decay)
     mean, mean_weight = trees.running_mean(
-        (state.mean, state.mean_weight), (view.gradient, 1.0), 1 / controls.memory
+        (old_mean, state.mean_weight), (gradient, 1.0), trees.once(1 / controls.memory)
     )
     count = jnp.asarray(optax.safe_increment(state.count))
     rule = _kronecker_rule(constants)
     is_due = rule.is_refresh_due(count)
     state = state._replace(
         count=count,
-        mean=mean,
+        mean=packing.unpack(mean, is_wide=True),
         mean_weight=mean_weight,
+        square=packing.unpack(square, is_wide=True),
         # With the exponents of the step before, else the factors would have to wait for the network.
-        factors=rule.update(state.factors, view.gradient, is_due, state.power, view.axis_name),
+        factors=rule.update(state.factors, packing, gradient, is_due, state.power, view.axis_name),
         damping=damping,
         rate=factor * controls.rate,
         power=controls.power,
@@ -203,127 +229,112 @@ def _control(
     )
 
     # Means and factors are finite where the squares of the gradient and all that is small are.
-    small = state._replace(mean=(), square=(), factors=())
-    witness = (small, inner(view.gradient, view.gradient))
-    return Control(_Signal(controls, state, grown, is_due), state, finite_witness=witness)
+    witness = (state._replace(mean=(), square=(), factors=()), inner.g_g)
+    return Control(_Signal(controls, mean, square, state), state, finite_witness=witness)
 
 
-def _with_this_step(constants: Constants, view: View, state: TensorLSTMState) -> tuple[View, TensorLSTMState]:
-    """Bounds the gradient by those before it, and takes it and the loss into the statistics."""
-    gradient = without_jump(view.gradient, _running_size(state))
-    squares = jax.tree.map(lambda g: jnp.square(trees.at_least_f32(g)), gradient)
-    square, square_weight = trees.running_mean(
-        (state.square, state.square_weight), (squares, 1.0), 1 - constants.square_decay
+def _with_this_step(
+    constants: Constants, packing: AnyPacking, inner: Products, loss: jax.Array, state: TensorLSTMState
+) -> TensorLSTMState:
+    """Takes the sizes of the gradient and the loss into the statistics."""
+    of_tensors = inner.g_g / jnp.maximum(jnp.asarray(packing.sizes), 1.0)
+    mean_squares, square_weight = trees.running_mean(
+        (state.mean_squares, state.square_weight), (of_tensors, 1.0), 1 - constants.square_decay
     )
     state = state._replace(
-        losses=averaged_losses(state.losses, state.count, view.loss),
-        square=square,
+        losses=averaged_losses(state.losses, state.count, loss),
+        mean_squares=mean_squares,
         square_weight=square_weight,
     )
-    state = state._replace(largest=jnp.maximum(state.largest, _running_size(state)))
-    return view._replace(gradient=gradient), state
+    return state._replace(largest=jnp.maximum(state.largest, _running_size(packing, state)))
 
 
-def _units(constants: Constants, view: View, state: TensorLSTMState) -> jax.Array:
+def _units(constants: Constants, packing: AnyPacking, inner: Products, state: TensorLSTMState) -> jax.Array:
     """Returns the unit of damping of every tensor, shape (tensors,)."""
-    running = _running_size(state)
+    running = _running_size(packing, state)
     # A training that is nearly done has steps with a tiny gradient; with damping as small they jump away.
-    size = jnp.maximum(trees.root_mean_square(view.gradient), running)
+    size = jnp.maximum(_rms(packing, inner.g_g), running)
     # Where every example is solved even the running mean falls without end, and curvature with it. Damping
     # falls more slowly, so that such a training comes to rest.
     size = size * (jnp.maximum(state.largest, size) / jnp.maximum(size, _TINY)) ** constants.largest_share
-    of_tensors = jnp.sqrt(mean_squares(state.square) / state.square_weight)
+    of_tensors = jnp.sqrt(state.mean_squares / state.square_weight)
     return tensor_units(size, of_tensors, running, state.initial_rms)
 
 
-def _running_size(state: TensorLSTMState) -> jax.Array:
+def _rms(packing: AnyPacking, sums: jax.Array) -> jax.Array:
+    """Returns the root mean square of all, from sums of squares over every tensor."""
+    return trees.safe_sqrt(jnp.sum(sums) / max(1.0, float(packing.sizes.sum())))
+
+
+def _running_size(packing: AnyPacking, state: TensorLSTMState) -> jax.Array:
     """Returns the running root mean square of gradients, zero before the first step."""
-    squares = state.square
-    mean = trees.total([jnp.sum(leaf) for leaf in jax.tree.leaves(squares)]) / trees.size(squares)
-    return jnp.sqrt(mean / jnp.maximum(state.square_weight, _TINY))
+    sums = jnp.asarray(packing.sizes) * state.mean_squares
+    return _rms(packing, sums / jnp.maximum(state.square_weight, _TINY))
 
 
-class _Metric(NamedTuple):
-    """The metric of one tensor: ``M = h^(1/2) (L^p (h^(1/2) .) R^p)`` for matrices, h for vectors.
-
-    Attributes:
-      root: ``h^(1/2)``, of the tensor's shape.
-      sides: powers of the Kronecker factors; None for vectors.
-    """
-
-    root: jax.Array
-    sides: Sides | None
-
-    def times(self, x: jax.Array, inverse: bool = False) -> jax.Array:
-        """Returns M x, or the product with its inverse."""
-        half = 1 / self.root if inverse else self.root
-        middle = half * x if self.sides is None else times_sides(self.sides, half * x, inverse)
-        return (half * middle).astype(x.dtype)
+def _scaled(scale: Vector | jax.Array, vector: Vector) -> Vector:
+    """Returns a vector times a scalar."""
+    scale = trees.once(scale)
+    return jax.tree.map(lambda x: (scale * x).astype(x.dtype), vector)
 
 
-def _metric(square: jax.Array, sides: Sides | None, share: jax.Array) -> _Metric:
-    """Returns the metric of a tensor, with Adam's part h of mean 1.
+def _root_of_diagonal(signal: _Signal, packing: AnyPacking) -> Vector:
+    """Returns the root of Adam's part of the metric, h, which has mean 1 over every tensor.
 
     For matrices h is ``v^(share / 2)``; for vectors, of which it is the whole metric, ``v^(1/2)``.
     """
-    exponent = 0.25 * (1.0 if sides is None else share)
+    state = signal.state
+    exponents = 0.25 * jnp.where(jnp.asarray(packing.is_matrix), signal.controls.diagonal, 1.0)
     # On CPUs a power takes three times as long as a logarithm and an exponential.
-    root = jnp.exp(exponent * jnp.log(square / (jnp.mean(square) + _TINY) + 1e-6))
-    return _Metric(root * lax.rsqrt(jnp.mean(jnp.square(root))), sides)
+    root = jax.tree.map(
+        lambda v, size, exponent: jnp.exp(exponent * jnp.log(v / size + 1e-6)),
+        signal.square,
+        *packing.spread(trees.once(state.mean_squares + _TINY), trees.once(exponents)),
+    )
+    counted = jax.tree.map(lambda x, own: own * jnp.square(x), root, packing.filling)
+    means = packing.sums(counted)[0].astype(jnp.float32) / jnp.maximum(jnp.asarray(packing.sizes), 1.0)
+    (scale,) = packing.spread(trees.once(lax.rsqrt(jnp.where(means > 0, means, 1.0))))
+    return jax.tree.map(jnp.multiply, root, scale)
 
 
 def _operators(view: View, signal: _Signal) -> Operators:
+    """Returns S, of every tensor its damping times ``M = h^(1/2) (L^p (h^(1/2) .) R^p)``, and P."""
+    packing: AnyPacking = view.packing
     controls, state = signal.controls, signal.state
-    treedef = jax.tree.structure(view.gradient)
-    per_tensor = lambda numbers: treedef.unflatten(list(numbers))
-    sides = sides_of_tensors(state.factors, view.gradient)
-    entries = zip(jax.tree.leaves(state.square), sides, controls.diagonal, strict=True)
-    metric = [_metric(*entry) for entry in entries]
+    factors, root = state.factors, _root_of_diagonal(signal, packing)
+    damping, trust = trees.once(state.damping), trees.once(controls.trust)
+    both = packing.spread(damping, trust / damping, trust)
+    cast = lambda like, x: x.astype(like.dtype)
 
-    def times(vector, inverse=False):
-        pairs = zip(metric, jax.tree.leaves(vector), strict=True)
-        return treedef.unflatten([own.times(x, inverse) for own, x in pairs])
+    def damped(v: Vector) -> Vector:
+        middle = packing.sandwich(factors.power, jax.tree.map(jnp.multiply, root, v))
+        return jax.tree.map(lambda like, h, s, x: cast(like, s * h * x), v, root, both[0], middle)
 
-    made = metric_operators(times, per_tensor(state.damping), trust=per_tensor(controls.trust))
-    return made._replace(
-        right_hand_side=jax.tree.map(
-            lambda m, g: (m / state.mean_weight).astype(g.dtype), state.mean, view.gradient
-        ),
-        start=jax.tree.map(lambda d: (controls.warm_start_share * d).astype(d.dtype), view.direction),
+    def undamped(v: Vector) -> Vector:
+        middle = packing.sandwich(factors.inverse, jax.tree.map(lambda h, x: x / h, root, v))
+        return jax.tree.map(lambda like, h, s, x: cast(like, s / h * x), v, root, both[1], middle)
+
+    sizes = jnp.asarray(packing.sizes)
+    return Operators(
+        damping=Product(PerTensor(state.damping, sizes), damped),
+        preconditioner=Product(PerTensor(controls.trust / state.damping, sizes), undamped),
+        damping_after_preconditioner=lambda v: jax.tree.map(lambda s, x: cast(x, s * x), both[2], v),
+        right_hand_side=_scaled(1 / state.mean_weight, signal.mean),
         step_scale=controls.rate,
-        damped_start=treedef.unflatten(_damped_start(view, signal, metric)),
+        longest=controls.warm_start_share,
     )
-
-
-def _damped_start(view: View, signal: _Signal, metric: list[_Metric]) -> list[jax.Array]:
-    """Returns S times the start of CG for every tensor.
-
-    Between refreshes the metric of a matrix moves by Adam's part alone, which is little. So its S d of the
-    step before is used again, scaled: one of four products with large factors saved.
-    """
-    controls, state, before = signal.controls, signal.state, jax.tree.leaves(view.damped)
-    matrices = [i for i, own in enumerate(metric) if own.sides is not None]
-    direction = jax.tree.leaves(view.direction)
-    product = lambda i: metric[i].times(direction[i])
-    of_matrices = loops.cond(
-        signal.is_fresh, lambda: [product(i) for i in matrices], lambda: [before[i] for i in matrices]
-    )
-    known = dict(zip(matrices, of_matrices, strict=True))
-    # What is kept has the damping of the step before in it already.
-    scales = jnp.where(signal.is_fresh, state.damping, signal.grown)
-    scaled = lambda scale, x: (controls.warm_start_share * scale * x).astype(x.dtype)
-    return [
-        scaled(scales[i], known[i]) if i in known else scaled(state.damping[i], product(i))
-        for i in range(len(direction))
-    ]
 
 
 def _observe(view: View, outcome: Outcome, state: TensorLSTMState) -> Observed:
     """Keeps how well the system was solved, and how much of the curvature was damping, for the network."""
     d, r, b = outcome.direction, outcome.residual, outcome.right_hand_side
-    curvature = inner(d, b) - inner(d, r)  # <d, (G + S) d>
-    share = jnp.clip(inner(d, outcome.damped) / jnp.where(curvature > 0, curvature, 1e30), 0.0, 1.0)
-    residual = jnp.sqrt(inner(r, r) / (inner(b, b) + _TINY))
+    times = lambda x, y: jax.tree.map(jnp.multiply, x, y)
+    # <d, b - r> is <d, (G + S) d>.
+    pairs = ((d, jax.tree.map(jnp.subtract, b, r)), (d, outcome.damped), (r, r), (b, b))
+    found = view.packing.sums(*(times(x, y) for x, y in pairs))
+    curvature, damped, r_r, b_b = found.astype(jnp.float32)
+    share = jnp.clip(damped / jnp.where(curvature > 0, curvature, 1e30), 0.0, 1.0)
+    residual = jnp.sqrt(r_r / (b_b + _TINY))
     keep = lambda new, old: jnp.where(outcome.is_sound, new, old)
     state = state._replace(
         residual=keep(residual, state.residual), damped_share=keep(share, state.damped_share)

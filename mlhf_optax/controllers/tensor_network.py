@@ -26,7 +26,7 @@ class Constants(NamedTuple):
       diagonal: share of Adam's diagonal ``v^(1/2)`` in the metric of matrices, as an exponent.
       rate: factor on the direction.
       memory: steps over which the gradient is averaged.
-      warm_start_share: share of the previous direction from which CG starts.
+      warm_start_share: largest multiple of the previous direction with which CG begins.
       floor: added to the eigenvalues of a factor, in units of their mean.
       factor_decay: of the running means in the factors.
       square_decay: of the running mean of squared gradients.
@@ -49,7 +49,7 @@ class Constants(NamedTuple):
     factor_decay: float = 0.95
     square_decay: float = 0.98
     block: int = 128
-    refresh_every: int = 10
+    refresh_every: int = 20
     max_rate: float = 1.5
     update_ratio: float = 0.25
     largest_share: float = 0.4
@@ -139,7 +139,7 @@ class Controls(NamedTuple):
       diagonal: exponent share of Adam's diagonal.
       rate: factor on the direction.
       memory: steps over which the gradient is averaged.
-      warm_start_share: share of the previous direction from which CG starts.
+      warm_start_share: largest multiple of the previous direction with which CG begins.
     """
 
     damping: jax.Array

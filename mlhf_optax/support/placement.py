@@ -144,9 +144,15 @@ def first_entries(array: Any, count: int) -> Any:
 
 
 def is_on_mesh(array: jax.Array) -> bool:
-    """Returns whether an array that ``jit`` traces is known to lie on several devices."""
-    mesh = _mesh_of(array)
-    return mesh is not None and mesh.size > 1
+    """Returns whether an array, traced by ``jit`` or not, is known to lie on several devices of a mesh.
+
+    One device of a mesh with explicit axes counts as several: JAX asks of both where each result lies.
+    """
+    own = _sharding_on_mesh(array)
+    mesh = own.mesh if own is not None and not isinstance(array, Tracer) else _mesh_of(array)
+    if mesh is None or mesh.empty:
+        return False
+    return mesh.size > 1 or jax.sharding.AxisType.Explicit in mesh.axis_types
 
 
 def replicated(array: jax.Array) -> jax.Array:

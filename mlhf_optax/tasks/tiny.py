@@ -37,8 +37,8 @@ def tiny_tasks(data_dir: str | Path | None = None, cache_dir: str | Path | None 
 
     Returns:
       Dense networks of several depths and activations, two with sparse inputs and one with wrong labels;
-      autoencoders; convolutions with and without normalisation; an attention block; a recurrent network;
-      and regression on all examples at once.
+      autoencoders; convolutions with and without normalisation; an attention block; a block that mixes
+      patches by dense layers; a recurrent network; and regression on all examples at once.
 
     Raises:
       FileNotFoundError: if CIFAR-10 is not there; it says how to get it.
@@ -64,6 +64,7 @@ def tiny_tasks(data_dir: str | Path | None = None, cache_dir: str | Path | None 
         _regression("regression"),
         _classify("ink", MLP((32,)), _standardized(ink), 64, 0.5),
         _autoencoder("ink-autoencoder", MLP((48, 16, 8, 16, 48), 14 * 14), ink, 64),
+        _classify("mixer", _Mixer(16), grey, 64),
     ]
 
 
@@ -250,6 +251,22 @@ class _Attention(nn.Module):
         q, k, v = (queries[:, :, i] for i in range(3))
         weights = nn.softmax(jnp.einsum("btd,bsd->bts", q, k) / math.sqrt(self.width))
         x = x + nn.Dense(self.width, use_bias=False)(weights @ v)
+        x = x + nn.Dense(self.width)(nn.gelu(nn.Dense(2 * self.width)(nn.LayerNorm()(x))))
+        return nn.Dense(10)(nn.LayerNorm()(x).mean(1))
+
+
+class _Mixer(nn.Module):
+    """One block that mixes the patches of 2x2 pixels of an image, then their channels, by dense layers."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        count, side = len(images), images.shape[1] // 2
+        x = images.reshape(count, side, 2, side, 2, -1).transpose(0, 1, 3, 2, 4, 5)
+        x = nn.Dense(self.width)(x.reshape(count, side * side, -1))
+        y = nn.LayerNorm()(x).swapaxes(1, 2)
+        x = x + nn.Dense(side * side)(nn.gelu(nn.Dense(2 * side * side)(y))).swapaxes(1, 2)
         x = x + nn.Dense(self.width)(nn.gelu(nn.Dense(2 * self.width)(nn.LayerNorm()(x))))
         return nn.Dense(10)(nn.LayerNorm()(x).mean(1))
 

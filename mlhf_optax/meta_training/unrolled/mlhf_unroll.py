@@ -171,6 +171,9 @@ def inner_step(
     l_p, update, pull_back, after_state = step.extra
     moves = step.is_taken & trees.is_any_nonzero(step.direction)
     params = optax.apply_updates(inner.params, trees.zero_unless(moves, update))
+    after_state = trees.select(
+        moves, after_state, inner.after_state
+    )  # in use a zero direction changes nothing
 
     # Judge it by the losses after it.
     judged = _judge(options, task, inner, params, batch, next_batch)

@@ -125,6 +125,14 @@ def test_sides_are_cut_evenly_where_that_takes_few_blocks_more():
     assert parts == {(784, 100): (7, 112), (500, 16): (4, 125), (257, 130): (3, 86)}
 
 
+def test_tensors_of_more_numbers_than_float32_counts_are_counted_exactly():
+    many = 2**24 + 1  # float32 holds 2**24
+    params = {"w": jax.ShapeDtypeStruct((many,), jnp.float32)}
+    (packing, _) = both(params)
+    filled = lambda tree: packing.filling * packing.pack(tree)
+    assert jax.eval_shape(filled, params).shape == (2**24 // LANES + 1, LANES)
+
+
 def test_vectors_alone_and_nothing_at_all_have_no_blocks():
     for params in ({"b": jnp.ones(3)}, [jnp.ones(()), jnp.ones((1, 5))]):
         packing = packing_of(params, 128)

@@ -9,7 +9,7 @@ array would gather them: there a vector is the list of tensors, with the same me
 import collections
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -83,13 +83,36 @@ class Blocks(NamedTuple):
     sides: np.ndarray
 
 
-class Packing:
-    """Tensors one after the other in one array (:func:`packing_of`).
+class _Tensors:
+    """What both packings know of the tensors.
 
     Attributes:
       sizes: numbers of each tensor, shape (tensors,).
       is_matrix: which of them are matrices, shape (tensors,).
+      groups: the matrices, by shape.
       blocks: the blocks of their sides, one entry for every size.
+    """
+
+    def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct], treedef: Any, block: int):
+        self._shapes, self._treedef = shapes, treedef
+        # Whole numbers, as float32 is exact up to 16 million alone.
+        self._counts = np.array([math.prod(leaf.shape) for leaf in shapes], np.int64)
+        self.sizes = self._counts.astype(np.float32)
+        self.groups, self.blocks = _grouped([leaf.shape for leaf in shapes], block)
+        self._in_groups = [tensor for group in self.groups for tensor in group.tensors]
+        self.is_matrix = np.isin(np.arange(len(shapes)), self._in_groups)
+
+    def _outer_by(self, products: Callable[[Group], tuple[jax.Array, jax.Array]]) -> jax.Array:
+        """Returns the blocks of both sides of every group, flat."""
+        pieces: list[list[jax.Array]] = [[] for _ in self.blocks]
+        for group in self.groups:
+            for side, blocks in zip((group.left, group.right), products(group), strict=True):
+                pieces[side.which].append(blocks)
+        return join(jnp.concatenate(own) for own in pieces)
+
+
+class Packing(_Tensors):
+    """Tensors one after the other in one array (:func:`packing_of`).
 
     Example:
       >>> packing = packing_of({"bias": jnp.ones(3), "kernel": jnp.full((2, 3), 2.0)}, block=128)
@@ -101,22 +124,16 @@ class Packing:
     """
 
     def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct], treedef: Any, block: int):
-        self._shapes, self._treedef = shapes, treedef
+        super().__init__(shapes, treedef, block)
         self._dtype = trees.common_dtype(jnp.float32, *(leaf.dtype for leaf in shapes))
-        self.sizes = np.array([math.prod(leaf.shape) for leaf in shapes], np.float32)
-        self.groups, self.blocks = _grouped([leaf.shape for leaf in shapes], block)
-        in_groups = [tensor for group in self.groups for tensor in group.tensors]
-        self.is_matrix = np.isin(np.arange(len(shapes)), in_groups)
         # Matrices of one shape lie side by side, so that a product of all of them begins with a slice.
-        self._order = [*in_groups, *np.flatnonzero(~self.is_matrix).tolist()]
-        counts = self.sizes.astype(np.int64)
-        rows = -(-counts // LANES)
-        in_order = np.cumsum([0, *rows[self._order]])[:-1]
+        self._order = [*self._in_groups, *np.flatnonzero(~self.is_matrix).tolist()]
+        self._rows = -(-self._counts // LANES)
+        rows = self._rows[self._order]
         self._starts = np.empty(len(shapes), np.int64)
-        self._starts[self._order] = in_order
-        self._rows = rows
-        self._owner = np.repeat(np.array(self._order), rows[self._order]).astype(np.int32)
-        left = counts[self._owner] - LANES * (np.arange(rows.sum()) - self._starts[self._owner])
+        self._starts[self._order] = np.cumsum([0, *rows])[:-1]
+        self._owner = np.repeat(np.array(self._order), rows).astype(np.int32)
+        left = self._counts[self._owner] - LANES * (np.arange(rows.sum()) - self._starts[self._owner])
         self._filled = np.minimum(left, LANES).astype(np.int32)
 
     @property
@@ -154,12 +171,7 @@ class Packing:
 
     def outer(self, vector: Vector) -> jax.Array:
         """Returns the blocks of ``X X^T`` and ``X^T X`` of every matrix X, flat (:func:`split`)."""
-        pieces: list[list[jax.Array]] = [[] for _ in self.blocks]
-        for group in self.groups:
-            found = _outer(self._matrices(group, vector), group)
-            for side, blocks in zip((group.left, group.right), found, strict=True):
-                pieces[side.which].append(blocks)
-        return join(jnp.concatenate(own) for own in pieces)
+        return self._outer_by(lambda group: _outer(self._matrices(group, vector), group))
 
     def sandwich(self, factors: jax.Array, vector: Vector) -> Vector:
         """Returns ``L X R`` for every matrix X; what is no matrix stays as it is.
@@ -188,21 +200,8 @@ class Packing:
         return own.reshape(count, *group.shape)
 
 
-class Unpacked:
-    """The interface of :class:`Packing` for tensors that stay as they are, such as those cut over a mesh.
-
-    Attributes:
-      sizes: as those of :class:`Packing`.
-      is_matrix: likewise.
-      blocks: likewise.
-    """
-
-    def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct], treedef: Any, block: int):
-        self._shapes, self._treedef = shapes, treedef
-        self.sizes = np.array([math.prod(leaf.shape) for leaf in shapes], np.float32)
-        self.groups, self.blocks = _grouped([leaf.shape for leaf in shapes], block)
-        in_groups = [tensor for group in self.groups for tensor in group.tensors]
-        self.is_matrix = np.isin(np.arange(len(shapes)), in_groups)
+class Unpacked(_Tensors):
+    """The interface of :class:`Packing` for tensors that stay as they are, such as those cut over a mesh."""
 
     @property
     def filling(self) -> Vector:
@@ -232,13 +231,14 @@ class Unpacked:
 
     def outer(self, vector: Vector) -> jax.Array:
         """Returns the blocks of ``X X^T`` and ``X^T X`` of every matrix X, flat (:func:`split`)."""
-        pieces: list[list[jax.Array]] = [[] for _ in self.blocks]
-        for group in self.groups:
+
+        def products(group: Group) -> tuple[jax.Array, jax.Array]:
             own = functools.partial(self._outer_of, group)
             found = [placement.placed_by_compiler(own, vector[tensor]) for tensor in group.tensors]
-            for side, blocks in zip((group.left, group.right), zip(*found, strict=True), strict=True):
-                pieces[side.which].extend(blocks)
-        return join(jnp.concatenate(own) for own in pieces)
+            left, right = zip(*found, strict=True)
+            return jnp.concatenate(left), jnp.concatenate(right)
+
+        return self._outer_by(products)
 
     def sandwich(self, factors: jax.Array, vector: Vector) -> Vector:
         """Returns ``L X R`` for every matrix X; what is no matrix stays as it is."""

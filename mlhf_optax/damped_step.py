@@ -135,14 +135,12 @@ def linearize(
     is_valid = trees.is_finite([trees.vdot(leaf, leaf) for leaf in jax.tree.leaves(vector)])
     vector, batch = trees.zero_unless(is_valid, vector), _shielded(is_valid, batch)
     loss, ggn = model.linearized(params, batch)
-    old = lambda tree: pack(tree) if jax.tree.leaves(tree) else tree
+    direction = pack(state.direction) if controller.is_warm_started else jax.tree.map(jnp.zeros_like, vector)
     return View(
         params=pack(params),
         gradient=vector,
-        direction=old(state.direction)
-        if controller.is_warm_started
-        else jax.tree.map(jnp.zeros_like, vector),
-        residual=old(state.residual),
+        direction=direction,
+        residual=pack(state.residual) if controller.keeps_residual else state.residual,
         ggn=ggn if packing is None else PackedGGN(ggn, packing),
         loss=jnp.where(is_valid, loss, jnp.nan),
         loss_at=lambda p: model.loss(p, batch),
@@ -199,8 +197,7 @@ def _solve(controller: Controller, solver: Solver, view: View, signal: Any) -> S
     """Solves ``(G + S) d = b``, with S, P and b from the controller's signal."""
     operators = controller.operators(view, signal)
     b = view.gradient if operators.right_hand_side is None else operators.right_hand_side
-    start = view.direction if operators.start is None else operators.start
-    system = System(view.ggn, operators, b, start if controller.is_warm_started else None)
+    system = System(view.ggn, operators, b, view.direction if controller.is_warm_started else None)
     return Solved(solver.solve(system), operators, b)
 
 
@@ -275,7 +272,7 @@ def _scaled(scale: jax.Array | None, is_taken: jax.Array, direction: chex.ArrayT
     if scale is None:
         return direction
     scale = jnp.where(is_taken, scale, 0.0)  # the rate itself may be what was not finite
-    return jax.tree.map(lambda d: (scale * d).astype(d.dtype), direction)
+    return trees.scaled(scale, direction)
 
 
 def scale_by_damped_step(

@@ -219,8 +219,8 @@ def pcg_from_direction(
         is_first, is_last = state.index == 0, state.index == num_steps
         a_p = jax.tree.map(jnp.add, matvec(state.p), state.s_p)
         curvature = vdot(state.p, a_p)
-        active = (curvature > limits.tiny) & (state.slope > limits.tiny)
-        alpha = _where_divide(active, state.slope, curvature)
+        active = (curvature > limits.tiny) & (state.rho > limits.tiny)
+        alpha = _where_divide(active, state.rho, curvature)
         alpha = once(jnp.where(is_first, jnp.minimum(alpha, longest), alpha))
         x, r = _add_scaled(state.x, alpha, state.p), _add_scaled(state.r, -alpha, a_p)
         s_x = _add_scaled(state.s_x, alpha, state.s_p)
@@ -237,30 +237,27 @@ def pcg_from_direction(
             p,
             s_x,
             s_p,
-            slope=jnp.where(is_left, rho, 0.0),
-            rho=rho,
+            jnp.where(is_left, rho, 0.0),
             steps=state.steps + active.astype(jnp.int32),
             index=state.index + 1,
         )
 
     zero = zeros_like(b)
-    slope = vdot(first, b)
     count = jnp.zeros((), jnp.int32)
-    state = _FromDirection(zero, b, first, zero, shift(first), slope, jnp.ones_like(slope), count, count)
+    state = _FromDirection(zero, b, first, zero, shift(first), vdot(first, b), count, count)
     state = loops.repeat(num_steps + 1, step, state, unroll)
     norm = jnp.sqrt(lax.stop_gradient(vdot(state.r, state.r))).astype(jnp.float32)
     return state.x, state.r, Info(state.steps, norm, state.s_x)
 
 
 class _FromDirection(NamedTuple):
-    """The loop of :func:`pcg_from_direction`; `slope` is <p, r>, and `rho` is <r, y>."""
+    """The loop of :func:`pcg_from_direction`; `rho` is <p, r>, later <r, y>, and 0 when done."""
 
     x: Any
     r: Any
     p: Any
     s_x: Any
     s_p: Any
-    slope: jax.Array
     rho: jax.Array
     steps: jax.Array
     index: jax.Array

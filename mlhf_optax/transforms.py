@@ -11,6 +11,7 @@ from mlhf_optax.support import placement, trees
 from mlhf_optax.support.checks import DECAY, INSIDE_0_1, POSITIVE, check_number
 
 _FREE_UPDATES = 3  # until then nothing can be called typical
+_GROWTH_DECAY = 0.98
 _MIN_RMS = 1e-3  # of parameters, below which they count as this large
 
 
@@ -70,20 +71,19 @@ def after_solve(
         decay = scale * weight_decay if has_decay else None
         new_growth = state.growth
         if max_growth is not None:
-            bound, new_growth = _bounded_growth(max_growth, 0.98, norm, state.growth)
+            bound, new_growth = _bounded_growth(max_growth, _GROWTH_DECAY, norm, state.growth)
             scale = scale * bound
         if max_update_ratio is not None:
             of_params = trees.norm(params)
             length = jnp.abs(scale) * norm
             if decay is not None:
-                both = 2 * scale * decay * trees.vdot(updates, params)
-                length = trees.safe_sqrt(length**2 + both + jnp.square(decay * of_params))
-            allowed = max_update_ratio * jnp.maximum(of_params, _MIN_RMS * trees.size(params) ** 0.5)
-            shorter = jnp.where(length > allowed, allowed / jnp.where(length > allowed, length, 1.0), 1.0)
+                mixed = 2 * scale * decay * trees.vdot(updates, params)
+                length = trees.safe_sqrt(length**2 + mixed + jnp.square(decay * of_params))
+            shorter = _bounded_ratio(max_update_ratio, _MIN_RMS, length, of_params, trees.size(params))
             scale, decay = shorter * scale, None if decay is None else shorter * decay
         scale = trees.once(scale)
         if decay is None:
-            updates = jax.tree.map(lambda u: (scale * u).astype(u.dtype), updates)
+            updates = trees.scaled(scale, updates)
         else:
             both = lambda u, w: jnp.where(is_step, scale * u + decay * w, 0.0).astype(u.dtype)
             updates = jax.tree.map(both, updates, params)
@@ -138,13 +138,18 @@ def limit_update_ratio(max_update_ratio: float, min_rms: float = _MIN_RMS) -> op
 
     def update_fn(updates, state, params: Any = None):
         require_params(params, "limit_update_ratio")
-        smallest = min_rms * trees.size(params) ** 0.5
-        allowed = max_update_ratio * jnp.maximum(trees.norm(params), smallest)
-        norm = trees.norm(updates)
-        scale = jnp.where(norm > allowed, allowed / jnp.where(norm > allowed, norm, 1.0), 1.0)
-        return jax.tree.map(lambda u: (scale * u).astype(u.dtype), updates), state
+        norms = trees.norm(updates), trees.norm(params)
+        scale = _bounded_ratio(max_update_ratio, min_rms, *norms, trees.size(params))
+        return trees.scaled(scale, updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update_fn)
+
+
+def _bounded_ratio(
+    max_update_ratio: Any, min_rms: float, norm: jax.Array, of_params: jax.Array, size: int
+) -> jax.Array:
+    """Returns the factor of :func:`limit_update_ratio` on an update, from its norm and the parameters'."""
+    return trees.share_within(max_update_ratio * jnp.maximum(of_params, min_rms * size**0.5), norm)
 
 
 class LimitGrowthState(NamedTuple):
@@ -159,7 +164,7 @@ class LimitGrowthState(NamedTuple):
     log_norm: jax.Array  # shape=(), dtype=float32
 
 
-def limit_growth(max_growth: float = 1.0, decay: float = 0.98) -> optax.GradientTransformation:
+def limit_growth(max_growth: float = 1.0, decay: float = _GROWTH_DECAY) -> optax.GradientTransformation:
     """Bounds the norm of the whole update to a multiple of the norm that updates have typically had lately.
 
     It scales the update by ``min(1, max_growth * typical / |u|)``. Here ``typical`` is the geometric mean of
@@ -202,7 +207,7 @@ def limit_growth(max_growth: float = 1.0, decay: float = 0.98) -> optax.Gradient
     def update_fn(updates, state, params: Any = None):
         del params
         scale, new = _bounded_growth(max_growth, decay, trees.norm(updates), state)
-        return jax.tree.map(lambda u: (scale * u).astype(u.dtype), updates), new
+        return trees.scaled(scale, updates), new
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -213,13 +218,12 @@ def _bounded_growth(
     """Returns the factor of :func:`limit_growth` on an update of that norm, and its next state."""
     is_step = norm > 0
     allowed = max_growth * jnp.exp(state.log_norm)
-    is_long = (state.count >= _FREE_UPDATES) & (norm > allowed)
     # The weights of a mean over all so far, until they decay more slowly than that.
     share = jnp.maximum(1 - decay, 1 / (state.count + 1))
     log_norm = state.log_norm + share * (jnp.log(jnp.where(is_step, norm, 1.0)) - state.log_norm)
     count = jnp.asarray(optax.safe_increment(state.count))
     new = LimitGrowthState(count, log_norm.astype(state.log_norm.dtype))
-    scale = jnp.where(is_long, allowed / jnp.where(is_long, norm, 1.0), 1.0)
+    scale = trees.share_within(allowed, norm, state.count >= _FREE_UPDATES)
     return scale, trees.select(is_step, new, state)
 
 

@@ -46,6 +46,15 @@ def test_scalars_are_kept_in_float32(dtype):
         np.testing.assert_allclose(got, want, rtol=5e-3)
 
 
+@pytest.mark.parametrize("run", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("missing", ["d", "a"])
+def test_an_inner_product_of_trees_of_other_structure_is_an_error(run, missing):
+    tree = {name: jnp.ones(2) for name in "abcd"}
+    other = {name: leaf for name, leaf in tree.items() if name != missing}
+    with pytest.raises(ValueError, match=r"[Dd]ict key"):
+        run(trees.vdot)(tree, other)
+
+
 def test_a_tree_without_leaves_has_no_size():
     assert float(trees.root_mean_square({})) == float(trees.norm({})) == trees.size({}) == 0
     assert trees.is_finite({})

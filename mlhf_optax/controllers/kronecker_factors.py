@@ -75,7 +75,7 @@ class KroneckerRule:
         ones = lambda: join(
             jnp.broadcast_to(jnp.eye(own.size, dtype=jnp.float32)[None], shape(own)) for own in blocks
         )
-        return Factors(jnp.zeros_like(ones(), jnp.float32), ones(), ones())
+        return Factors(jnp.zeros_like(ones()), ones(), ones())  # buffers of their own, which may be donated
 
     def is_refresh_due(self, count: jax.Array) -> jax.Array:
         """Returns whether powers are taken anew: often at first, when means change fast, then rarely."""

@@ -42,8 +42,11 @@ def metric_operators(
     scales: chex.ArrayTree,
     values: Any = None,
     trust: Any = None,
+    inverse_values: Any = None,
 ) -> Operators:
     """Returns the operators of a damping S that is, for every tensor, a scale times a metric M.
+
+    They are on trees like the parameters; or on vectors of a packing, with scales that are spread over these.
 
     The preconditioner P is ``trust * S^-1``. So S P is no more than ``trust``, and a solve that is told so
     needs no product with S in its steps.
@@ -53,6 +56,7 @@ def metric_operators(
       scales: tree of scalars, one a tensor.
       values: what the info shows of S, if M has more to show than the scales.
       trust: tree of scalars; None is one for all.
+      inverse_values: what the info shows of P, if not its scales.
 
     Returns:
       Damping, preconditioner, and the product of both.
@@ -64,9 +68,10 @@ def metric_operators(
     """
     trust = jax.tree.map(jnp.ones_like, scales) if trust is None else trust
     inverse_scales = jax.tree.map(jnp.divide, trust, scales)
+    shown = inverse_scales if inverse_values is None else inverse_values
     return Operators(
         damping=Product(scales if values is None else values, lambda v: Scale(scales)(times(v))),
-        preconditioner=Product(inverse_scales, lambda v: Scale(inverse_scales)(times(v, inverse=True))),
+        preconditioner=Product(shown, lambda v: Scale(inverse_scales)(times(v, inverse=True))),
         damping_after_preconditioner=Scale(trust),
     )
 

@@ -162,19 +162,17 @@ class Operators(NamedTuple):
       preconditioner: approximates ``A^-1``, positive definite; None is the identity. Its ``values`` are
         shown, too.
       right_hand_side: what the system is solved for, such as a running mean of gradients; None is g.
-      start: where CG starts; None is the previous direction. See ``longest``.
       step_scale: factor on the direction that is handed on, a scalar; None is 1.
       damping_after_preconditioner: the product with ``S P^-1`` where it is cheap, as for a preconditioner
         that is ``S^-1``. The solve then needs no product with S per step, and tells S d.
-      longest: CG starts from zero, and its first direction is ``start``, with the length in [0, longest] that
-        is exact in the quadratic model; needs ``damping_after_preconditioner``. None to start from ``start``
-        as it is.
+      longest: CG starts from zero, and its first direction is the previous one, with the length in
+        [0, longest] that is exact in the quadratic model; needs ``damping_after_preconditioner``. None to
+        start from the previous direction as it is.
     """
 
     damping: Operator
     preconditioner: Operator | None = None
     right_hand_side: chex.ArrayTree | None = None
-    start: chex.ArrayTree | None = None
     step_scale: jax.Array | None = None
     damping_after_preconditioner: Matvec | None = None
     longest: jax.Array | float | None = None

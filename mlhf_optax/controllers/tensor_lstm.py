@@ -19,6 +19,7 @@ import optax
 from jax import lax
 
 from mlhf_optax.controllers.kronecker_factors import Factors, KroneckerRule
+from mlhf_optax.controllers.metrics import metric_operators
 from mlhf_optax.controllers.protocol import (
     Control,
     Controller,
@@ -26,7 +27,6 @@ from mlhf_optax.controllers.protocol import (
     Operators,
     Outcome,
     PerTensor,
-    Product,
     View,
     accept,
 )
@@ -189,7 +189,7 @@ def _control(
     inner = products(packing, view.params, view.gradient, view.direction, old_mean)
     scale = jump_scale(_rms(packing, inner.g_g), _running_size(packing, state))
     inner = with_scaled_gradient(inner, scale)
-    gradient = _scaled(scale, view.gradient)
+    gradient = trees.scaled(trees.once(scale), view.gradient)
     state = _with_this_step(constants, packing, inner, view.loss, state)
 
     # What the network chooses.
@@ -272,12 +272,6 @@ def _running_size(packing: AnyPacking, state: TensorLSTMState) -> jax.Array:
     return _rms(packing, sums / jnp.maximum(state.square_weight, _TINY))
 
 
-def _scaled(scale: Vector | jax.Array, vector: Vector) -> Vector:
-    """Returns a vector times a scalar."""
-    scale = trees.once(scale)
-    return jax.tree.map(lambda x: (scale * x).astype(x.dtype), vector)
-
-
 def _root_of_diagonal(signal: _Signal, packing: AnyPacking) -> Vector:
     """Returns the root of Adam's part of the metric, h, which has mean 1 over every tensor.
 
@@ -302,24 +296,17 @@ def _operators(view: View, signal: _Signal) -> Operators:
     packing: AnyPacking = view.packing
     controls, state = signal.controls, signal.state
     factors, root = state.factors, _root_of_diagonal(signal, packing)
-    damping, trust = trees.once(state.damping), trees.once(controls.trust)
-    both = packing.spread(damping, trust / damping, trust)
-    cast = lambda like, x: x.astype(like.dtype)
+    scales, trust = packing.spread(trees.once(state.damping), trees.once(controls.trust))
 
-    def damped(v: Vector) -> Vector:
-        middle = packing.sandwich(factors.power, jax.tree.map(jnp.multiply, root, v))
-        return jax.tree.map(lambda like, h, s, x: cast(like, s * h * x), v, root, both[0], middle)
+    def times(v: Vector, inverse: bool = False) -> Vector:
+        half = functools.partial(jax.tree.map, jnp.divide if inverse else jnp.multiply)
+        middle = packing.sandwich(factors.inverse if inverse else factors.power, half(v, root))
+        return half(middle, root)
 
-    def undamped(v: Vector) -> Vector:
-        middle = packing.sandwich(factors.inverse, jax.tree.map(lambda h, x: x / h, root, v))
-        return jax.tree.map(lambda like, h, s, x: cast(like, s / h * x), v, root, both[1], middle)
-
-    sizes = jnp.asarray(packing.sizes)
-    return Operators(
-        damping=Product(PerTensor(state.damping, sizes), damped),
-        preconditioner=Product(PerTensor(controls.trust / state.damping, sizes), undamped),
-        damping_after_preconditioner=lambda v: jax.tree.map(lambda s, x: cast(x, s * x), both[2], v),
-        right_hand_side=_scaled(1 / state.mean_weight, signal.mean),
+    shown = lambda numbers: PerTensor(numbers, jnp.asarray(packing.sizes))
+    made = metric_operators(times, scales, shown(state.damping), trust, shown(controls.trust / state.damping))
+    return made._replace(
+        right_hand_side=trees.scaled(trees.once(1 / state.mean_weight), signal.mean),
         step_scale=controls.rate,
         longest=controls.warm_start_share,
     )

@@ -112,12 +112,9 @@ def without_jump(gradient: chex.ArrayTree, running_rms: jax.Array) -> chex.Array
       >>> without_jump(jnp.array([30.0, 40.0]), jnp.array(0.5)).round(2)
       Array([12.73, 16.97], dtype=float32)
     """
-    scale = jump_scale(trees.root_mean_square(gradient), running_rms)
-    return jax.tree.map(lambda g: (scale * g).astype(g.dtype), gradient)
+    return trees.scaled(jump_scale(trees.root_mean_square(gradient), running_rms), gradient)
 
 
 def jump_scale(rms: jax.Array, running_rms: jax.Array) -> jax.Array:
     """Returns the factor of :func:`without_jump` for a gradient of that root mean square, a scalar."""
-    most = _LARGEST_JUMP * running_rms
-    is_jump = (running_rms > 0) & (rms > most)
-    return jnp.where(is_jump, most / jnp.where(is_jump, rms, 1.0), 1.0)
+    return trees.share_within(_LARGEST_JUMP * running_rms, rms, running_rms > 0)

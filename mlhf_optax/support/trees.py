@@ -42,7 +42,34 @@ def vdot(a: Any, b: Any) -> Any:
         dtype = common_dtype(x, y, jnp.float32)
         return jnp.sum(x.astype(dtype) * y.astype(dtype))
 
-    return total(list(map(leaf, *_joined(jax.tree.leaves(a), jax.tree.leaves(b)))))
+    leaves, treedef = jax.tree.flatten(a)
+    return total(list(map(leaf, *_joined(leaves, treedef.flatten_up_to(b)))))
+
+
+def scaled(scale: Any, tree: chex.ArrayTree) -> chex.ArrayTree:
+    """Returns a tree times a scalar, in the dtypes of the tree.
+
+    Example:
+      >>> scaled(0.5, {"w": jnp.array([2.0, 4.0])})
+      {'w': Array([1., 2.], dtype=float32)}
+    """
+    return jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), tree)
+
+
+def share_within(most: Any, size: Any, is_bounded: Any = True) -> jax.Array:
+    """Returns the factor in (0, 1] by which what is of some size becomes no larger than the most.
+
+    Args:
+      most: largest size, a scalar.
+      size: the size, a scalar.
+      is_bounded: whether there is a bound at all.
+
+    Example:
+      >>> [float(share_within(2.0, size)) for size in (1.0, 8.0)]
+      [1.0, 0.25]
+    """
+    is_larger = is_bounded & (size > most)
+    return jnp.where(is_larger, most / jnp.where(is_larger, size, 1.0), 1.0)
 
 
 def total(parts: Sequence[jax.Array]) -> Any:
